@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error a user can meet, in one tree.
+
+    QmpBackupError                  1  failed
+    ├── UsageError                  2  the request itself is wrong
+    ├── IncrementalNotPossible      4  `inc` or `diff` was asked for and cannot be right
+    ├── QuiesceError                5  the guest could not be quiesced
+    ├── VmError                     6  QMP, the VM, or its block layer
+    │   ├── ConnectError               no usable monitor at the address
+    │   ├── MonitorBusy                another client holds the monitor
+    │   ├── MonitorProtocolError       what came back is not QMP
+    │   ├── CommandError               QEMU refused a command (carries its class)
+    │   ├── CommandTimeout             no answer in time: outcome unknown
+    │   ├── ConnectionLost             the monitor went away: outcome unknown
+    │   └── JobError                   a block job of ours failed
+    ├── StorageError                7  target or scratch: no room, no right, I/O error
+    ├── DamagedError                8  data is not what its manifest says
+    ├── NoSuchTarget               10  nothing of ours is there
+    ├── Locked                     11  another run holds the VM or the target
+    ├── WrongPassword              12
+    └── Interrupted           130/143  SIGINT or SIGTERM ended the run in order
+
+Exit code 3 (done but degraded) is no error: the point exists. Each error carries one sentence that
+says what is wrong (`message`) and one that says what to do (`hint`, may be empty).
+"""
+
+from typing import ClassVar
+
+
+class QmpBackupError(Exception):
+    """Base of all errors with a sentence for the user and an exit code."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(QmpBackupError):
+    """The request is wrong; nothing was touched."""
+
+    exit_code = 2
+
+
+class IncrementalNotPossible(QmpBackupError):
+    """An incremental of some disk would not be right; nothing was touched."""
+
+    exit_code = 4
+
+
+class QuiesceError(QmpBackupError):
+    """The guest's file systems could not be quiesced, or not for long enough."""
+
+    exit_code = 5
+
+
+class VmError(QmpBackupError):
+    """Something between us and the VM failed."""
+
+    exit_code = 6
+
+
+class ConnectError(VmError):
+    """No usable monitor at the address."""
+
+
+class MonitorBusy(VmError):
+    """The monitor accepted us and stayed silent: another client holds it."""
+
+
+class MonitorProtocolError(VmError):
+    """What came back is not QMP, or not of the type the command promises."""
+
+
+class CommandError(VmError):
+    """QEMU refused a command: it had no effect.
+
+    `error_class` is QMP's class of the error, such as `GenericError` or `DeviceNotFound`.
+    """
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"QEMU refused {command}: {description}")
+        self.command = command
+        self.error_class = error_class
+        self.description = description
+
+
+class OutcomeUnknown(VmError):
+    """A command was sent and no answer came: it may or may not have had its effect."""
+
+
+class CommandTimeout(OutcomeUnknown):
+    """No answer within the command's time limit."""
+
+
+class ConnectionLost(OutcomeUnknown):
+    """The monitor went away."""
+
+
+class JobError(VmError):
+    """A block job of ours failed for a reason on the VM's side (its view or its scratch)."""
+
+
+class StorageError(QmpBackupError):
+    """Target or scratch: no room, no right, or an I/O error."""
+
+    exit_code = 7
+
+
+class DamagedError(QmpBackupError):
+    """Stored data is missing or not what its manifest says."""
+
+    exit_code = 8
+
+
+class NoSuchTarget(QmpBackupError):
+    """There is no target, or no such point, where we were told to look."""
+
+    exit_code = 10
+
+
+class Locked(QmpBackupError):
+    """Another run holds the VM or the target."""
+
+    exit_code = 11
+
+
+class WrongPassword(QmpBackupError):
+    """The password does not open the repository."""
+
+    exit_code = 12
+
+
+class Interrupted(QmpBackupError):
+    """SIGINT or SIGTERM: the run ended in order and left nothing behind."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"Interrupted by signal {signal_number}; the run was ended in order.")
+        self.signal_number = signal_number
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, as shells report them."""
+        return 128 + self.signal_number

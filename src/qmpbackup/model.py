@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terms of the project as values: VM, disk, bitmap, restore point.
+
+Frozen dataclasses without behaviour beyond what follows from their own fields. Sizes are bytes,
+times are aware datetimes in UTC.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """What a run is asked for, and what a disk then gets (a disk never gets `AUTO`)."""
+
+    FULL = "full"
+    INC = "inc"
+    DIFF = "diff"
+    COPY = "copy"
+    AUTO = "auto"
+
+
+class Consistency(StrEnum):
+    """What a guest finds in a restored point.
+
+    `AGENT`: file systems were frozen by the guest agent at the instant. `PAUSED`: the VM stood
+    still, by `--pause` or because it was not running. `CRASH`: as after a power cut.
+    """
+
+    AGENT = "agent"
+    PAUSED = "paused"
+    CRASH = "crash"
+
+
+class Quiesce(StrEnum):
+    """How hard a run tries to freeze the guest's file systems."""
+
+    NO = "no"
+    TRY = "try"
+    REQUIRE = "require"
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A dirty bitmap as QEMU reports it (`BlockDirtyInfo`). `count` is bytes marked dirty."""
+
+    name: str
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A writable block device of the VM that carries guest data.
+
+    `node` is the active node, the one its device sits on; `format_node` the first node below all
+    filters, where bitmaps live (the same node where there is no filter).
+    """
+
+    id: str
+    qom_path: str
+    drive: str
+    node: str
+    format_node: str
+    format: str
+    size: int
+    filename: str
+    can_persist: bool
+    bitmaps: tuple[Bitmap, ...] = ()
+    aliases: tuple[str, ...] = ()
+    actual_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A block device that no point holds, and the reason in a few words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmIdentity:
+    """Which VM this is. `uuid` and `name` are empty where QEMU was given none."""
+
+    uuid: str = ""
+    name: str = ""
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VmConfig:
+    """What a restore on a bare machine wants to know besides the disks."""
+
+    identity: VmIdentity
+    qemu_version: str
+    machine: str = ""
+    command_line: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """The VM as a run finds it. `status` is QEMU's `RunState`."""
+
+    config: VmConfig
+    version: tuple[int, int, int]
+    status: str
+    running: bool
+    has_iothreads: bool
+    disks: tuple[Disk, ...]
+    skipped: tuple[Skipped, ...] = ()
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDisk:
+    """One disk of one restore point.
+
+    `file` is relative to the target, always with `/`. `parent` is the id of the point whose file of
+    this disk is this file's backing file (`None`: the file stands alone). `bitmap` is the name of
+    the change bitmap that counts from this point (empty: none). `snapshot` names an internal
+    snapshot of `file` that holds this state, after `qmprestore snapshotrebase` (empty: the file's
+    current state). `digest` is `blake3:<hex>` of the whole file, `file_size` its length.
+    """
+
+    id: str
+    level: Level
+    file: str
+    parent: str | None
+    size: int
+    file_size: int
+    digest: str
+    source_format: str = ""
+    source_file: str = ""
+    bitmap: str = ""
+    reason: str = ""
+    snapshot: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A disk that this point no longer holds because its file was merged into a later point."""
+
+    id: str
+    into: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A restore point: the state of disks of one VM at one instant; what a manifest records.
+
+    `sequence` counts a target's points in the order of their commits and is what orders them;
+    `time` is for people. `level` is what was asked for. `pause` is how long the VM stood still,
+    in seconds.
+    """
+
+    id: str
+    sequence: int
+    time: datetime
+    level: Level
+    parent: str | None
+    consistency: Consistency
+    vm: VmConfig
+    disks: tuple[StoredDisk, ...]
+    skipped: tuple[Skipped, ...] = ()
+    merged: tuple[Merged, ...] = ()
+    pause: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    def disk(self, disk_id: str) -> StoredDisk | None:
+        """The record of one disk, or `None` where the point does not hold it."""
+        return next((disk for disk in self.disks if disk.id == disk_id), None)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that this point added to its target."""
+        return sum(disk.file_size for disk in self.disks)
