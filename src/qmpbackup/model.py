@@ -58,7 +58,8 @@ class Disk:
     """A writable block device of the VM that carries guest data.
 
     `node` is the active node, the one its device sits on; `format_node` the first node below all
-    filters, where bitmaps live (the same node where there is no filter).
+    filters, where bitmaps live (the same node where there is no filter). `below_ours` is the active
+    node unless a run that died left its filter on the disk; then it is the node below that filter.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Disk:
     size: int
     filename: str
     can_persist: bool
+    below_ours: str = ""
     bitmaps: tuple[Bitmap, ...] = ()
     aliases: tuple[str, ...] = ()
     actual_size: int = 0
@@ -154,8 +156,8 @@ class Point:
     """A restore point: the state of disks of one VM at one instant; what a manifest records.
 
     `sequence` counts a target's points in the order of their commits and is what orders them;
-    `time` is for people. `level` is what was asked for. `pause` is how long the VM stood still,
-    in seconds.
+    `time` is for people. `level` is what was made: `inc` as soon as one disk is an incremental.
+    `pause` is how long the VM stood still, in seconds.
     """
 
     id: str

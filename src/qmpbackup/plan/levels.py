@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which level each disk gets, and why: the bitmap rule of the project.
+
+State lives in the manifests. The bitmap for the next incremental of a disk is the one named after
+the last point that holds this disk; for a differential the one named after its last full. Any
+other bitmap of ours for this target is rubbish from a run that died.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from qmpbackup.errors import IncrementalNotPossible
+from qmpbackup.model import Bitmap, Disk, Level, Point, StoredDisk
+from qmpbackup.plan.names import BitmapName, parse_bitmap
+
+SMALL = 8 * 1024 * 1024
+"""Disks up to this many bytes (floppies, firmware variables) are copied whole each time: that takes
+no longer than an incremental, and nothing can be wrong with a bitmap that is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What a run does with one disk.
+
+    `base` is the point that an incremental or differential builds on, and `base_bitmap` the change
+    bitmap that counts from it. `keeps_bitmap` says whether a new change bitmap is started.
+    """
+
+    disk: Disk
+    level: Level
+    reason: str
+    base: Point | None = None
+    base_bitmap: str = ""
+    keeps_bitmap: bool = True
+
+    @property
+    def stored_base(self) -> StoredDisk | None:
+        """The record of this disk in the point it builds on."""
+        return self.base.disk(self.disk.id) if self.base else None
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """An upper bound of what will be copied."""
+        marks = next((b.count for b in self.disk.bitmaps if b.name == self.base_bitmap), None)
+        return self.disk.size if marks is None else marks
+
+
+Check = Callable[[Point, str], str]
+"""Says why the files of a disk of a point cannot be built upon; empty if they can."""
+
+
+def plan_disks(
+    disks: Iterable[Disk], level: Level, points: Sequence[Point], target_id: str, check: Check
+) -> tuple[DiskPlan, ...]:
+    """Decide the level of every disk of a run.
+
+    Raises:
+        IncrementalNotPossible: `inc` or `diff` was asked for, and a disk cannot have it.
+    """
+    return tuple(_plan_disk(disk, level, points, target_id, check) for disk in disks)
+
+
+def _plan_disk(
+    disk: Disk, level: Level, points: Sequence[Point], target_id: str, check: Check
+) -> DiskPlan:
+    if level is Level.COPY:
+        return DiskPlan(disk, Level.COPY, "asked for", keeps_bitmap=False)
+    if disk.size <= SMALL:
+        reason = "small disk, copied whole each time"
+        return DiskPlan(disk, Level.FULL, reason, keeps_bitmap=False)
+    if level is Level.FULL:
+        return DiskPlan(disk, Level.FULL, "asked for")
+    wanted = Level.DIFF if level is Level.DIFF else Level.INC
+    base = last_full(points, disk.id) if wanted is Level.DIFF else last_point(points, disk.id)
+    obstacle = _obstacle(disk, base, target_id, check)
+    if obstacle and level is not Level.AUTO:
+        raise IncrementalNotPossible(
+            f"Disk {disk.id} cannot have {_article(wanted)} backup: {obstacle}.",
+            "Use --level auto, which makes a full of just such disks, or --level full.",
+        )
+    if obstacle or base is None:
+        return DiskPlan(disk, Level.FULL, obstacle)
+    bitmap = str(BitmapName(target_id, base.id))
+    return DiskPlan(disk, wanted, f"changes since {base.id}", base, bitmap)
+
+
+def last_point(points: Sequence[Point], disk_id: str) -> Point | None:
+    """The newest point of the disk's chain; copies are outside every chain."""
+    return _newest(points, disk_id, {Level.FULL, Level.INC, Level.DIFF})
+
+
+def last_full(points: Sequence[Point], disk_id: str) -> Point | None:
+    """The point that holds the newest full of the disk."""
+    return _newest(points, disk_id, {Level.FULL})
+
+
+def _newest(points: Sequence[Point], disk_id: str, levels: set[Level]) -> Point | None:
+    for point in reversed(points):
+        stored = point.disk(disk_id)
+        if stored is not None and stored.level in levels and not stored.snapshot:
+            return point
+    return None
+
+
+def _obstacle(disk: Disk, base: Point | None, target_id: str, check: Check) -> str:
+    """Why an incremental on this base would not be right; empty if it is."""
+    if base is None:
+        return "the target holds no earlier point of it"
+    damage = check(base, disk.id)
+    if damage:
+        return f"the earlier point {base.id} is damaged ({damage})"
+    stored = base.disk(disk.id)
+    if stored is not None and stored.size > disk.size:
+        return f"it shrank from {stored.size} to {disk.size} bytes"
+    return bitmap_obstacle(disk, str(BitmapName(target_id, base.id)))
+
+
+def bitmap_obstacle(disk: Disk, name: str) -> str:
+    """Why the bitmap of this name cannot be trusted; empty if it can."""
+    bitmap = next((each for each in disk.bitmaps if each.name == name), None)
+    if bitmap is None and not disk.can_persist:
+        return (
+            f"its change bitmap is gone; a {disk.format} image of this kind cannot store bitmaps, "
+            "so they end with the QEMU process"
+        )
+    if bitmap is None:
+        return (
+            "its change bitmap is gone (QEMU was killed, the image was replaced by an older copy, "
+            "or a snapshot was put on top)"
+        )
+    return _fault(bitmap)
+
+
+def _fault(bitmap: Bitmap) -> str:
+    if bitmap.inconsistent:
+        return "its change bitmap is inconsistent because QEMU was killed"
+    if bitmap.busy:
+        return "its change bitmap is in use by another job"
+    if not bitmap.recording:
+        return "its change bitmap was disabled, so writes may be missing"
+    return ""
+
+
+def rubbish(disk: Disk, points: Sequence[Point], target_id: str) -> tuple[str, ...]:
+    """Names of our bitmaps on the disk, for this target, that no committed point can use.
+
+    Bitmaps that are busy belong to somebody's job, and stay.
+    """
+    keep = {
+        str(BitmapName(target_id, point.id))
+        for point in (last_point(points, disk.id), last_full(points, disk.id))
+        if point is not None
+    }
+    return tuple(
+        bitmap.name
+        for bitmap in disk.bitmaps
+        if (name := parse_bitmap(bitmap.name)) is not None
+        and name.target == target_id
+        and not bitmap.busy
+        and (bitmap.name not in keep or bitmap.inconsistent)
+    )
+
+
+def effective_level(plans: Sequence[DiskPlan]) -> Level:
+    """The level of a point as a whole: that of its disks which have a chain, `inc` before `full`."""
+    levels = {plan.level for plan in plans}
+    order = (Level.COPY, Level.INC, Level.DIFF)
+    return next((level for level in order if level in levels), Level.FULL)
+
+
+def _article(level: Level) -> str:
+    return "an incremental" if level is Level.INC else "a differential"

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The push copy: QEMU itself writes a view into qcow2 files that we opened.
+
+The images are created by QEMU as well (`blockdev-create`), inside the files that were handed over,
+so no other program and no path is involved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.errors import JobError, QmpBackupError, StorageError
+from qmpbackup.plan import commands
+from qmpbackup.plan.commands import Command, Json
+from qmpbackup.plan.names import RunNames
+from qmpbackup.qemu import jobs
+from qmpbackup.qemu.handover import hand_over
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.undo import UndoStack
+
+FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
+"""Before 8.0 a read of a view that crosses from an overwritten cluster into an untouched one returns
+live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
+
+CLUSTER = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A qcow2 file to be filled: open descriptor, path, and what it is to be.
+
+    `backing` is the relative name of the file it builds on (empty: none); QEMU only records it.
+    """
+
+    number: int
+    disk_id: str
+    fd: int
+    path: Path
+    size: int
+    backing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """How to copy: compression with zstd, and a limit in bytes a second for each disk (0: none)."""
+
+    compress: bool = False
+    speed: int = 0
+
+
+def create_images(
+    monitor: Monitor,
+    images: Sequence[Image],
+    names: RunNames,
+    options: CopyOptions,
+    undo: UndoStack,
+) -> None:
+    """Make every file an empty qcow2 image and open it in QEMU as a target.
+
+    Raises:
+        StorageError: an image could not be created.
+    """
+    for image in images:
+        _open_file(monitor, image, names, undo)
+    created = [names.of("create", image.number) for image in images]
+    undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
+    for image, job in zip(images, created, strict=True):
+        arguments = {"job-id": job, "options": _create_options(image, names, options)}
+        monitor.execute(Command("blockdev-create", arguments))
+    for image, end in zip(
+        images, jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS), strict=True
+    ):
+        if end.error:
+            raise StorageError(
+                f"QEMU could not create {image.path}: {end.error}.",
+                "Check free space and rights on the target.",
+            )
+        _open_image(monitor, image, names, undo)
+
+
+def copy_all(
+    monitor: Monitor,
+    images: Sequence[Image],
+    sources: Sequence[tuple[str, str]],
+    names: RunNames,
+    options: CopyOptions,
+    watch: jobs.Watch | None = None,
+) -> None:
+    """Copy every view into its image; `sources` are (snapshot node, bitmap or empty).
+
+    Raises:
+        StorageError: a target could not be written.
+        JobError: a view broke, or its disk could not be read.
+        Interrupted, OutcomeUnknown: jobs may still be there.
+    """
+    started = [names.of("job", image.number) for image in images]
+    try:
+        for image, job, (node, bitmap) in zip(images, started, sources, strict=True):
+            arguments = _backup_arguments(monitor, job, node, names.of("image", image.number))
+            arguments |= _options(options, bitmap)
+            monitor.execute(Command("blockdev-backup", arguments))
+        ends = jobs.wait(monitor, started, watch)
+    except QmpBackupError:
+        jobs.sweep(monitor, started)
+        raise
+    failures = [
+        _failure(image, end) for image, end in zip(images, ends, strict=True) if end.error
+    ]
+    if failures:
+        raise failures[0]
+
+
+def close_images(monitor: Monitor, images: Sequence[Image], names: RunNames) -> None:
+    """Close the images in QEMU, which writes out what it still holds of them."""
+    for image in images:
+        monitor.execute(commands.blockdev_del(names.of("image", image.number)))
+
+
+def _open_file(monitor: Monitor, image: Image, names: RunNames, undo: UndoStack) -> None:
+    name = names.of("file", image.number)
+    filename = hand_over(monitor, image.fd, image.path, name, undo)
+    monitor.execute(commands.blockdev_add(name, "file", filename=filename, discard="unmap"))
+    undo.push(f"close {image.path}", lambda: monitor.execute(commands.blockdev_del(name)))
+
+
+def _open_image(monitor: Monitor, image: Image, names: RunNames, undo: UndoStack) -> None:
+    name = names.of("image", image.number)
+    node = commands.blockdev_add(
+        name, "qcow2", file=names.of("file", image.number), backing=None, discard="unmap"
+    )
+    monitor.execute(node)
+    undo.push(f"close image {image.path}", lambda: monitor.execute(commands.blockdev_del(name)))
+
+
+def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict[str, Json]:
+    created: dict[str, Json] = {
+        "driver": "qcow2",
+        "file": names.of("file", image.number),
+        "size": image.size,
+        "cluster-size": CLUSTER,
+    }
+    if image.backing:
+        created |= {"backing-file": image.backing, "backing-fmt": "qcow2"}
+    if options.compress:
+        created["compression-type"] = "zstd"
+    return created
+
+
+def _backup_arguments(monitor: Monitor, job: str, node: str, target: str) -> dict[str, Json]:
+    arguments: dict[str, Json] = {
+        "job-id": job,
+        "device": node,
+        "target": target,
+        "auto-dismiss": False,
+        "on-source-error": "report",
+        "on-target-error": "report",
+    }
+    if monitor.version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS:
+        arguments["x-perf"] = {"max-chunk": CLUSTER}
+    return arguments
+
+
+def _options(options: CopyOptions, bitmap: str) -> dict[str, Json]:
+    # "never" leaves the bitmap as it is in every outcome: a failed job must cost nothing.
+    sync: dict[str, Json] = {"sync": "full"}
+    if bitmap:
+        sync = {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
+    if options.compress:
+        sync["compress"] = True
+    if options.speed:
+        sync["speed"] = options.speed
+    return sync
+
+
+def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
+    if end.operation == "write":
+        return StorageError(
+            f"The backup of disk {image.disk_id} could not be written to {image.path.parent}: "
+            f"{end.error}.",
+            "Make room or repair the target, then run again; nothing was lost.",
+        )
+    if end.operation == "read":
+        return JobError(
+            f"The view of disk {image.disk_id} broke while it was copied: {end.error}.",
+            "Its scratch image was full, failing or too slow (or the disk has read errors): make "
+            "room there or choose another place with --scratch, then run again; nothing was lost.",
+        )
+    return JobError(
+        f"The backup of disk {image.disk_id} failed: {end.error}.",
+        "Run again; nothing was lost.",
+    )
+

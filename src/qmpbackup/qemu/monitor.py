@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The QMP monitor of one QEMU process: connect, execute, wait for events.
+
+A synchronous facade over `qemu.qmp`: a backup is a sequence of steps and reads best as one. Every
+wait is bounded. A command that was sent and not answered raises a subclass of `OutcomeUnknown`,
+because QEMU may have carried it out: whoever catches that asks QEMU again instead of assuming.
+
+Knows the protocol (QEMU docs/interop/qmp-spec), and nothing of what the commands mean.
+"""
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from qemu.qmp import ConnectError as QmpConnectError
+from qemu.qmp import ExecuteError, ExecInterruptedError, QMPClient, QMPError
+from qemu.qmp.events import EventListener
+from qemu.qmp.message import Message
+from qemu.qmp.protocol import Runstate, StateError
+
+from qmpbackup import interrupt
+from qmpbackup.errors import (
+    CommandError,
+    CommandTimeout,
+    ConnectError,
+    ConnectionLost,
+    MonitorBusy,
+    MonitorProtocolError,
+    UsageError,
+    VmError,
+)
+from qmpbackup.plan.commands import Command
+from qmpbackup.qemu.reply import Reply
+
+CONNECT_SECONDS = 5.0
+COMMAND_SECONDS = 60.0
+"""Longest wait for an answer. Block commands wait for requests in flight, so storage that stalls for
+a while is no reason to give up; storage that hangs for a minute is."""
+
+_SLICE_SECONDS = 0.5
+"""How long one wait for events lasts before signals and the connection are looked at."""
+
+_LONGEST_LINE = 64 * 1024 * 1024
+
+
+class Monitor:
+    """An open QMP session. Use as a context manager; closing never raises."""
+
+    def __init__(self, address: str, connection: socket.socket) -> None:
+        self.address = address
+        self._socket = connection
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("qmpbackup", _LONGEST_LINE)
+        self._events = EventListener()
+
+    @classmethod
+    def connect(cls, address: str, timeout: float = CONNECT_SECONDS) -> "Monitor":
+        """Open a session at `PATH`, `unix:PATH` or `tcp:HOST:PORT`.
+
+        Raises:
+            UsageError: the address has no such form.
+            ConnectError: nobody listens there, or we may not connect.
+            MonitorBusy: another client holds the monitor.
+            MonitorProtocolError: what listens there does not speak QMP.
+        """
+        monitor = cls(address, open_socket(address, timeout))
+        try:
+            monitor._greet(timeout)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor of the connection, for a watchdog to inherit."""
+        return self._socket.fileno()
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether files can be handed over by descriptor (unix sockets only)."""
+        return self._socket.family == socket.AF_UNIX
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process id of QEMU, where the kernel tells it (unix(7), SO_PEERCRED)."""
+        if self._socket.family != socket.AF_UNIX:
+            return None
+        size = struct.calcsize("3i")
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid: int = struct.unpack("3i", credentials)[0]
+        return pid or None
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version from its greeting."""
+        qemu = self._version().object("qemu")
+        return qemu.integer("major"), qemu.integer("minor"), qemu.integer("micro")
+
+    @property
+    def package(self) -> str:
+        """The vendor's name of this build of QEMU, often empty."""
+        return self._version().text("package", "")
+
+    def execute(self, command: Command, timeout: float = COMMAND_SECONDS) -> object:
+        """Carry out one command and return its value.
+
+        Raises:
+            CommandError: QEMU refused; nothing was done.
+            CommandTimeout, ConnectionLost: the outcome is unknown.
+            MonitorProtocolError: the answer is not QMP.
+        """
+        return self._run(self._execute(command, timeout), command.name, timeout)
+
+    def execute_all(
+        self, commands: Sequence[Command], timeout: float = COMMAND_SECONDS
+    ) -> list[object]:
+        """Send several commands that only ask, at once, and return their values in order."""
+
+        async def gather() -> list[object]:
+            # Tasks start in order, so the commands reach QEMU in order as well.
+            answers = [asyncio.ensure_future(self._execute(each, timeout)) for each in commands]
+            try:
+                return [await answer for answer in answers]
+            finally:
+                await asyncio.gather(*answers, return_exceptions=True)
+
+        return self._run(gather(), ", ".join(each.name for each in commands), timeout)
+
+    def send_descriptor(self, fd: int, command: Command) -> object:
+        """Carry out `add-fd` or `getfd` with the descriptor it is about (unix(7), SCM_RIGHTS)."""
+
+        async def send() -> object:
+            self._client.send_fd_scm(fd)
+            return await self._execute(command, COMMAND_SECONDS)
+
+        return self._run(send(), command.name, COMMAND_SECONDS)
+
+    def wait_for_event(self, names: frozenset[str], timeout: float) -> Reply | None:
+        """The next event of one of these names, or `None` when none came in time.
+
+        Raises:
+            ConnectionLost: the monitor went away while we waited.
+            Interrupted: a held signal arrived.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            interrupt.check()
+            left = deadline - time.monotonic()
+            event = self._run(
+                self._next_event(max(0.0, min(left, _SLICE_SECONDS))), "waiting for events", left
+            )
+            if event is not None and event.text("event") in names:
+                return event
+            if event is None and left <= 0:
+                return None
+
+    def close(self) -> None:
+        """End the session; what cannot be ended in order is dropped."""
+        with suppress(Exception):
+            self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), 2.0))
+        with suppress(Exception):
+            _drain(self._loop)
+        self._loop.close()
+        self._socket.close()
+
+    def _greet(self, timeout: float) -> None:
+        try:
+            self._loop.run_until_complete(
+                asyncio.wait_for(self._client.connect(self._socket), timeout)
+            )
+        except TimeoutError:
+            raise MonitorBusy(
+                f"The monitor at {self.address} accepted the connection but did not greet us.",
+                "Another client holds it (a monitor serves one at a time): end that client, or start "
+                "the VM with a second -qmp socket for backups.",
+            ) from None
+        except QmpConnectError as error:
+            if isinstance(error.exc, EOFError | OSError):
+                raise ConnectError(
+                    f"The monitor at {self.address} closed the connection at once.",
+                    "Check that the VM is running and that the socket is a QMP monitor.",
+                ) from error
+            raise MonitorProtocolError(
+                f"What listens at {self.address} does not speak QMP.",
+                "Give the socket of QEMU's -qmp option, not that of the guest agent or of HMP.",
+            ) from error
+        self._client.register_listener(self._events)
+
+    def _version(self) -> Reply:
+        greeting = self._client.greeting
+        if greeting is None:
+            raise MonitorProtocolError(f"The monitor at {self.address} gave no greeting.")
+        return Reply(greeting.QMP.version, "greeting.QMP.version")
+
+    async def _execute(self, command: Command, timeout: float) -> object:
+        call = self._client.execute(command.name, command.arguments or None)
+        try:
+            return await asyncio.wait_for(call, timeout)
+        except ExecuteError as error:
+            raise CommandError(
+                command.name, error.error.class_, error.error.desc
+            ) from error
+
+    async def _next_event(self, timeout: float) -> Reply | None:
+        try:
+            event: Message = await asyncio.wait_for(self._events.get(), timeout)
+        except TimeoutError:
+            if self._client.runstate != Runstate.RUNNING:
+                raise ConnectionLost(*_lost(self.address, "waiting for events")) from None
+            return None
+        return Reply(event, "event")
+
+    def _run(self, work: Any, what: str, timeout: float) -> Any:
+        try:
+            return self._loop.run_until_complete(work)
+        except TimeoutError as error:
+            raise CommandTimeout(
+                f"QEMU did not answer {what} within {timeout:.0f} s; whether it was carried out is "
+                "unknown.",
+                "Look at the VM's storage; the next run finds out and cleans up.",
+            ) from error
+        except (ExecInterruptedError, StateError, EOFError, OSError) as error:
+            raise ConnectionLost(*_lost(self.address, what)) from error
+        except VmError:
+            raise
+        except (QMPError, ValueError, KeyError, TypeError) as error:
+            raise MonitorProtocolError(
+                f"The answer to {what} from {self.address} is not QMP: {error}.",
+                "Check that the socket is a QMP monitor of QEMU.",
+            ) from error
+
+
+def open_socket(address: str, timeout: float) -> socket.socket:
+    """Connect to `PATH`, `unix:PATH` or `tcp:HOST:PORT`; also how the guest agent is reached.
+
+    Raises:
+        UsageError: the address has no such form.
+        ConnectError: nobody listens there, or we may not connect.
+    """
+    try:
+        if address.startswith("tcp:"):
+            return socket.create_connection(_tcp_endpoint(address), timeout)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(address.removeprefix("unix:"))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    except FileNotFoundError:
+        raise ConnectError(
+            f"There is no socket {address}.", "Check the path, and that the VM is running."
+        ) from None
+    except ConnectionRefusedError:
+        raise ConnectError(
+            f"Nobody listens at {address}.", "Check that the VM is running."
+        ) from None
+    except PermissionError:
+        raise ConnectError(
+            f"No permission to connect to {address}.", "Run as root or as the VM's user."
+        ) from None
+    except OSError as error:
+        raise ConnectError(
+            f"Cannot connect to {address}: {error.strerror or error}.", "Check the address."
+        ) from None
+
+
+def _tcp_endpoint(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(
+            f"{address!r} is not an address of the form tcp:HOST:PORT.",
+            "Write it like tcp:localhost:4444.",
+        )
+    return host.strip("[]"), int(port)
+
+
+def _lost(address: str, what: str) -> tuple[str, str]:
+    return (
+        f"The connection to the monitor at {address} was lost during {what}.",
+        "If the VM still runs, run again: the next run cleans up and carries on.",
+    )
+
+
+def _drain(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    wait: Callable[..., Any] = asyncio.gather
+    loop.run_until_complete(wait(*tasks, return_exceptions=True))

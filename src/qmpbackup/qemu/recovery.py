@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cleaning up inside QEMU what a run of ours left when it died.
+
+Everything of a run carries its prefix, so this needs no record. The order is that of a teardown:
+let the VM run again, jobs, exports, devices back to their nodes, nodes from the top down,
+descriptor sets, temporary bitmaps, markers. Change bitmaps are none of its business: which of them
+are rubbish only the manifests of a target can say.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from qmpbackup.errors import CommandError
+from qmpbackup.model import Disk, Vm
+from qmpbackup.plan import commands
+from qmpbackup.plan.commands import Command
+from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
+from qmpbackup.qemu import jobs
+from qmpbackup.qemu.inventory import Inventory
+from qmpbackup.qemu.monitor import Monitor
+
+
+def needed(inventory: Inventory) -> bool:
+    """Whether anything of an earlier run is left in the VM."""
+    return bool(inventory.leftovers) or any(_temporary(disk) for disk in inventory.vm.disks)
+
+
+def recover(monitor: Monitor, inventory: Inventory) -> list[str]:
+    """Clean up; return one sentence for each thing done.
+
+    Raises:
+        VmError: something of ours could not be removed.
+    """
+    return list(_steps(monitor, inventory))
+
+
+def was_frozen(inventory: Inventory) -> bool:
+    """Whether an earlier run died between freezing the guest and thawing it."""
+    return FROZEN_MARKER in inventory.leftovers.markers
+
+
+def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
+    left = inventory.leftovers
+    yield from _continue(monitor, inventory.vm, left.markers)
+    if left.jobs:
+        jobs.sweep(monitor, left.jobs)
+        yield from (f"ended job {job}" for job in left.jobs)
+    for disk in inventory.vm.disks:
+        yield from _reattach(monitor, disk)
+    yield from _remove_nodes(monitor, left.nodes)
+    for number in left.descriptor_sets:
+        monitor.execute(Command("remove-fd", {"fdset-id": number}))
+        yield f"took back descriptor set {number}"
+    for disk in inventory.vm.disks:
+        for name in _temporary(disk):
+            monitor.execute(commands.bitmap_remove(disk.format_node, name))
+            yield f"removed temporary bitmap {name}"
+    # The marker of a freeze stays until somebody with the agent's socket has seen to the guest.
+    for marker in left.markers:
+        if marker != FROZEN_MARKER:
+            monitor.execute(Command("object-del", {"id": marker}))
+            yield f"removed marker {marker}"
+
+
+def _continue(monitor: Monitor, vm: Vm, markers: Iterable[str]) -> Iterator[str]:
+    if STOPPED_MARKER in markers and vm.status == "paused":
+        monitor.execute(Command("cont"))
+        yield "let the VM run again, which a run that died had stopped"
+
+
+def _reattach(monitor: Monitor, disk: Disk) -> Iterator[str]:
+    """Put a device that sits on a filter of ours back on what is below it."""
+    if disk.node.startswith(RUN_PREFIX):
+        monitor.execute(commands.attach(disk.qom_path, disk.below_ours))
+        yield f"put disk {disk.id} back on {disk.below_ours}"
+
+
+def _remove_nodes(monitor: Monitor, nodes: Iterable[str]) -> Iterator[str]:
+    """Remove nodes, users before what they use: as many rounds as the graph is deep."""
+    left = list(nodes)
+    while left:
+        refused: list[tuple[str, CommandError]] = []
+        for node in left:
+            try:
+                monitor.execute(commands.blockdev_del(node))
+                yield f"removed node {node}"
+            except CommandError as error:
+                refused.append((node, error))
+        if len(refused) == len(left):
+            raise refused[0][1]
+        left = [node for node, _ in refused]
+
+
+def _temporary(disk: Disk) -> list[str]:
+    return [bitmap.name for bitmap in disk.bitmaps if bitmap.name.startswith(RUN_PREFIX)]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed access to what QEMU sent. Replies are input like any other: wrong types end in exit 6."""
+
+from collections.abc import Iterator, Mapping
+
+from qmpbackup.errors import MonitorProtocolError
+
+
+class Reply:
+    """A JSON object from QEMU, read member by member with the type one expects.
+
+    Every accessor raises `MonitorProtocolError` when a member is missing or of another type; those
+    that take a `default` return it for a missing member only.
+    """
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, "an object", value)
+        self._value: Mapping[object, object] = value
+        self._where = where
+
+    def __contains__(self, member: str) -> bool:
+        return member in self._value
+
+    def text(self, member: str, default: str | None = None) -> str:
+        """A string without NUL or line ends, which no name of QEMU's contains."""
+        value = self._member(member, default)
+        if not isinstance(value, str) or any(character in value for character in "\0\n\r"):
+            raise _wrong(f"{self._where}.{member}", "one line of text", value)
+        return value
+
+    def integer(self, member: str, default: int | None = None) -> int:
+        """An integer that is not negative."""
+        value = self._member(member, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _wrong(f"{self._where}.{member}", "a number", value)
+        return value
+
+    def boolean(self, member: str, default: bool | None = None) -> bool:
+        """A truth value."""
+        value = self._member(member, default)
+        if not isinstance(value, bool):
+            raise _wrong(f"{self._where}.{member}", "a truth value", value)
+        return value
+
+    def object(self, member: str) -> "Reply":
+        """An object."""
+        return Reply(self._member(member, None), f"{self._where}.{member}")
+
+    def optional(self, member: str) -> "Reply | None":
+        """An object, or `None` where the member is missing."""
+        return self.object(member) if member in self._value else None
+
+    def objects(self, member: str) -> Iterator["Reply"]:
+        """The objects of an array; a missing array is an empty one."""
+        return objects(self._value.get(member, []), f"{self._where}.{member}")
+
+    def _member(self, member: str, default: object) -> object:
+        value = self._value.get(member, default)
+        if value is None:
+            raise _wrong(f"{self._where}.{member}", "present", value)
+        return value
+
+
+def objects(value: object, where: str) -> Iterator[Reply]:
+    """The objects of an array that QEMU sent."""
+    if not isinstance(value, list):
+        raise _wrong(where, "an array", value)
+    return (Reply(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _wrong(where: str, expected: str, value: object) -> MonitorProtocolError:
+    shown = repr(value)[:80]
+    return MonitorProtocolError(
+        f"The monitor's reply is not understood: {where} should be {expected}, but is {shown}.",
+        "Check that the socket is a QMP monitor of QEMU.",
+    )

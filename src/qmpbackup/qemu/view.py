@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The view of one instant: every disk as it was at one moment, readable while the guest writes on.
+
+For each disk a copy-before-write filter is put between the guest's device and its node. It saves
+the old contents of what the guest is about to overwrite in a scratch image, and a snapshot-access
+node shows the disk as it was (QEMU docs/interop/live-block-operations; block/copy-before-write.c,
+block/snapshot-access.c). If the scratch fails, the view breaks and never the guest's write
+(`on-cbw-error: break-snapshot`).
+
+    guest device                            guest device
+         │                                       │
+    active node          at the instant      cbw ──── target ──► scratch
+         │                  ──────►           │  └─ snapshot-access ──► the copy reads here
+    format node                          active node
+                                              │
+                                         format node   (bitmaps live here)
+
+All disks are switched while the VM stands still for a few milliseconds, after the new bitmaps were
+started in one transaction. The order inside that transaction matters: first the new bitmaps, then
+the copies of the old ones. An iothread may write between two actions, and must then be in both.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.model import Disk
+from qmpbackup.plan import commands
+from qmpbackup.plan.commands import Command
+from qmpbackup.plan.names import STOPPED_MARKER, RunNames
+from qmpbackup.qemu.inventory import device_path
+from qmpbackup.qemu.handover import hand_over
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.reply import objects
+from qmpbackup.qemu.watchdog import Watchdog
+from qmpbackup.undo import UndoStack
+
+CBW_TIMEOUT_SECONDS = 45
+"""Longest that a hanging scratch can hold up a guest write, once; then the view breaks instead."""
+
+STOP_SECONDS = 10.0
+"""After this long the watchdog lets the VM run again and the run is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One disk of a view, with the bitmaps that its copy needs.
+
+    `new_bitmap` is the change bitmap to start (empty: none), `base_bitmap` the one whose marks say
+    what to copy (empty: everything).
+    """
+
+    disk: Disk
+    number: int
+    new_bitmap: str = ""
+    base_bitmap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """When the view was taken (seconds since the epoch) and how long the VM stood still."""
+
+    time: float
+    pause: float
+
+
+class View:
+    """The nodes of one run's view.
+
+    `teardown` takes what must go in any case; `rollback` what must go only if the run fails, which
+    are the new change bitmaps.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        seats: Sequence[Seat],
+        names: RunNames,
+        *,
+        teardown: UndoStack,
+        rollback: UndoStack,
+    ) -> None:
+        self._monitor = monitor
+        self._seats = seats
+        self._names = names
+        self._undo = teardown
+        self._rollback = rollback
+
+    def snapshot_node(self, seat: Seat) -> str:
+        """The node to read: the disk as it was at the instant."""
+        return self._names.of("snap", seat.number)
+
+    def copy_bitmap(self, seat: Seat) -> str:
+        """The bitmap on the snapshot node that says what to copy; empty for everything."""
+        return self._names.of("inc", seat.number) if seat.base_bitmap else ""
+
+    def prepare(self, seat: Seat, fd: int, path: Path) -> None:
+        """Open the scratch image of a disk: a sparse raw file as long as the disk."""
+        name = self._names.of("scratch", seat.number)
+        filename = hand_over(self._monitor, fd, path, name, self._undo)
+        self._do(
+            commands.blockdev_add(name, "file", filename=filename, discard="unmap"),
+            f"close the scratch image of {seat.disk.id}",
+            commands.blockdev_del(name),
+        )
+
+    def take(self, watchdog: Watchdog, running: bool) -> Instant:
+        """Take the instant: new bitmaps and the views of all disks, while the VM stands still.
+
+        Raises:
+            VmError: some step failed; what was done is on the undo stack and the VM runs again.
+        """
+        taken = time.time()
+        with self._standstill(watchdog, running) as pause:
+            self._start_bitmaps()
+            for seat in self._seats:
+                self._insert(seat)
+        for seat in self._seats:
+            self._copy_marks(seat)
+        return Instant(taken, pause[0])
+
+    def _start_bitmaps(self) -> None:
+        actions = [
+            commands.bitmap_add(
+                seat.disk.format_node, seat.new_bitmap, persistent=seat.disk.can_persist
+            )
+            for seat in self._seats
+            if seat.new_bitmap
+        ]
+        for seat in self._seats:
+            if seat.base_bitmap:
+                node, name = seat.disk.format_node, self._names.of("inc", seat.number)
+                actions.append(commands.bitmap_add(node, name, disabled=True))
+                actions.append(commands.bitmap_merge(node, name, node, seat.base_bitmap))
+        if not actions:
+            return
+        self._monitor.execute(commands.transaction(actions))
+        for seat in self._seats:
+            node = seat.disk.format_node
+            if seat.new_bitmap:
+                self._remove_later(self._rollback, node, seat.new_bitmap)
+            if seat.base_bitmap:
+                self._remove_later(self._undo, node, self.copy_bitmap(seat))
+
+    def _remove_later(self, stack: UndoStack, node: str, name: str) -> None:
+        remove = commands.bitmap_remove(node, name)
+        stack.push(f"remove bitmap {name}", lambda: self._monitor.execute(remove))
+
+    def _insert(self, seat: Seat) -> None:
+        cbw = self._names.of("cbw", seat.number)
+        bitmap = {"node": seat.disk.format_node, "name": self.copy_bitmap(seat)}
+        self._do(
+            commands.blockdev_add(
+                cbw,
+                "copy-before-write",
+                file=seat.disk.node,
+                target=self._names.of("scratch", seat.number),
+                on_cbw_error="break-snapshot",
+                cbw_timeout=CBW_TIMEOUT_SECONDS,
+                **({"bitmap": bitmap} if seat.base_bitmap else {}),
+            ),
+            f"remove the filter from {seat.disk.id}",
+            commands.blockdev_del(cbw),
+        )
+        self._monitor.execute(commands.attach(seat.disk.qom_path, cbw))
+        self._undo.push(f"put {seat.disk.id} back on its node", lambda: self._detach(seat, cbw))
+        snap = self.snapshot_node(seat)
+        self._do(
+            commands.blockdev_add(snap, "snapshot-access", file=cbw),
+            f"remove the view of {seat.disk.id}",
+            commands.blockdev_del(snap),
+        )
+
+    def _detach(self, seat: Seat, cbw: str) -> None:
+        """Put the device back, but only if it still sits on our filter."""
+        if active_node(self._monitor, seat.disk.qom_path) == cbw:
+            self._monitor.execute(commands.attach(seat.disk.qom_path, seat.disk.node))
+
+    def _copy_marks(self, seat: Seat) -> None:
+        if not seat.base_bitmap:
+            return
+        snap, name = self.snapshot_node(seat), self.copy_bitmap(seat)
+        self._monitor.execute(
+            commands.transaction(
+                [
+                    commands.bitmap_add(snap, name, disabled=True),
+                    commands.bitmap_merge(snap, name, seat.disk.format_node, name),
+                ]
+            )
+        )
+
+    @contextmanager
+    def _standstill(self, watchdog: Watchdog, running: bool) -> Iterator[list[float]]:
+        """The VM stands still inside the block; yields a list that then holds for how long.
+
+        A VM that was not running is left as it is.
+        """
+        pause = [0.0]
+        if not running:
+            yield pause
+            return
+        watchdog.arm_stop(STOP_SECONDS)
+        marker = {"qom-type": "throttle-group", "id": STOPPED_MARKER}
+        self._monitor.execute(Command("object-add", marker))
+        started = time.monotonic()
+        try:
+            self._monitor.execute(Command("stop"), STOP_SECONDS)
+            yield pause
+        finally:
+            self._monitor.execute(Command("cont"))
+            pause[0] = time.monotonic() - started
+            self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
+            watchdog.disarm_stop()
+
+    def _do(self, command: Command, undo_what: str, undo: Command) -> None:
+        self._monitor.execute(command)
+        self._undo.push(undo_what, lambda: self._monitor.execute(undo))
+
+
+def active_node(monitor: Monitor, qom_path: str) -> str:
+    """The node that a guest device sits on; empty where it has none."""
+    for drive in objects(monitor.execute(Command("query-block")), "query-block"):
+        if "qdev" in drive and device_path(drive.text("qdev")) == qom_path:
+            inserted = drive.optional("inserted")
+            return inserted.text("node-name") if inserted else ""
+    return ""
+
