@@ -121,19 +121,26 @@ class View:
             self._copy_marks(seat)
         return Instant(taken, pause[0])
 
-    def _start_bitmaps(self) -> None:
-        actions = [
+    @staticmethod
+    def transaction(seats: Sequence[Seat], names: RunNames) -> tuple[Command, ...]:
+        """The bitmap actions of the instant: all new bitmaps first, see the module's docstring."""
+        starts = [
             commands.bitmap_add(
                 seat.disk.format_node, seat.new_bitmap, persistent=seat.disk.can_persist
             )
-            for seat in self._seats
+            for seat in seats
             if seat.new_bitmap
         ]
-        for seat in self._seats:
+        copies: list[Command] = []
+        for seat in seats:
             if seat.base_bitmap:
-                node, name = seat.disk.format_node, self._names.of("inc", seat.number)
-                actions.append(commands.bitmap_add(node, name, disabled=True))
-                actions.append(commands.bitmap_merge(node, name, node, seat.base_bitmap))
+                node, name = seat.disk.format_node, names.of("inc", seat.number)
+                copies.append(commands.bitmap_add(node, name, disabled=True))
+                copies.append(commands.bitmap_merge(node, name, node, seat.base_bitmap))
+        return (*starts, *copies)
+
+    def _start_bitmaps(self) -> None:
+        actions = self.transaction(self._seats, self._names)
         if not actions:
             return
         self._monitor.execute(commands.transaction(actions))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup backup`: make a restore point."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpbackup.cli.arguments import names, require_socket, size
+from qmpbackup.model import Level, Quiesce
+from qmpbackup.plan.sizes import human
+
+if TYPE_CHECKING:
+    from qmpbackup.service.backup import Outcome, Plan, Request
+
+DEGRADED = 3
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "backup",
+        help="make a full or incremental backup of the running VM",
+        description="Copy all disks of the running VM, as they are at one instant, into a target.",
+    )
+    add = parser.add_argument
+    add(
+        "-l",
+        "--level",
+        required=True,
+        choices=[level.value for level in Level],
+        help="full: everything. inc: changes since the last point; fails (exit 4) where that is not "
+        "possible. diff: changes since the last full. auto: inc where possible, else full, for each "
+        "disk. copy: a full outside every chain, which leaves no trace in the VM",
+    )
+    add("-t", "--target", required=True, type=Path, metavar="DIR", help="where the points live")
+    add(
+        "-i",
+        "--include",
+        action="append",
+        metavar="DISK",
+        help="take only these disks: disk id, node, drive or device; repeat, or separate by commas",
+    )
+    add("-e", "--exclude", action="append", metavar="DISK", help="leave these disks out")
+    add(
+        "--quiesce",
+        "--quisce",
+        nargs="?",
+        const="require",
+        choices=["require", "try"],
+        help="freeze the guest's file systems for the instant, with the guest agent. require (the "
+        "default): no point without it. try: go on without, and mark the point so",
+    )
+    add(
+        "--pause",
+        action="store_true",
+        help="stop the VM at the instant (for milliseconds; never during the copy)",
+    )
+    add("--compress", action="store_true", help="compress what is stored, with zstd")
+    add(
+        "--speed-limit",
+        type=size,
+        default=0,
+        metavar="N",
+        help="bytes a second at most, for each disk; also 50M",
+    )
+    add(
+        "--monthly",
+        action="store_true",
+        help="use a folder DIR/YYYY-MM for each month, so that each month starts a chain",
+    )
+    add("--uuid", default="", help="name under which a new target marks its bitmaps in the VM")
+    add(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="where what the guest overwrites is kept meanwhile (default: beside each disk)",
+    )
+    add(
+        "--lock-wait",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds to wait for another run of the same VM or target (default: 0, exit 11)",
+    )
+    add("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    for ignored in _IGNORED:
+        add(ignored, action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+_IGNORED = ("--include-raw", "--no-symlink")
+"""Options of the original that say what we always do."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    from qmpbackup.service.backup import back_up, dry_run
+
+    request = _request(arguments)
+    if arguments.dry_run:
+        plan = dry_run(request)
+        print(_plan_json(plan) if arguments.json else "\n".join(_plan_lines(plan)))
+        return 0
+    from qmpbackup.cli.progress import Progress
+
+    with Progress(sys.stderr) as progress:
+        outcome = back_up(request, progress.show)
+    print(_outcome_json(outcome) if arguments.json else "\n".join(_outcome_lines(outcome)))
+    return DEGRADED if outcome.degraded else 0
+
+
+def _request(arguments: argparse.Namespace) -> "Request":
+    from qmpbackup.plan.selection import Selection
+    from qmpbackup.service.backup import Request
+
+    return Request(
+        address=require_socket(arguments),
+        target=arguments.target,
+        level=Level(arguments.level),
+        agent_address=arguments.agent_socket or "",
+        selection=Selection(names(arguments.include), names(arguments.exclude)),
+        quiesce=Quiesce(arguments.quiesce or "no"),
+        pause=arguments.pause,
+        compress=arguments.compress,
+        speed=arguments.speed_limit,
+        monthly=arguments.monthly,
+        uuid=arguments.uuid,
+        scratch=arguments.scratch,
+        lock_wait=arguments.lock_wait,
+    )
+
+
+def _outcome_lines(outcome: "Outcome") -> Iterable[str]:
+    point = outcome.point
+    for disk in point.disks:
+        yield f"{disk.id:<20} {disk.level:<4}  {human(disk.file_size):>10}  {disk.file}"
+    yield (
+        f"Point {point.id}: {point.level}, {len(point.disks)} disks, {human(point.size)}, "
+        f"{point.consistency}-consistent, VM stopped for {point.pause * 1000:.1f} ms."
+    )
+    for complaint in outcome.degraded:
+        yield f"Degraded: {complaint}"
+
+
+def _outcome_json(outcome: "Outcome") -> str:
+    from qmpbackup.target.manifest import point_to_json
+
+    return json.dumps(
+        {
+            "schema": 1,
+            "type": "backup",
+            "point": point_to_json(outcome.point),
+            "degraded": list(outcome.degraded),
+        }
+    )
+
+
+def _plan_lines(plan: "Plan") -> Iterable[str]:
+    yield f"Target {plan.target} (id {plan.target_id})"
+    for disk in plan.disks:
+        yield (
+            f"{disk.disk.id:<20} {disk.level:<4}  at most {human(disk.bytes_to_copy):>10}  "
+            f"({disk.reason})"
+        )
+    for skipped in plan.skipped:
+        yield f"{skipped.name:<20} skipped  ({skipped.reason})"
+    yield "Transaction at the instant:"
+    for command in plan.transaction:
+        yield f"  {command.name} {json.dumps(command.arguments)}"
+
+
+def _plan_json(plan: "Plan") -> str:
+    return json.dumps(
+        {
+            "schema": 1,
+            "type": "plan",
+            "target": str(plan.target),
+            "level": plan.level,
+            "parent": plan.parent,
+            "disks": [
+                {
+                    "id": disk.disk.id,
+                    "level": disk.level,
+                    "reason": disk.reason,
+                    "parent": disk.base.id if disk.base else None,
+                    "bytes": disk.bytes_to_copy,
+                }
+                for disk in plan.disks
+            ],
+            "skipped": [{"name": each.name, "reason": each.reason} for each in plan.skipped],
+            "transaction": [command.render() for command in plan.transaction],
+        }
+    )

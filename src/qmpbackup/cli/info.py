@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup info` and `qmpbackup cleanup`: what the VM has, and removing our bitmaps from it."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from qmpbackup.cli.arguments import require_socket
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the two commands."""
+    info = commands.add_parser(
+        "info",
+        help="show the VM's disks or their bitmaps",
+        description="Show the disks of the running VM, or the dirty bitmaps on them, as JSON.",
+    )
+    info.add_argument("--show", required=True, choices=["blockdev", "bitmaps"], help="what to show")
+    info.set_defaults(run=show)
+    cleanup = commands.add_parser(
+        "cleanup",
+        help="remove our bitmaps from the VM",
+        description="Remove change bitmaps of qmpbackup from the running VM. Bitmaps of other tools "
+        "stay. The next backup into a target whose bitmaps are gone is a full.",
+    )
+    cleanup.add_argument(
+        "--remove-bitmap",
+        "--remove-bitmaps",
+        required=True,
+        action="store_true",
+        help="say that this is what you want",
+    )
+    cleanup.add_argument("--uuid", default="", help="only those of the target with this id")
+    cleanup.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    cleanup.set_defaults(run=clean_up)
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print disks or bitmaps."""
+    from qmpbackup.service import session
+
+    with session.opened(require_socket(arguments)) as opened:
+        vm = opened.vm
+    for disk in vm.disks:
+        shown = asdict(disk)
+        if arguments.show == "bitmaps":
+            shown = {"disk": disk.id, "node": disk.format_node, "bitmaps": shown["bitmaps"]}
+        print(json.dumps(shown, indent=4))
+    if arguments.show == "blockdev":
+        for skipped in vm.skipped:
+            print(json.dumps({"skipped": skipped.name, "reason": skipped.reason}, indent=4))
+    return 0
+
+
+def clean_up(arguments: argparse.Namespace) -> int:
+    """Remove bitmaps and say which."""
+    from qmpbackup.service.bitmaps import remove_bitmaps
+
+    removed = remove_bitmaps(require_socket(arguments), arguments.uuid, arguments.lock_wait)
+    for name in removed:
+        print(f"Removing bitmap: {name}")
+    if not removed:
+        print("There was no bitmap of ours to remove.")
+    return 0

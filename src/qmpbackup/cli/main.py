@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three commands: options that all share, logging, and the mapping of errors to exit codes."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from qmpbackup import __version__
+from qmpbackup.errors import Interrupted, QmpBackupError
+
+Run = Callable[[argparse.Namespace], int]
+
+EXIT_CODES = """\
+exit codes:
+  0 done · 1 failed · 2 wrong usage · 3 done but degraded · 4 an incremental is not possible
+  5 quiesce failed · 6 QMP, NBD or VM · 7 target or storage · 8 damaged data · 10 no such target
+  11 locked by another run · 12 wrong password · 130/143 interrupted"""
+
+EXAMPLES = """\
+examples:
+  qmpbackup --socket /run/vm.qmp backup --level auto --target /backup/vm
+  qmpbackup --socket /run/vm.qmp --agent-socket /run/vm.qga backup --level inc --quiesce \\
+      --target /backup/vm
+  qmpbackup list --target /backup/vm
+  qmpbackup restore --target /backup/vm --output /restore
+"""
+
+
+def qmpbackup() -> NoReturn:
+    """Entry point of `qmpbackup`."""
+    sys.exit(run(_parser(), sys.argv[1:]))
+
+
+def qmprebase() -> NoReturn:
+    """Entry point of `qmprebase`."""
+    from qmpbackup.cli.rebase import qmprebase_parser
+
+    sys.exit(run(qmprebase_parser(), sys.argv[1:]))
+
+
+def qmprestore() -> NoReturn:
+    """Entry point of `qmprestore`."""
+    from qmpbackup.cli.rebase import qmprestore_parser
+
+    sys.exit(run(qmprestore_parser(), sys.argv[1:]))
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Parse and carry out one command line; return its exit code."""
+    arguments = parser.parse_args(argv)
+    debug = bool(getattr(arguments, "debug", False))
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _set_up_logging(arguments, debug)
+        command: Run = arguments.run
+        code = command(arguments)
+        sys.stdout.flush()
+    except Interrupted as error:
+        return _report(error, error.exit_status, debug)
+    except QmpBackupError as error:
+        return _report(error, error.exit_code, debug)
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last resort: one sentence instead of a traceback
+        unexpected = QmpBackupError(
+            f"Unexpected {type(error).__name__}: {error}.", "Run with --debug and report the traceback."
+        )
+        return _report(unexpected, unexpected.exit_code, debug, error)
+    return code
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _report(error: QmpBackupError, code: int, debug: bool, cause: Exception | None = None) -> int:
+    log = logging.getLogger("qmpbackup")
+    for sentence in filter(None, (error.message, error.hint)):
+        log.error("%s", sentence)
+    if debug:
+        log.debug("Where it came from:", exc_info=cause or error)
+    return code
+
+
+def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setFormatter(_Plain())
+    logfile = getattr(arguments, "logfile", None)
+    if logfile:
+        handlers.append(_file_handler(logfile))
+    if getattr(arguments, "syslog", False):
+        handlers.append(_syslog_handler())
+    log = logging.getLogger("qmpbackup")
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+    log.handlers[:] = handlers
+
+
+class _Plain(logging.Formatter):
+    """`warning: …` and `error: …`; plain sentences for what is only information."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def _file_handler(path: str) -> logging.Handler:
+    from qmpbackup.errors import StorageError
+
+    try:
+        handler = logging.FileHandler(path)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write the log file {path}: {error.strerror}.", "Check --logfile."
+        ) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def _syslog_handler() -> logging.Handler:
+    from logging.handlers import SysLogHandler
+
+    from qmpbackup.errors import UsageError
+
+    if not os.path.exists("/dev/log"):  # noqa: PTH110 - one test, no pathlib at start-up
+        raise UsageError("There is no syslog socket /dev/log.", "Leave out --syslog.")
+    handler = SysLogHandler(address="/dev/log")
+    handler.setFormatter(logging.Formatter("qmpbackup: %(message)s"))
+    return handler
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qmpbackup.cli import backup, doctor, info, listing, restore, show, verify
+
+    parser = argparse.ArgumentParser(
+        prog="qmpbackup",
+        description="Live full and incremental backups of running QEMU virtual machines.",
+        epilog=f"{EXAMPLES}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qmpbackup {__version__}")
+    parser.add_argument(
+        "--socket", metavar="S", help="QMP socket of the VM: a path, or tcp:HOST:PORT"
+    )
+    parser.add_argument(
+        "--agent-socket", metavar="A", help="socket of the VM's guest agent, for --quiesce"
+    )
+    add_shared_options(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (backup, info, doctor, listing, show, verify, restore):
+        module.register(commands)
+    return parser
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Options of all three commands."""
+    parser.add_argument("--debug", action="store_true", help="log every step, and tracebacks")
+    parser.add_argument("-L", "--logfile", metavar="F", help="also log to this file")
+    parser.add_argument("--syslog", action="store_true", help="also log to syslog")

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress of a copy: a line that is redrawn on a terminal, and nothing anywhere else."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self, TextIO
+
+from qmpbackup.plan.sizes import human
+
+if TYPE_CHECKING:
+    from qmpbackup.qemu.jobs import Progress as JobProgress
+
+_CLEAR = "\r\x1b[K"
+
+
+class Progress:
+    """Shows how far the jobs are; use as a context manager, which leaves the line clean."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write(_CLEAR)
+
+    def show(self, jobs: "Sequence[JobProgress]") -> None:
+        """Redraw: bytes of each disk, and rate and time left of them all."""
+        if self._terminal and jobs:
+            done, total = sum(job.done for job in jobs), sum(job.total for job in jobs)
+            disks = "  ".join(f"{human(job.done)}/{human(job.total)}" for job in jobs)
+            self._write(f"{_CLEAR}{disks}  {self._rate(done, total)}")
+
+    def _rate(self, done: int, total: int) -> str:
+        rate = done / max(time.monotonic() - self._started, 0.001)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        return f"{human(rate)}/s{left}"
+
+    def _write(self, text: str) -> None:
+        if self._terminal:
+            self._stream.write(text)
+            self._stream.flush()

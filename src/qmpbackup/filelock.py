@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks between processes: flock(2) on a file that stays. The kernel frees them when we die."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.errors import Locked, StorageError
+
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def locked(fd: int, what: str, *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock on an open file for the block; `what` names the locked thing in the message.
+
+    Raises:
+        Locked: somebody else held it for all of `wait` seconds.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            interrupt.check()
+            if time.monotonic() >= deadline:
+                raise Locked(
+                    f"Another run of qmpbackup is using {what}.",
+                    "Wait for its end, or let this one wait with --lock-wait SECONDS.",
+                ) from None
+            time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+@contextmanager
+def vm_lock(key: str, wait: float) -> Iterator[None]:
+    """Hold the lock of one VM; `key` is what all runs for this VM agree on."""
+    folder = _runtime_folder()
+    name = "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in key)[-200:]
+    fd = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with locked(fd, "this VM", wait=wait):
+            yield
+    finally:
+        os.close(fd)
+
+
+def _runtime_folder() -> Path:
+    """A folder of ours alone for locks: root's in /run, others' where their session keeps such."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.geteuid() == 0:
+        folder = Path("/run/qmpbackup")
+    elif base:
+        folder = Path(base) / "qmpbackup"
+    else:
+        folder = Path(f"/tmp/qmpbackup-{os.geteuid()}")  # noqa: S108 - checked below
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    if folder.is_symlink() or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+        raise StorageError(
+            f"The folder for locks, {folder}, is not ours alone.",
+            "Remove it; it holds nothing but locks.",
+        )
+    return folder

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scratch images: files without a name that keep what the guest overwrites while we copy.
+
+Where QEMU takes descriptors, the file never has a name (open(2), O_TMPFILE), so nothing of it can be
+left behind, whoever dies. Else it has a name with our prefix and goes with the teardown.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from qmpbackup.errors import StorageError
+from qmpbackup.model import Disk
+from qmpbackup.plan.sizes import human
+from qmpbackup.undo import UndoStack
+
+FALLBACK = Path("/var/tmp")  # noqa: S108 - the place for large temporary files (FHS 5.15)
+LEAST_FREE = 64 * 1024 * 1024
+"""Bytes that must be free for a scratch, unless less than that will be copied at all."""
+
+
+def folder_for(disk: Disk, chosen: Path | None) -> Path:
+    """Where the scratch of a disk goes: as chosen, else beside the disk, else `/var/tmp`."""
+    if chosen is not None:
+        return chosen
+    image = Path(disk.filename)
+    if image.is_absolute() and image.is_file() and os.access(image.parent, os.W_OK):
+        return image.parent
+    return FALLBACK
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that we may still write there."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
+
+
+def create(folder: Path, name: str, size: int, needed: int, named: bool, undo: UndoStack) -> tuple[int, Path]:
+    """Make a sparse scratch file of `size` bytes; return its descriptor and path.
+
+    `needed` is the most that can be copied, and so the most that the scratch can hold.
+
+    Raises:
+        StorageError: no folder, no right, or no room there.
+    """
+    path = folder / f".{name}"
+    try:
+        _require_room(folder, min(needed, LEAST_FREE))
+        fd = _open_named(path) if named else _open_nameless(folder, path)
+        undo.push(f"close scratch {path}", lambda: os.close(fd))
+        if named:
+            undo.push(f"remove scratch {path}", lambda: path.unlink(missing_ok=True))
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot make a scratch image in {folder}: {error.strerror or error}.",
+            "Choose a folder on local storage with --scratch DIR.",
+        ) from error
+    return fd, path
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = free_bytes(folder)
+    if free < needed:
+        raise StorageError(
+            f"There is too little room for a scratch image in {folder}: {human(free)} are free.",
+            f"Make at least {human(needed)} free there, or choose another folder with --scratch DIR.",
+        )
+
+
+def _open_nameless(folder: Path, path: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        # Not every file system has O_TMPFILE (NFS, some FUSE); there the name goes at once instead.
+        fd = _open_named(path)
+        with suppress(OSError):
+            path.unlink()
+        return fd
+
+
+def _open_named(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
