@@ -71,7 +71,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: one sentence instead of a traceback
         unexpected = QmpBackupError(
-            f"Unexpected {type(error).__name__}: {error}.", "Run with --debug and report the traceback."
+            f"Unexpected {type(error).__name__}: {error}.",
+            "Run with --debug and report the traceback.",
         )
         return _report(unexpected, unexpected.exit_code, debug, error)
     return code

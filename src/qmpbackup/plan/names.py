@@ -44,4 +44,3 @@ class RunNames:
     def of(self, what: str, number: int) -> str:
         """The name of the run's item of a kind (`cbw`, `snap`, `scratch`, …) for a disk."""
         return f"{RUN_PREFIX}{self.run}-{what}{number}"
-

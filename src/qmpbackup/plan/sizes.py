@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or not text.isascii():
         raise UsageError(f"{text!r} is not a size.", "Write bytes, or a number with K, M, G or T.")
-    return int(match[1]) * 1024 ** _UNITS.index(match[2].upper() or "B")
+    return int(match[1]) << (10 * _UNITS.index(match[2].upper() or "B"))
 
 
 def human(size: float) -> str:

@@ -65,7 +65,8 @@ def create_images(
     created = [names.of("create", image.number) for image in images]
     undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
     for image, job in zip(images, created, strict=True):
-        arguments = {"job-id": job, "options": _create_options(image, names, options)}
+        settings = _create_options(image, names, options)
+        arguments: dict[str, Json] = {"job-id": job, "options": settings}
         monitor.execute(Command("blockdev-create", arguments))
     for image, end in zip(
         images, jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS), strict=True
@@ -103,9 +104,7 @@ def copy_all(
     except QmpBackupError:
         jobs.sweep(monitor, started)
         raise
-    failures = [
-        _failure(image, end) for image, end in zip(images, ends, strict=True) if end.error
-    ]
+    failures = [_failure(image, end) for image, end in zip(images, ends, strict=True) if end.error]
     if failures:
         raise failures[0]
 
@@ -189,4 +188,3 @@ def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
         f"The backup of disk {image.disk_id} failed: {end.error}.",
         "Run again; nothing was lost.",
     )
-

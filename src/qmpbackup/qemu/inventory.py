@@ -159,7 +159,7 @@ def _seat(
     node = inserted.text("node-name")
     format_node = graph.below(node, nodes, _is_filter)
     format_reply = nodes.get(format_node, inserted)
-    image = format_reply.object("image")
+    image = format_reply.nested("image")
     driver = format_reply.text("drv")
     path = device_path(qdev)
     device_id = path.removeprefix(PERIPHERAL).split("/")[0] if path.startswith(PERIPHERAL) else ""
@@ -172,7 +172,7 @@ def _seat(
         node=node,
         format_node=format_node,
         format=driver,
-        size=inserted.object("image").integer("virtual-size"),
+        size=inserted.nested("image").integer("virtual-size"),
         filename=image.text("filename"),
         can_persist=_can_persist(driver, image),
         below_ours=below_ours,
@@ -187,7 +187,7 @@ def _can_persist(driver: str, image: Reply) -> bool:
     if driver != "qcow2":
         return False
     specific = image.optional("format-specific")
-    return specific is None or specific.object("data").text("compat", "1.1") != "0.10"
+    return specific is None or specific.nested("data").text("compat", "1.1") != "0.10"
 
 
 def _bitmap(reply: Reply) -> Bitmap:
@@ -228,9 +228,7 @@ class _Graph:
         self._monitor = monitor
         self._children: dict[str, str] | None = None
 
-    def below(
-        self, node: str, nodes: Mapping[str, Reply], passes: Callable[[Reply], bool]
-    ) -> str:
+    def below(self, node: str, nodes: Mapping[str, Reply], passes: Callable[[Reply], bool]) -> str:
         """The first node from `node` downwards that `passes` does not hold for."""
         for _ in range(len(nodes) + 1):
             reply = nodes.get(node)
@@ -305,5 +303,3 @@ def _command_line(pid: int | None) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(word.decode(errors="replace") for word in raw.split(b"\0") if word)
-
-

@@ -6,6 +6,7 @@ Jobs are started with `auto-dismiss: false`, so the reason of a failure stays re
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from qmpbackup.errors import CommandError, CommandTimeout
@@ -99,7 +100,7 @@ def sweep(monitor: Monitor, jobs: Sequence[str]) -> None:
 
 def _note(event: Reply, state: _State) -> bool:
     """Take in an event; whether it is worth asking QEMU for the state of the jobs."""
-    data = event.object("data")
+    data = event.nested("data")
     if event.text("event") == "BLOCK_JOB_ERROR":
         state.operations.setdefault(data.text("device"), data.text("operation"))
         return False
@@ -127,10 +128,8 @@ def _look(monitor: Monitor, state: _State, watch: Watch | None) -> None:
 
 
 def _end(monitor: Monitor, state: _State, job: str, error: str) -> None:
-    try:
+    with suppress(CommandError):
         monitor.execute(Command("job-dismiss", {"id": job}))
-    except CommandError:
-        pass
     state.open = state.open - {job}
     state.ends[job] = JobEnd(job, error, state.operations.get(job, ""))
 

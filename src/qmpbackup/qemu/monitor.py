@@ -12,12 +12,12 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError as QmpConnectError
-from qemu.qmp import ExecuteError, ExecInterruptedError, QMPClient, QMPError
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message
 from qemu.qmp.protocol import Runstate, StateError
@@ -35,6 +35,8 @@ from qmpbackup.errors import (
 )
 from qmpbackup.plan.commands import Command
 from qmpbackup.qemu.reply import Reply
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 COMMAND_SECONDS = 60.0
@@ -75,7 +77,7 @@ class Monitor:
             raise
         return monitor
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +105,7 @@ class Monitor:
     @property
     def version(self) -> tuple[int, int, int]:
         """QEMU's version from its greeting."""
-        qemu = self._version().object("qemu")
+        qemu = self._version().nested("qemu")
         return qemu.integer("major"), qemu.integer("minor"), qemu.integer("micro")
 
     @property
@@ -208,7 +210,7 @@ class Monitor:
             return await asyncio.wait_for(call, timeout)
         except ExecuteError as error:
             raise CommandError(
-                command.name, error.error.class_, error.error.desc
+                command.name, error.error.error.class_, error.error.error.desc
             ) from error
 
     async def _next_event(self, timeout: float) -> Reply | None:
@@ -220,7 +222,7 @@ class Monitor:
             return None
         return Reply(event, "event")
 
-    def _run(self, work: Any, what: str, timeout: float) -> Any:
+    def _run(self, work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
         try:
             return self._loop.run_until_complete(work)
         except TimeoutError as error:
@@ -294,8 +296,13 @@ def _lost(address: str, what: str) -> tuple[str, str]:
 
 
 def _drain(loop: asyncio.AbstractEventLoop) -> None:
+    """Let what the client left in the loop end, so that nothing complains when it is closed."""
+
+    async def settle(tasks: set[asyncio.Task[Any]]) -> None:
+        await asyncio.wait(tasks, timeout=1.0)
+
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    wait: Callable[..., Any] = asyncio.gather
-    loop.run_until_complete(wait(*tasks, return_exceptions=True))
+    if tasks:
+        loop.run_until_complete(settle(tasks))

@@ -43,13 +43,13 @@ class Reply:
             raise _wrong(f"{self._where}.{member}", "a truth value", value)
         return value
 
-    def object(self, member: str) -> "Reply":
+    def nested(self, member: str) -> "Reply":
         """An object."""
         return Reply(self._member(member, None), f"{self._where}.{member}")
 
     def optional(self, member: str) -> "Reply | None":
         """An object, or `None` where the member is missing."""
-        return self.object(member) if member in self._value else None
+        return self.nested(member) if member in self._value else None
 
     def objects(self, member: str) -> Iterator["Reply"]:
         """The objects of an array; a missing array is an empty one."""

@@ -35,7 +35,9 @@ def free_bytes(folder: Path) -> int:
     return state.f_bavail * state.f_frsize
 
 
-def create(folder: Path, name: str, size: int, needed: int, named: bool, undo: UndoStack) -> tuple[int, Path]:
+def create(
+    folder: Path, name: str, size: int, needed: int, named: bool, undo: UndoStack
+) -> tuple[int, Path]:
     """Make a sparse scratch file of `size` bytes; return its descriptor and path.
 
     `needed` is the most that can be copied, and so the most that the scratch can hold.

@@ -30,8 +30,8 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import STOPPED_MARKER, RunNames
-from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.handover import hand_over
+from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import objects
 from qmpbackup.qemu.watchdog import Watchdog
@@ -233,4 +233,3 @@ def active_node(monitor: Monitor, qom_path: str) -> str:
             inserted = drive.optional("inserted")
             return inserted.text("node-name") if inserted else ""
     return ""
-

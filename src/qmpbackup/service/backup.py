@@ -16,7 +16,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -152,9 +152,7 @@ def _open_target(request: Request, vm: Vm) -> DirectoryTarget:
     return DirectoryTarget.open_or_create(_target_path(request), identity, id_hint=whole.id)
 
 
-def _plan(
-    request: Request, vm: Vm, target: DirectoryTarget | None, stored: Inventory
-) -> Plan:
+def _plan(request: Request, vm: Vm, target: DirectoryTarget | None, stored: Inventory) -> Plan:
     chosen, skipped = request.selection.apply(vm.disks)
     if not chosen:
         raise UsageError(
@@ -232,9 +230,7 @@ class _Run:
                 (self._view.snapshot_node(seat), self._view.copy_bitmap(seat))
                 for seat in self._seats
             ]
-            copy.copy_all(
-                self._monitor, images, sources, self._names, self._options, self._watch
-            )
+            copy.copy_all(self._monitor, images, sources, self._names, self._options, self._watch)
             self._dismantle()
             point = self._commit(pending, instant, consistency)
         except BaseException:
@@ -251,9 +247,7 @@ class _Run:
         images = [
             self._image(number, plan, pending) for number, plan in enumerate(self._plan.disks)
         ]
-        copy.create_images(
-            self._monitor, images, self._names, self._options, self._images_open
-        )
+        copy.create_images(self._monitor, images, self._names, self._options, self._images_open)
         for seat, plan in zip(self._seats, self._plan.disks, strict=True):
             self._prepare_scratch(seat, plan)
         interrupt.check()
@@ -281,11 +275,13 @@ class _Run:
         running = self._plan.vm.running
         still = self._request.pause or not running
         guest = Guest(self._monitor, self._request.agent_address, self._request.quiesce)
-        with guest.connected() as agent:
-            with Watchdog.start(self._monitor.fileno() if running else None, agent) as watchdog:
-                with guest.frozen(watchdog):
-                    instant = self._view.take(watchdog, running)
-            self._degraded += guest.complaints
+        with (
+            guest.connected() as agent,
+            Watchdog.start(self._monitor.fileno() if running else None, agent) as watchdog,
+            guest.frozen(watchdog),
+        ):
+            instant = self._view.take(watchdog, running)
+        self._degraded += guest.complaints
         log.info("The VM stood still for %.1f ms.", instant.pause * 1000)
         if guest.was_frozen:
             return instant, Consistency.AGENT
@@ -341,7 +337,7 @@ class _Run:
         )
 
     def _retire_bitmaps(self, point: Point) -> None:
-        """Remove change bitmaps that no point needs any more; a failure costs the next run a word."""
+        """Remove change bitmaps that no point needs any more; the next run retries what fails."""
         points = (*self._stored.points, point)
         for plan in self._plan.disks:
             for name in rubbish(plan.disk, points, self._plan.target_id):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removing change bitmaps from a VM on request. Only ours; those of other tools are never touched."""
+"""Removing change bitmaps from a VM on request. Only ours: those of other tools stay."""
 
 from qmpbackup import interrupt
 from qmpbackup.plan import commands

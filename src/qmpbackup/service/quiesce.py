@@ -34,7 +34,8 @@ class Guest:
     def __init__(self, monitor: Monitor, agent_address: str, quiesce: Quiesce) -> None:
         if quiesce is Quiesce.REQUIRE and not agent_address:
             raise UsageError(
-                "--quiesce needs the socket of the guest agent.", "Name it with --agent-socket PATH."
+                "--quiesce needs the socket of the guest agent.",
+                "Name it with --agent-socket PATH.",
             )
         self._monitor = monitor
         self._address = agent_address
