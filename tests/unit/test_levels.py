@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bitmap rule: which disk gets which level, and what may be removed."""
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpbackup.errors import IncrementalNotPossible
+from qmpbackup.model import (
+    Bitmap,
+    Consistency,
+    Disk,
+    Level,
+    Point,
+    StoredDisk,
+    VmConfig,
+    VmIdentity,
+)
+from qmpbackup.plan.levels import SMALL, effective_level, last_full, plan_disks, rubbish
+from qmpbackup.plan.names import BitmapName
+
+SIZE = 64 << 20
+TARGET = "t1"
+
+
+def bitmap(point: str, **changes: bool) -> Bitmap:
+    state = {"recording": True, "busy": False, "persistent": True, "inconsistent": False}
+    return Bitmap(str(BitmapName(TARGET, point)), 65536, 65536, **(state | changes))
+
+
+def disk(*bitmaps: Bitmap, size: int = SIZE, can_persist: bool = True) -> Disk:
+    return Disk("vda", "/x", "", "n", "n", "qcow2", size, "/x", can_persist, "n", bitmaps)
+
+
+def point(
+    number: int, level: Level, parent: str | None = None, size: int = SIZE, disk_id: str = "vda"
+) -> Point:
+    stored = StoredDisk(disk_id, level, f"vda/F-{number}", parent, size, 1, "blake3:0")
+    return Point(
+        id=f"p{number}",
+        sequence=number,
+        time=datetime(2026, 1, 1, tzinfo=UTC),
+        level=level,
+        parent=parent,
+        consistency=Consistency.CRASH,
+        vm=VmConfig(VmIdentity(), "7.2.0"),
+        disks=(stored,),
+    )
+
+
+CHAIN = (point(1, Level.FULL), point(2, Level.INC, "p1"))
+
+
+def fine(_point: Point, _disk: str) -> str:
+    return ""
+
+
+def decide(each: Disk, level: Level, points: tuple[Point, ...] = CHAIN) -> tuple[Level, str]:
+    (plan,) = plan_disks([each], level, points, TARGET, fine)
+    return plan.level, plan.base.id if plan.base else ""
+
+
+def test_an_incremental_builds_on_the_last_point_and_a_differential_on_the_last_full() -> None:
+    ready = disk(bitmap("p1"), bitmap("p2"))
+    assert decide(ready, Level.INC) == (Level.INC, "p2")
+    assert decide(ready, Level.AUTO) == (Level.INC, "p2")
+    assert decide(ready, Level.DIFF) == (Level.DIFF, "p1")
+    assert decide(ready, Level.FULL) == (Level.FULL, "")
+
+
+@pytest.mark.parametrize(
+    ("bitmaps", "word"),
+    [
+        ((), "gone"),
+        ((bitmap("p1"),), "gone"),
+        ((bitmap("p2", inconsistent=True),), "inconsistent"),
+        ((bitmap("p2", busy=True),), "in use"),
+        ((bitmap("p2", recording=False),), "disabled"),
+    ],
+)
+def test_a_bitmap_that_cannot_be_trusted_makes_a_full_or_refuses(
+    bitmaps: tuple[Bitmap, ...], word: str
+) -> None:
+    each = disk(*bitmaps)
+    (plan,) = plan_disks([each], Level.AUTO, CHAIN, TARGET, fine)
+    assert plan.level is Level.FULL
+    assert word in plan.reason
+    with pytest.raises(IncrementalNotPossible, match="vda"):
+        plan_disks([each], Level.INC, CHAIN, TARGET, fine)
+
+
+def test_another_targets_bitmap_is_no_base() -> None:
+    other = Bitmap(str(BitmapName("t2", "p2")), 0, 65536, True, False, True)
+    assert decide(disk(other), Level.AUTO) == (Level.FULL, "")
+
+
+def test_the_first_backup_is_a_full_and_says_why() -> None:
+    (plan,) = plan_disks([disk()], Level.AUTO, (), TARGET, fine)
+    assert plan.level is Level.FULL
+    assert "no earlier point" in plan.reason
+
+
+def test_a_shrunk_disk_is_made_whole_and_a_grown_one_incrementally() -> None:
+    assert decide(disk(bitmap("p2"), size=SIZE // 2), Level.AUTO) == (Level.FULL, "")
+    assert decide(disk(bitmap("p2"), size=SIZE * 2), Level.AUTO) == (Level.INC, "p2")
+
+
+def test_a_damaged_base_is_not_built_upon() -> None:
+    plans = plan_disks([disk(bitmap("p2"))], Level.AUTO, CHAIN, TARGET, lambda *_: "it is missing")
+    assert plans[0].level is Level.FULL
+    assert "it is missing" in plans[0].reason
+
+
+def test_small_disks_are_copied_whole_and_keep_no_bitmap() -> None:
+    (plan,) = plan_disks([disk(size=SMALL)], Level.INC, CHAIN, TARGET, fine)
+    assert (plan.level, plan.keeps_bitmap) == (Level.FULL, False)
+
+
+def test_a_copy_leaves_no_trace() -> None:
+    (plan,) = plan_disks([disk(bitmap("p2"))], Level.COPY, CHAIN, TARGET, fine)
+    assert (plan.level, plan.keeps_bitmap, plan.base_bitmap) == (Level.COPY, False, "")
+
+
+def test_a_copy_is_nobodys_base() -> None:
+    points = (*CHAIN, point(3, Level.COPY))
+    assert decide(disk(bitmap("p2")), Level.AUTO, points) == (Level.INC, "p2")
+
+
+def test_the_level_of_a_point_is_that_of_its_chains() -> None:
+    big, small = disk(bitmap("p2")), disk(size=SMALL)
+    plans = plan_disks([small, big], Level.AUTO, CHAIN, TARGET, fine)
+    assert effective_level(plans) is Level.INC
+
+
+def test_bitmaps_of_the_last_point_and_the_last_full_stay() -> None:
+    foreign = Bitmap("somebody-elses", 0, 65536, True, False, True)
+    other_target = Bitmap(str(BitmapName("t2", "p0")), 0, 65536, True, False, True)
+    busy = bitmap("dead", busy=True)
+    each = disk(bitmap("p1"), bitmap("p2"), bitmap("p0"), foreign, other_target, busy)
+    assert rubbish(each, CHAIN, TARGET) == (str(BitmapName(TARGET, "p0")),)
+
+
+LEVELS = st.sampled_from([Level.FULL, Level.INC, Level.DIFF, Level.COPY])
+
+
+@given(st.lists(LEVELS, max_size=8), st.sets(st.integers(0, 9)), st.sampled_from(list(Level)))
+def test_no_plan_ever_builds_on_a_bitmap_that_is_not_there(
+    history: list[Level], present: set[int], level: Level
+) -> None:
+    points: list[Point] = []
+    for number, made in enumerate(history):
+        full = last_full(points, "vda")
+        made_here = made if full or made in {Level.FULL, Level.COPY} else Level.FULL
+        points.append(point(number, made_here, full.id if full else None))
+    each = disk(*(bitmap(f"p{number}") for number in present))
+    try:
+        (plan,) = plan_disks([each], level, points, TARGET, fine)
+    except IncrementalNotPossible:
+        assert level in {Level.INC, Level.DIFF}
+        return
+    if plan.base is not None:
+        assert plan.base_bitmap in {b.name for b in each.bitmaps}
+        assert plan.base_bitmap not in rubbish(each, points, TARGET)
+        assert plan.base.disk("vda") is not None
+    else:
+        assert plan.level in {Level.FULL, Level.COPY}
