@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup doctor`: is everything well for backups, and if not, what to do."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qmpbackup.cli.arguments import require_socket
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="look for what could go wrong with backups of this VM; changes nothing",
+        description="Look at QEMU's version, disks, bitmaps, guest agent, scratch space and target, "
+        "and say in one sentence each what to do. Changes nothing. Exit code 1 if something would "
+        "keep a backup from working.",
+    )
+    parser.add_argument("-t", "--target", type=Path, metavar="DIR", help="also look at this target")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="as in backup")
+    parser.add_argument("--json", action="store_true", help="one JSON object a finding")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings."""
+    from qmpbackup.service.doctor import Health, examine
+
+    worst = 0
+    address = require_socket(arguments)
+    findings = examine(address, arguments.agent_socket or "", arguments.target, arguments.scratch)
+    for finding in findings:
+        worst = max(worst, int(finding.health is Health.PROBLEM))
+        if arguments.json:
+            print(json.dumps({"schema": 1, "type": "finding", **asdict(finding)}))
+        else:
+            print(f"{finding.health:<8} {finding.about}: {finding.text}")
+            if finding.todo:
+                print(f"{'':<8} → {finding.todo}")
+    return worst

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at everything a backup needs, change nothing, and say what to do about what is not well."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from qmpbackup.errors import NoSuchTarget, QmpBackupError
+from qmpbackup.model import Bitmap, Disk, Vm
+from qmpbackup.plan.levels import SMALL, bitmap_obstacle, last_point
+from qmpbackup.plan.names import BitmapName, parse_bitmap
+from qmpbackup.plan.sizes import human
+from qmpbackup.qemu import copy, recovery, scratch
+from qmpbackup.qemu.inventory import Leftovers
+from qmpbackup.service import session
+
+FIRST_WITHOUT_EXPORT_BUG = (8, 2)
+
+
+class Health(StrEnum):
+    """How much a finding matters."""
+
+    FINE = "fine"
+    ADVICE = "advice"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: what it is about, what was found, and what to do (or nothing)."""
+
+    about: str
+    health: Health
+    text: str
+    todo: str = ""
+
+
+def examine(
+    address: str,
+    agent_address: str = "",
+    target: Path | None = None,
+    scratch_dir: Path | None = None,
+) -> Iterator[Finding]:
+    """Findings one by one, from the VM outwards.
+
+    Raises:
+        VmError: the VM cannot be reached at all, or its QEMU is too old.
+    """
+    with session.opened(address) as opened:
+        vm, leftovers = opened.vm, opened.found.leftovers
+        dirty = recovery.needed(opened.found)
+    yield from _qemu(vm)
+    if dirty:
+        yield _left_behind(leftovers)
+    for disk in vm.disks:
+        yield from _disk(disk)
+        yield from _scratch(disk, scratch_dir)
+    for skipped in vm.skipped:
+        yield Finding(skipped.name, Health.FINE, f"skipped: {skipped.reason}")
+    yield _agent(agent_address)
+    if target is not None:
+        yield from _target(vm, target)
+
+
+def _qemu(vm: Vm) -> Iterator[Finding]:
+    yield Finding("QEMU", Health.FINE, f"version {vm.config.qemu_version}, VM is {vm.status}")
+    if vm.version[:2] < copy.FIRST_RIGHT_SNAPSHOT_ACCESS:
+        yield Finding(
+            "QEMU",
+            Health.ADVICE,
+            "before 8.0, views return wrong data to large reads; they are read in small pieces",
+            "Backups are right, only slower; QEMU 8.0 or later copies faster.",
+        )
+    if vm.has_iothreads and vm.version[:2] < FIRST_WITHOUT_EXPORT_BUG:
+        yield Finding(
+            "iothreads",
+            Health.ADVICE,
+            "before 8.2, a QEMU with iothreads can die when an NBD client leaves",
+            "Backups into a folder use no NBD and are safe.",
+        )
+
+
+def _left_behind(leftovers: Leftovers) -> Finding:
+    names = (*leftovers.nodes, *leftovers.jobs, *leftovers.markers)
+    return Finding(
+        "leftovers",
+        Health.PROBLEM,
+        f"a run that died left {', '.join(names) or 'descriptors or bitmaps'} in the VM",
+        "The next backup removes them by itself.",
+    )
+
+
+def _disk(disk: Disk) -> Iterator[Finding]:
+    shown = f"{disk.format}, {human(disk.size)}, {disk.filename}"
+    if disk.size <= SMALL:
+        yield Finding(disk.id, Health.FINE, f"{shown}; small, copied whole each time")
+    elif disk.can_persist:
+        yield Finding(disk.id, Health.FINE, f"{shown}; incremental, also after a restart of the VM")
+    else:
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            f"{shown}; incremental until QEMU restarts, then one full",
+            "Only qcow2 of version 3 keeps bitmaps: `qemu-img amend -o compat=1.1`, or qcow2 with an "
+            "external data file for raw disks and volumes.",
+        )
+    for bitmap in disk.bitmaps:
+        yield from _bitmap(disk, bitmap)
+
+
+def _bitmap(disk: Disk, bitmap: Bitmap) -> Iterator[Finding]:
+    if parse_bitmap(bitmap.name) is None:
+        yield Finding(disk.id, Health.FINE, f"bitmap {bitmap.name} is another tool's; it stays")
+    elif bitmap_obstacle(disk, bitmap.name):
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            f"bitmap {bitmap.name}: {bitmap_obstacle(disk, bitmap.name)}",
+            "`--level auto` makes a full of this disk and removes the bitmap.",
+        )
+    else:
+        text = f"bitmap {bitmap.name} is well, {human(bitmap.count)} changed"
+        yield Finding(disk.id, Health.FINE, text)
+
+
+def _scratch(disk: Disk, chosen: Path | None) -> Iterator[Finding]:
+    folder = scratch.folder_for(disk, chosen)
+    try:
+        free = scratch.free_bytes(folder)
+    except OSError as error:
+        yield Finding(
+            disk.id,
+            Health.PROBLEM,
+            f"no scratch possible in {folder}: {error.strerror}",
+            "Choose a folder on local storage with --scratch DIR.",
+        )
+        return
+    if free < min(disk.size, max(scratch.LEAST_FREE, disk.size // 10)):
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            f"only {human(free)} free for scratch in {folder}",
+            "A guest that overwrites more than that during a backup makes it fail (the guest is not "
+            "harmed): make room, or choose another folder with --scratch DIR.",
+        )
+
+
+def _agent(address: str) -> Finding:
+    if not address:
+        return Finding(
+            "guest agent",
+            Health.ADVICE,
+            "not asked, as no --agent-socket was given",
+            "With it, --quiesce makes points that need no file system repair.",
+        )
+    from qmpbackup.qemu.agent import Agent
+
+    try:
+        agent = Agent.connect(address)
+        try:
+            frozen = agent.frozen()
+        finally:
+            agent.close()
+    except QmpBackupError as error:
+        return Finding("guest agent", Health.PROBLEM, error.message, error.hint)
+    if frozen:
+        return Finding(
+            "guest agent",
+            Health.PROBLEM,
+            "the guest's file systems are frozen right now",
+            "Find out who froze them, or thaw them: guest-fsfreeze-thaw.",
+        )
+    return Finding("guest agent", Health.FINE, "answers, file systems are not frozen")
+
+
+def _target(vm: Vm, path: Path) -> Iterator[Finding]:
+    from qmpbackup.target.directory import DirectoryTarget
+
+    try:
+        target = DirectoryTarget.open(path)
+    except NoSuchTarget:
+        yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
+        return
+    stored = target.load()
+    for damage in stored.damaged:
+        yield Finding(
+            "target",
+            Health.PROBLEM,
+            f"{damage.path}: {damage.reason}",
+            "Run `qmpbackup verify`; the next `auto` starts a new chain where needed.",
+        )
+    yield Finding(
+        "target",
+        Health.FINE,
+        f"{path} holds {len(stored.points)} points, {human(scratch.free_bytes(path))} free",
+    )
+    for disk in vm.disks:
+        base = last_point(stored.points, disk.id)
+        if disk.size > SMALL and base is not None:
+            obstacle = bitmap_obstacle(disk, str(BitmapName(target.id, base.id)))
+            if obstacle:
+                yield Finding(
+                    disk.id,
+                    Health.ADVICE,
+                    f"the next backup into {path} is a full: {obstacle}",
+                    "Nothing to do; `--level auto` sees to it.",
+                )
