@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one recipe by which a file becomes durable, and the translation of its failures.
+
+Knows descriptors and names; must not know what is in the files. A file counts once its bytes, its
+name and the folder's entry are on stable storage: write under a temporary name, fsync, rename,
+fsync the folder. Folders are passed as descriptors, so that nobody can move them under us.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from qmpbackup.errors import StorageError
+
+TEMPORARY = ".tmp"
+"""What a name ends with while its file is being written."""
+
+_HINTS = {
+    errno.ENOSPC: "Make room there, and run again.",
+    errno.EDQUOT: "Make room there or raise the quota, and run again.",
+    errno.EROFS: "The file system is mounted read-only.",
+    errno.EACCES: "Run as a user who may, or change the permissions.",
+    errno.EPERM: "Run as a user who may, or change the permissions.",
+    errno.EIO: "Look at the storage itself: the kernel's log says more.",
+}
+
+
+@contextmanager
+def storage_errors(action: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into a sentence: "Cannot <action>: <why>.".
+
+    Raises:
+        StorageError: in the place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(action, error) from error
+
+
+def storage_error(action: str, error: OSError) -> StorageError:
+    """The error for a failed action on storage, with what to do about it."""
+    why = error.strerror or str(error)
+    return StorageError(f"Cannot {action}: {why}.", _HINTS.get(error.errno or 0, ""))
+
+
+def sync_folder(fd: int) -> None:
+    """Make the entries of an open folder durable.
+
+    Some network and FUSE file systems know no fsync of folders and say EINVAL; their entries are
+    as durable as their server makes them.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+
+
+def write_file(folder: int, name: str, data: bytes) -> None:
+    """Put a file with these contents into an open folder, durably, mode 0600, replacing any other.
+
+    Raises:
+        OSError: nothing of the new file is left, unless the very last step (the fsync of the
+            folder) failed; then the file is there and may vanish in a crash.
+    """
+    temporary = name + TEMPORARY
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=folder)
+    try:
+        _write_new(folder, temporary, data)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    sync_folder(folder)
+
+
+def _write_new(folder: int, name: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=folder)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)

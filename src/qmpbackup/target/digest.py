@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of whole files, read through their descriptors. Knows nothing of manifests."""
+
+import os
+
+from qmpbackup import interrupt
+
+_CHUNK = 4 * 1024 * 1024
+
+
+def digest(fd: int) -> str:
+    """`blake3:<hex>` of an open file, from its first byte to its last.
+
+    The file is read, not mapped: an I/O error then is an error here and no SIGBUS.
+
+    Raises:
+        OSError: it cannot be read.
+        Interrupted: a signal is waiting.
+    """
+    from blake3 import blake3
+
+    hasher = blake3(max_threads=blake3.AUTO)
+    buffer = memoryview(bytearray(_CHUNK))
+    offset = 0
+    while length := os.preadv(fd, [buffer], offset):
+        hasher.update(buffer[:length])
+        offset += length
+        interrupt.check()
+    return f"blake3:{hasher.hexdigest()}"
