@@ -5,6 +5,7 @@ Everything is asked in one go and nothing twice. A disk's *active node* is the o
 on; its *format node* the first below all filters, where bitmaps live.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,4 +303,9 @@ def _command_line(pid: int | None) -> tuple[str, ...]:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes() if pid else b""
     except OSError:
         return ()
-    return tuple(word.decode(errors="replace") for word in raw.split(b"\0") if word)
+    words = (word.decode(errors="replace") for word in raw.split(b"\0") if word)
+    return tuple(_SECRET.sub(r"\1=***", word) for word in words)
+
+
+_SECRET = re.compile(r"\b(data|password|passphrase|passwd|key)=[^,]*")
+"""Options of QEMU that carry a secret in the open (`-object secret,data=…`)."""

@@ -116,6 +116,8 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     with interrupt.held(), ExitStack() as stack:
         opened = session.opened(request.address, lock_wait=request.lock_wait, recover=True)
         vm = stack.enter_context(opened)
+        if DirectoryTarget.peek(_target_path(request)) is None:
+            _plan(request, vm.vm, None, Inventory())  # what is impossible leaves no empty target
         target = _open_target(request, vm.vm)
         stack.enter_context(target.lock(write=True, wait=request.lock_wait))
         for done in target.recover():
@@ -133,7 +135,7 @@ def dry_run(request: Request) -> Plan:
     """
     with interrupt.held(), session.opened(request.address, lock_wait=request.lock_wait) as vm:
         target = DirectoryTarget.peek(_target_path(request))
-        stored = target.load() if target else Inventory((), ())
+        stored = target.load() if target else Inventory()
         return _plan(request, vm.vm, target, stored)
 
 
