@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`qmpbackup info` and `qmpbackup cleanup`: what the VM has, and removing our bitmaps from it."""
+"""`qmpbackup info`, `cleanup` and `recover`: what the VM has, and what of ours to remove from it."""
 
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from qmpbackup.cli.arguments import require_socket
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the two commands."""
+    """Add the three commands."""
     info = commands.add_parser(
         "info",
         help="show the VM's disks or their bitmaps",
@@ -33,6 +34,16 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     cleanup.add_argument("--uuid", default="", help="only those of the target with this id")
     cleanup.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
     cleanup.set_defaults(run=clean_up)
+    recover = commands.add_parser(
+        "recover",
+        help="remove what a run that died left in the VM",
+        description="Let a VM run again that a dead run had stopped, thaw its guest, and remove the "
+        "dead run's jobs, nodes and descriptors. Each backup does this first by itself.",
+    )
+    recover.add_argument("-t", "--target", type=Path, metavar="DIR", help="clean up there, too")
+    recover.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    recover.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    recover.set_defaults(run=recover_vm)
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -61,4 +72,19 @@ def clean_up(arguments: argparse.Namespace) -> int:
         print(f"Removing bitmap: {name}")
     if not removed:
         print("There was no bitmap of ours to remove.")
+    return 0
+
+
+def recover_vm(arguments: argparse.Namespace) -> int:
+    """Clean up and say what was done."""
+    from qmpbackup.service.recover import recover
+
+    done = recover(
+        require_socket(arguments),
+        agent_address=arguments.agent_socket or "",
+        target=arguments.target,
+        dry_run=arguments.dry_run,
+        lock_wait=arguments.lock_wait,
+    )
+    print("\n".join(done) if done else "Nothing is left of an earlier run.")
     return 0

@@ -112,7 +112,12 @@ def take(monitor: Monitor) -> Inventory:
         skipped=tuple(skipped),
         pid=pid,
     )
-    return Inventory(vm, _leftovers(by_name, jobs, fdsets, exports, things))
+    leftovers = _leftovers(by_name, jobs, fdsets, exports, things)
+    if not vm.running:
+        # While a VM does not run, QEMU keeps removed descriptors and goes on listing them
+        # (monitor/fds.c, monitor_fdset_cleanup), so they say nothing about a run that died.
+        leftovers = replace(leftovers, descriptor_sets=())
+    return Inventory(vm, leftovers)
 
 
 def device_path(qdev: str) -> str:

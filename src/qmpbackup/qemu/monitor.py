@@ -56,7 +56,7 @@ class Monitor:
         self.address = address
         self._socket = connection
         self._loop = asyncio.new_event_loop()
-        self._client = QMPClient("qmpbackup", _LONGEST_LINE)
+        self._client = _Client("qmpbackup", _LONGEST_LINE)
         self._events = EventListener()
 
     @classmethod
@@ -240,6 +240,16 @@ class Monitor:
                 f"The answer to {what} from {self.address} is not QMP: {error}.",
                 "Check that the socket is a QMP monitor of QEMU.",
             ) from error
+
+
+class _Client(QMPClient):
+    """The library's client, without the text of every message that it renders for its log."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
 
 
 def open_socket(address: str, timeout: float) -> socket.socket:

@@ -49,7 +49,7 @@ def create(
     try:
         _require_room(folder, min(needed, LEAST_FREE))
         fd = _open_named(path) if named else _open_nameless(folder, path)
-        undo.push(f"close scratch {path}", lambda: os.close(fd))
+        undo.push(f"close scratch {path}", lambda: _discard(fd))
         if named:
             undo.push(f"remove scratch {path}", lambda: path.unlink(missing_ok=True))
         os.ftruncate(fd, size)
@@ -59,6 +59,15 @@ def create(
             "Choose a folder on local storage with --scratch DIR.",
         ) from error
     return fd, path
+
+
+def _discard(fd: int) -> None:
+    """Empty the file, then close it: QEMU keeps descriptors for as long as the VM does not run, and
+    with them the space of a file that has no name any more."""
+    try:
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def _require_room(folder: Path, needed: int) -> None:
