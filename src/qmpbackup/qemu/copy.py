@@ -16,6 +16,7 @@ from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu import jobs
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.undo import UndoStack
 
 FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
@@ -60,23 +61,13 @@ def create_images(
     Raises:
         StorageError: an image could not be created.
     """
-    for image in images:
-        _open_file(monitor, image, names, undo)
-    created = [names.of("create", image.number) for image in images]
-    undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
-    for image, job in zip(images, created, strict=True):
-        settings = _create_options(image, names, options)
-        arguments: dict[str, Json] = {"job-id": job, "options": settings}
-        monitor.execute(Command("blockdev-create", arguments))
-    for image, end in zip(
-        images, jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS), strict=True
-    ):
-        if end.error:
-            raise StorageError(
-                f"QEMU could not create {image.path}: {end.error}.",
-                "Check free space and rights on the target.",
-            )
-        _open_image(monitor, image, names, undo)
+    filenames = [
+        hand_over(monitor, image.fd, image.path, names.of("file", image.number), undo)
+        for image in images
+    ]
+    carry_out(monitor, [_file(*each, names) for each in zip(images, filenames, strict=True)], undo)
+    _create(monitor, images, names, options, undo)
+    carry_out(monitor, [_image(image, names) for image in images], undo)
 
 
 def copy_all(
@@ -96,10 +87,12 @@ def copy_all(
     """
     started = [names.of("job", image.number) for image in images]
     try:
-        for image, job, (node, bitmap) in zip(images, started, sources, strict=True):
-            arguments = _backup_arguments(monitor, job, node, names.of("image", image.number))
-            arguments |= _options(options, bitmap)
-            monitor.execute(Command("blockdev-backup", arguments))
+        monitor.execute_all(
+            [
+                _backup(monitor, names, image, *source, options)
+                for image, source in zip(images, sources, strict=True)
+            ]
+        )
         ends = jobs.wait(monitor, started, watch)
     except QmpBackupError:
         jobs.sweep(monitor, started)
@@ -109,26 +102,43 @@ def copy_all(
         raise failures[0]
 
 
-def close_images(monitor: Monitor, images: Sequence[Image], names: RunNames) -> None:
-    """Close the images in QEMU, which writes out what it still holds of them."""
-    for image in images:
-        monitor.execute(commands.blockdev_del(names.of("image", image.number)))
-
-
-def _open_file(monitor: Monitor, image: Image, names: RunNames, undo: UndoStack) -> None:
+def _file(image: Image, filename: str, names: RunNames) -> Step:
     name = names.of("file", image.number)
-    filename = hand_over(monitor, image.fd, image.path, name, undo)
-    monitor.execute(commands.blockdev_add(name, "file", filename=filename, discard="unmap"))
-    undo.push(f"close {image.path}", lambda: monitor.execute(commands.blockdev_del(name)))
+    add = commands.blockdev_add(name, "file", filename=filename, discard="unmap")
+    return Step(add, f"close {image.path}", commands.blockdev_del(name))
 
 
-def _open_image(monitor: Monitor, image: Image, names: RunNames, undo: UndoStack) -> None:
-    name = names.of("image", image.number)
-    node = commands.blockdev_add(
-        name, "qcow2", file=names.of("file", image.number), backing=None, discard="unmap"
+def _image(image: Image, names: RunNames) -> Step:
+    name, file = names.of("image", image.number), names.of("file", image.number)
+    add = commands.blockdev_add(name, "qcow2", file=file, backing=None, discard="unmap")
+    return Step(add, f"close image {image.path}", commands.blockdev_del(name))
+
+
+def _create(
+    monitor: Monitor,
+    images: Sequence[Image],
+    names: RunNames,
+    options: CopyOptions,
+    undo: UndoStack,
+) -> None:
+    created = [names.of("create", image.number) for image in images]
+    undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
+    monitor.execute_all(
+        [
+            Command(
+                "blockdev-create",
+                {"job-id": job, "options": _create_options(image, names, options)},
+            )
+            for image, job in zip(images, created, strict=True)
+        ]
     )
-    monitor.execute(node)
-    undo.push(f"close image {image.path}", lambda: monitor.execute(commands.blockdev_del(name)))
+    ends = jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS)
+    for image, end in zip(images, ends, strict=True):
+        if end.error:
+            raise StorageError(
+                f"QEMU could not create {image.path}: {end.error}.",
+                "Check free space and rights on the target.",
+            )
 
 
 def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict[str, Json]:
@@ -145,18 +155,21 @@ def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict
     return created
 
 
-def _backup_arguments(monitor: Monitor, job: str, node: str, target: str) -> dict[str, Json]:
+def _backup(
+    monitor: Monitor, names: RunNames, image: Image, node: str, bitmap: str, options: CopyOptions
+) -> Command:
     arguments: dict[str, Json] = {
-        "job-id": job,
+        "job-id": names.of("job", image.number),
         "device": node,
-        "target": target,
+        "target": names.of("image", image.number),
         "auto-dismiss": False,
         "on-source-error": "report",
         "on-target-error": "report",
+        **_options(options, bitmap),
     }
     if monitor.version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS:
         arguments["x-perf"] = {"max-chunk": CLUSTER}
-    return arguments
+    return Command("blockdev-backup", arguments)
 
 
 def _options(options: CopyOptions, bitmap: str) -> dict[str, Json]:

@@ -123,20 +123,34 @@ class Monitor:
         """
         return self._run(self._execute(command, timeout), command.name, timeout)
 
-    def execute_all(
-        self, commands: Sequence[Command], timeout: float = COMMAND_SECONDS
-    ) -> list[object]:
+    def execute_all(self, commands: Sequence[Command]) -> list[object]:
         """Send several commands that only ask, at once, and return their values in order."""
 
-        async def gather() -> list[object]:
-            # Tasks start in order, so the commands reach QEMU in order as well.
-            answers = [asyncio.ensure_future(self._execute(each, timeout)) for each in commands]
-            try:
-                return [await answer for answer in answers]
-            finally:
-                await asyncio.gather(*answers, return_exceptions=True)
+        results = self.execute_each(commands)
+        for result in results:
+            if isinstance(result, CommandError):
+                raise result
+        return results
 
-        return self._run(gather(), ", ".join(each.name for each in commands), timeout)
+    def execute_each(self, commands: Sequence[Command]) -> list[object]:
+        """Carry out several commands, sent at once and done in order; QEMU goes on after a refusal.
+
+        Returns:
+            For each command its value, or the `CommandError` with which QEMU refused it.
+
+        Raises:
+            CommandTimeout, ConnectionLost: the outcome of some is unknown.
+        """
+
+        async def settle() -> list[object]:
+            calls = [self._execute(command, COMMAND_SECONDS) for command in commands]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException) and not isinstance(result, CommandError):
+                    raise result
+            return list(results)
+
+        return self._run(settle(), commands[0].name, COMMAND_SECONDS) if commands else []
 
     def send_descriptor(self, fd: int, command: Command) -> object:
         """Carry out `add-fd` or `getfd` with the descriptor it is about (unix(7), SCM_RIGHTS)."""

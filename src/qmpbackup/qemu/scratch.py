@@ -36,7 +36,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def create(
-    folder: Path, name: str, size: int, needed: int, named: bool, undo: UndoStack
+    folder: Path, name: str, *, size: int, needed: int, named: bool, undo: UndoStack
 ) -> tuple[int, Path]:
     """Make a sparse scratch file of `size` bytes; return its descriptor and path.
 

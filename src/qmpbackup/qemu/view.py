@@ -34,6 +34,7 @@ from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import objects
+from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.undo import UndoStack
 
@@ -87,6 +88,7 @@ class View:
         self._names = names
         self._undo = teardown
         self._rollback = rollback
+        self._places: dict[str, str] | None = None
 
     def snapshot_node(self, seat: Seat) -> str:
         """The node to read: the disk as it was at the instant."""
@@ -96,15 +98,16 @@ class View:
         """The bitmap on the snapshot node that says what to copy; empty for everything."""
         return self._names.of("inc", seat.number) if seat.base_bitmap else ""
 
-    def prepare(self, seat: Seat, fd: int, path: Path) -> None:
-        """Open the scratch image of a disk: a sparse raw file as long as the disk."""
-        name = self._names.of("scratch", seat.number)
-        filename = hand_over(self._monitor, fd, path, name, self._undo)
-        self._do(
-            commands.blockdev_add(name, "file", filename=filename, discard="unmap"),
-            f"close the scratch image of {seat.disk.id}",
-            commands.blockdev_del(name),
-        )
+    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
+        """Open the scratch image of each disk: a sparse raw file as long as the disk."""
+        steps = []
+        for seat, (fd, path) in zip(self._seats, scratches, strict=True):
+            name = self._names.of("scratch", seat.number)
+            filename = hand_over(self._monitor, fd, path, name, self._undo)
+            add = commands.blockdev_add(name, "file", filename=filename, discard="unmap")
+            words = f"close the scratch image of {seat.disk.id}"
+            steps.append(Step(add, words, commands.blockdev_del(name)))
+        carry_out(self._monitor, steps, self._undo)
 
     def take(self, watchdog: Watchdog, running: bool) -> Instant:
         """Take the instant: new bitmaps and the views of all disks, while the VM stands still.
@@ -115,10 +118,12 @@ class View:
         taken = time.time()
         with self._standstill(watchdog, running) as pause:
             self._start_bitmaps()
-            for seat in self._seats:
-                self._insert(seat)
-        for seat in self._seats:
-            self._copy_marks(seat)
+            carry_out(
+                self._monitor,
+                [step for seat in self._seats for step in self._insertion(seat)],
+                self._undo,
+            )
+        self._copy_marks()
         return Instant(taken, pause[0])
 
     @staticmethod
@@ -155,48 +160,45 @@ class View:
         remove = commands.bitmap_remove(node, name)
         stack.push(f"remove bitmap {name}", lambda: self._monitor.execute(remove))
 
-    def _insert(self, seat: Seat) -> None:
-        cbw = self._names.of("cbw", seat.number)
-        bitmap = {"node": seat.disk.format_node, "name": self.copy_bitmap(seat)}
-        self._do(
-            commands.blockdev_add(
-                cbw,
-                "copy-before-write",
-                file=seat.disk.node,
-                target=self._names.of("scratch", seat.number),
-                on_cbw_error="break-snapshot",
-                cbw_timeout=CBW_TIMEOUT_SECONDS,
-                **({"bitmap": bitmap} if seat.base_bitmap else {}),
-            ),
-            f"remove the filter from {seat.disk.id}",
-            commands.blockdev_del(cbw),
+    def _insertion(self, seat: Seat) -> Iterator[Step]:
+        """The filter, the device moved onto it, and the node that shows the disk as it was."""
+        disk, cbw, snap = seat.disk, self._names.of("cbw", seat.number), self.snapshot_node(seat)
+        bitmap = {"node": disk.format_node, "name": self.copy_bitmap(seat)}
+        add_filter = commands.blockdev_add(
+            cbw,
+            "copy-before-write",
+            file=disk.node,
+            target=self._names.of("scratch", seat.number),
+            on_cbw_error="break-snapshot",
+            cbw_timeout=CBW_TIMEOUT_SECONDS,
+            **({"bitmap": bitmap} if seat.base_bitmap else {}),
         )
-        self._monitor.execute(commands.attach(seat.disk.qom_path, cbw))
-        self._undo.push(f"put {seat.disk.id} back on its node", lambda: self._detach(seat, cbw))
-        snap = self.snapshot_node(seat)
-        self._do(
-            commands.blockdev_add(snap, "snapshot-access", file=cbw),
-            f"remove the view of {seat.disk.id}",
-            commands.blockdev_del(snap),
+        add_snap = commands.blockdev_add(snap, "snapshot-access", file=cbw)
+        yield Step(add_filter, f"remove the filter from {disk.id}", commands.blockdev_del(cbw))
+        yield Step(
+            commands.attach(disk.qom_path, cbw),
+            f"put {disk.id} back on its node",
+            lambda: self._detach(disk, cbw),
         )
+        yield Step(add_snap, f"remove the view of {disk.id}", commands.blockdev_del(snap))
 
-    def _detach(self, seat: Seat, cbw: str) -> None:
+    def _detach(self, disk: Disk, cbw: str) -> None:
         """Put the device back, but only if it still sits on our filter."""
-        if active_node(self._monitor, seat.disk.qom_path) == cbw:
-            self._monitor.execute(commands.attach(seat.disk.qom_path, seat.disk.node))
+        if self._places is None:
+            self._places = active_nodes(self._monitor)
+        if self._places.get(disk.qom_path) == cbw:
+            self._monitor.execute(commands.attach(disk.qom_path, disk.node))
 
-    def _copy_marks(self, seat: Seat) -> None:
-        if not seat.base_bitmap:
-            return
-        snap, name = self.snapshot_node(seat), self.copy_bitmap(seat)
-        self._monitor.execute(
-            commands.transaction(
-                [
-                    commands.bitmap_add(snap, name, disabled=True),
-                    commands.bitmap_merge(snap, name, seat.disk.format_node, name),
-                ]
-            )
-        )
+    def _copy_marks(self) -> None:
+        """Give each snapshot node a copy of the marks that say what to copy of it."""
+        actions: list[Command] = []
+        for seat in self._seats:
+            if seat.base_bitmap:
+                snap, name = self.snapshot_node(seat), self.copy_bitmap(seat)
+                actions.append(commands.bitmap_add(snap, name, disabled=True))
+                actions.append(commands.bitmap_merge(snap, name, seat.disk.format_node, name))
+        if actions:
+            self._monitor.execute(commands.transaction(actions))
 
     @contextmanager
     def _standstill(self, watchdog: Watchdog, running: bool) -> Iterator[list[float]]:
@@ -221,15 +223,12 @@ class View:
             self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
             watchdog.disarm_stop()
 
-    def _do(self, command: Command, undo_what: str, undo: Command) -> None:
-        self._monitor.execute(command)
-        self._undo.push(undo_what, lambda: self._monitor.execute(undo))
 
-
-def active_node(monitor: Monitor, qom_path: str) -> str:
-    """The node that a guest device sits on; empty where it has none."""
-    for drive in objects(monitor.execute(Command("query-block")), "query-block"):
-        if "qdev" in drive and device_path(drive.text("qdev")) == qom_path:
-            inserted = drive.optional("inserted")
-            return inserted.text("node-name") if inserted else ""
-    return ""
+def active_nodes(monitor: Monitor) -> dict[str, str]:
+    """The node that each guest device sits on, by the device's QOM path."""
+    drives = objects(monitor.execute(Command("query-block")), "query-block")
+    return {
+        device_path(drive.text("qdev")): inserted.text("node-name")
+        for drive in drives
+        if "qdev" in drive and (inserted := drive.optional("inserted")) is not None
+    }

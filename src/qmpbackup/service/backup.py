@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import UsageError, VmError
+from qmpbackup.errors import QuiesceError, UsageError, VmError
 from qmpbackup.model import (
     Consistency,
     Level,
@@ -41,7 +41,7 @@ from qmpbackup.plan.levels import (
 )
 from qmpbackup.plan.names import BitmapName, RunNames
 from qmpbackup.plan.selection import Selection
-from qmpbackup.qemu import copy, jobs, scratch
+from qmpbackup.qemu import copy, jobs, recovery, scratch
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Instant, Seat, View
 from qmpbackup.qemu.watchdog import Watchdog
@@ -116,6 +116,7 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     with interrupt.held(), ExitStack() as stack:
         opened = session.opened(request.address, lock_wait=request.lock_wait, recover=True)
         vm = stack.enter_context(opened)
+        _heal(request, vm)
         if DirectoryTarget.peek(_target_path(request)) is None:
             _plan(request, vm.vm, None, Inventory())  # what is impossible leaves no empty target
         target = _open_target(request, vm.vm)
@@ -137,6 +138,17 @@ def dry_run(request: Request) -> Plan:
         target = DirectoryTarget.peek(_target_path(request))
         stored = target.load() if target else Inventory()
         return _plan(request, vm.vm, target, stored)
+
+
+def _heal(request: Request, vm: session.Session) -> None:
+    """Thaw a guest that a run that died left frozen, if we can reach its agent."""
+    if not recovery.was_frozen(vm.found):
+        return
+    try:
+        for done in Guest(vm.monitor, request.agent_address, Quiesce.TRY).heal():
+            log.warning("Cleaned up after a run that died: %s.", done)
+    except QuiesceError as error:
+        log.warning("A run that died may have left the guest frozen: %s", error)
 
 
 def _target_path(request: Request) -> Path:
@@ -250,8 +262,9 @@ class _Run:
             self._image(number, plan, pending) for number, plan in enumerate(self._plan.disks)
         ]
         copy.create_images(self._monitor, images, self._names, self._options, self._images_open)
-        for seat, plan in zip(self._seats, self._plan.disks, strict=True):
-            self._prepare_scratch(seat, plan)
+        self._view.prepare(
+            [self._scratch(*each) for each in zip(self._seats, self._plan.disks, strict=True)]
+        )
         interrupt.check()
         return pending, images
 
@@ -261,17 +274,15 @@ class _Run:
         backing = base.file.rpartition("/")[2] if base else ""
         return copy.Image(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
 
-    def _prepare_scratch(self, seat: Seat, plan: DiskPlan) -> None:
-        folder = scratch.folder_for(plan.disk, self._request.scratch)
-        fd, path = scratch.create(
-            folder,
+    def _scratch(self, seat: Seat, plan: DiskPlan) -> tuple[int, Path]:
+        return scratch.create(
+            scratch.folder_for(plan.disk, self._request.scratch),
             self._names.of("scratch", seat.number),
-            plan.disk.size,
-            plan.bytes_to_copy,
-            not self._monitor.passes_descriptors,
-            self._teardown,
+            size=plan.disk.size,
+            needed=plan.bytes_to_copy,
+            named=not self._monitor.passes_descriptors,
+            undo=self._teardown,
         )
-        self._view.prepare(seat, fd, path)
 
     def _take(self) -> tuple[Instant, Consistency]:
         running = self._plan.vm.running
