@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way in which other programs are run: argument lists, captured output, never left behind.
+
+Knows processes; must not know what the programs do. A child never outlives us: it is killed when a
+block that waits for it is left in whatever way, and by the kernel when we die.
+"""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from qmpbackup import interrupt
+from qmpbackup.errors import QmpBackupError
+
+if TYPE_CHECKING:
+    import ctypes
+
+_POLL_SECONDS = 0.1
+_LARGEST_OUTPUT = 64 * 1024 * 1024
+_KEPT_MESSAGES = 64 * 1024
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a program ended. `code` is negative where a signal ended it."""
+
+    program: str
+    code: int
+    output: bytes
+    messages: str
+
+    @property
+    def reason(self) -> str:
+        """What the program said last, or how it ended, as a clause without a full stop."""
+        lines = [line.strip() for line in self.messages.splitlines() if line.strip()]
+        if lines:
+            return lines[-1].removeprefix(f"{self.program}: ").rstrip(".")
+        if self.code < 0:
+            return f"{self.program} was ended by signal {-self.code}"
+        return f"{self.program} ended with code {self.code}"
+
+
+class Child:
+    """A running program; use as a context manager, which kills it unless it has ended."""
+
+    def __init__(self, arguments: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
+        """Start it, without input, its output captured and its messages in English.
+
+        Raises:
+            QmpBackupError: there is no such program, or it cannot be started.
+        """
+        import subprocess
+
+        self.program = arguments[0].rpartition("/")[2]
+        try:
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=pass_fds,
+                env={**os.environ, "LC_ALL": "C"},
+                process_group=0,  # so that Ctrl-C reaches us alone, and we end it in order
+                preexec_fn=_DieWithParent(),  # noqa: PLW1509 - only calls prctl and sigprocmask
+            )
+        except FileNotFoundError:
+            raise QmpBackupError(
+                f"The program {self.program} is not installed.", _INSTALL.get(self.program, "")
+            ) from None
+        except OSError as error:
+            raise QmpBackupError(f"Cannot start {self.program}: {error.strerror}.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, and not well; does not wait."""
+        return bool(self._process.poll())
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait for its end, collecting what it prints.
+
+        Args:
+            timeout: seconds, after which it is killed.
+
+        Raises:
+            QmpBackupError: it took too long, or printed too much.
+            Interrupted: a signal is waiting.
+        """
+        import time
+
+        deadline = None if timeout is None else time.monotonic() + timeout
+        output, messages = self._collect(deadline)
+        return Result(self.program, self._end(deadline), output, messages)
+
+    def _collect(self, deadline: float | None) -> tuple[bytes, str]:
+        import selectors
+
+        output, messages = bytearray(), bytearray()
+        with selectors.DefaultSelector() as selector:
+            for pipe, kept in ((self._process.stdout, output), (self._process.stderr, messages)):
+                if pipe is not None:
+                    selector.register(pipe, selectors.EVENT_READ, kept)
+            while selector.get_map():
+                for key, _ in selector.select(_POLL_SECONDS):
+                    data = os.read(key.fd, 65536)
+                    key.data.extend(data)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                del messages[:-_KEPT_MESSAGES]
+                self._check(deadline, len(output))
+        return bytes(output), messages.decode("utf-8", "replace")
+
+    def _end(self, deadline: float | None) -> int:
+        import subprocess
+
+        while True:
+            try:
+                return self._process.wait(_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._check(deadline, 0)
+
+    def _check(self, deadline: float | None, printed: int) -> None:
+        import time
+
+        interrupt.check()
+        if printed > _LARGEST_OUTPUT:
+            raise QmpBackupError(f"{self.program} prints without end.")
+        if deadline is not None and time.monotonic() > deadline:
+            raise QmpBackupError(f"{self.program} did not finish in time.")
+
+
+def run(
+    arguments: Sequence[str], *, pass_fds: Sequence[int] = (), timeout: float | None = None
+) -> Result:
+    """Run a program to its end; its failure is in the result.
+
+    Raises:
+        QmpBackupError: it is not installed, or took longer than `timeout` seconds.
+        Interrupted: a signal is waiting; the program was killed.
+    """
+    with Child(arguments, pass_fds=pass_fds) as child:
+        return child.wait(timeout)
+
+
+_INSTALL = {"qemu-img": "Install it; on Debian and Ubuntu: apt install qemu-utils."}
+
+
+class _DieWithParent:
+    """Runs in the child before the program: die when we die, and take signals again."""
+
+    def __init__(self) -> None:
+        self._library = _c_library()
+        self._parent = os.getpid()
+
+    def __call__(self) -> None:
+        self._library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != self._parent:
+            os._exit(127)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _c_library() -> "ctypes.CDLL":
+    import ctypes
+
+    return ctypes.CDLL(None)

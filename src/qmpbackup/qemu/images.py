@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qemu-img, one function for each thing we ask of it, and the safe way to open a chain of files.
+
+Knows images and descriptors; must not know targets or points. Images that come from a target are
+opened by us and handed over as descriptors, with the whole chain spelled out, so that no link inside
+an image decides what is read.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmpbackup import process
+from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
+from qmpbackup.process import Child, Result
+from qmpbackup.qemu.qcow2 import Header, read_header
+
+_QUICK = 60.0
+"""Seconds after which a question about an image counts as hanging."""
+
+_DEEPEST_SPELLED_OUT = 64
+"""Files of a chain up to which it is spelled out as nested JSON, which costs QEMU the cube of the
+depth: 0.1 s for 64 files, 9 s for 300."""
+
+_PARALLEL = ("-W", "-m", "8")
+"""Requests out of order and eight at a time: measured several times faster than one by one."""
+
+_STORAGE_SIGNS = (
+    "no space left",
+    "disk quota",
+    "file too large",
+    "read-only file system",
+    "while writing",
+    "could not resize",
+    "could not create",
+    "permission denied",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An open file of a chain and its name in its folder, as the file above it must call it."""
+
+    fd: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `qemu-img check` found. Leaked clusters waste room and are no damage."""
+
+    errors: int
+    leaks: int
+    message: str = ""
+
+
+def check_chain(layers: Sequence[Layer]) -> list[Header]:
+    """Read all headers, and make sure that each file names exactly the one before it.
+
+    Raises:
+        DamagedError: a link is another, or an image needs something outside the chain.
+    """
+    headers: list[Header] = []
+    for number, layer in enumerate(layers):
+        header = read_header(layer.fd, layer.name)
+        expected = layers[number - 1].name if number else ""
+        _check_header(header, layer.name, expected)
+        headers.append(header)
+    return headers
+
+
+def _check_header(header: Header, name: str, parent: str) -> None:
+    hint = "The file was changed after the backup; put back an unharmed copy."
+    if header.backing != parent:
+        found = f"builds on {header.backing!r}" if header.backing else "stands alone"
+        wanted = f"build on {parent!r}" if parent else "stand alone"
+        raise DamagedError(f"{name} {found}, but should {wanted}.", hint)
+    if header.backing and header.backing_format != "qcow2":
+        raise DamagedError(f"{name} takes {parent!r} for {header.backing_format or 'any'!r}.", hint)
+    if header.external_data or header.encrypted:
+        what = "keeps its data in another file" if header.external_data else "is encrypted"
+        raise DamagedError(f"{name} {what}, which backups never do.", hint)
+    if header.corrupt:
+        raise DamagedError(f"{name} is marked as corrupt by QEMU.", hint)
+
+
+@contextmanager
+def opened(layers: Sequence[Layer]) -> Iterator[list[str]]:
+    """The arguments by which qemu-img opens the last of `layers`, on top of all the others.
+
+    The descriptors must be passed to the program. `check_chain` comes first.
+    """
+    if len(layers) <= _DEEPEST_SPELLED_OUT:
+        yield [spelled_out(layers)]
+        return
+    import tempfile
+
+    # A chain this deep goes by its links, which have been checked; they lead through a folder that
+    # holds nothing but our descriptors.
+    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
+        for layer in layers:
+            (Path(folder) / layer.name).symlink_to(f"/proc/self/fd/{layer.fd}")
+        yield ["-f", "qcow2", f"{folder}/{layers[-1].name}"]
+
+
+def spelled_out(layers: Sequence[Layer]) -> str:
+    """A name by which QEMU opens these descriptors as one image, the last on top."""
+    node: dict[str, Any] | None = None
+    for layer in layers:
+        file = {"driver": "file", "filename": f"/dev/fd/{layer.fd}"}
+        node = {"driver": "qcow2", "file": file, "backing": node}
+    return "json:" + json.dumps(node)
+
+
+@contextmanager
+def converting(
+    layers: Sequence[Layer],
+    output: int,
+    format_: str,
+    *,
+    snapshot: str = "",
+    existing: bool = False,
+) -> Iterator[Child]:
+    """Copy the contents of a chain into an open file or device; running while the block does.
+
+    `snapshot` names an internal snapshot of the last layer to copy instead of its current state.
+    With `existing` the output keeps its size, and zeros are written too.
+    """
+    with opened(layers) as source:
+        arguments = ["qemu-img", "convert", *_PARALLEL, "-O", format_]
+        arguments += ["-n"] if existing else []
+        arguments += ["-l", f"snapshot.name={_escaped(snapshot)}"] if snapshot else []
+        fds = [*(layer.fd for layer in layers), output]
+        with Child([*arguments, *source, f"/dev/fd/{output}"], pass_fds=fds) as child:
+            yield child
+
+
+def _escaped(value: str) -> str:
+    """A value inside QEMU's key=value lists."""
+    return value.replace(",", ",,")
+
+
+def failure(result: Result, action: str) -> QmpBackupError:
+    """The error for a qemu-img that failed: whose fault it is, from what it said."""
+    said = result.messages.lower()
+    if any(sign in said for sign in _STORAGE_SIGNS):
+        hint = "Make room there, and run again." if "no space" in said else ""
+        return StorageError(f"Cannot {action}: {result.reason}.", hint)
+    return DamagedError(f"Cannot {action}: {result.reason}.")
+
+
+def check(layer: Layer) -> CheckResult:
+    """Check the metadata of one image.
+
+    Raises:
+        QmpBackupError: qemu-img could not be run.
+    """
+    name = spelled_out([layer])
+    arguments = ["qemu-img", "check", "--output=json", name]
+    result = process.run(arguments, pass_fds=[layer.fd])
+    # 0 fine, 2 errors, 3 leaks; anything else: the check itself failed (qemu-img(1)).
+    if result.code not in {0, 2, 3}:
+        return CheckResult(1, 0, result.reason)
+    report = _parse(result)
+    errors = int(report.get("corruptions", 0)) + int(report.get("check-errors", 0))
+    return CheckResult(errors, int(report.get("leaks", 0)))
+
+
+def snapshot_names(layer: Layer) -> tuple[str, ...]:
+    """Names of the internal snapshots of one image, oldest first.
+
+    Raises:
+        DamagedError: the image cannot be opened.
+    """
+    name = spelled_out([layer])
+    arguments = ["qemu-img", "info", "--output=json", name]
+    result = process.run(arguments, pass_fds=[layer.fd], timeout=_QUICK)
+    if result.code:
+        raise failure(result, f"open {layer.name}")
+    return tuple(str(each["name"]) for each in _parse(result).get("snapshots", ()))
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What `qemu-img info` says of one image, as QEMU's `ImageInfo`; backing files stay closed.
+
+    Raises:
+        DamagedError: it cannot be opened.
+    """
+    result = process.run(["qemu-img", "info", "--output=json", "-U", _plain(path)], timeout=_QUICK)
+    if result.code:
+        raise failure(result, f"open {path}")
+    return _parse(result)
+
+
+def create(path: Path, size: int, *, backing: str = "") -> None:
+    """Create a qcow2 image of `size` bytes; `backing` is only recorded.
+
+    Raises:
+        StorageError: it could not be created.
+    """
+    link = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
+    _run(["create", "-q", "-f", "qcow2", *link, _plain(path), str(size)], f"create {path}")
+
+
+def rebase(path: Path, backing: str, *, format_: str = "qcow2") -> None:
+    """Change the link of an image to its backing file, and nothing else (`rebase -u`).
+
+    An empty `backing` makes the image stand alone.
+
+    Raises:
+        QmpBackupError: it could not be changed.
+    """
+    link = ["-b", backing, "-F", format_] if backing else ["-b", ""]
+    _run(["rebase", "-u", "-f", "qcow2", *link, _plain(path)], f"change the link of {path}")
+
+
+def commit(path: Path, base: Path | None = None, *, rate: int = 0) -> None:
+    """Write the changes that an image holds into its backing file, and keep the image as it is.
+
+    Args:
+        path: the image.
+        base: the image of its chain to write into, if not the next.
+        rate: bytes a second at most (0: no limit).
+
+    Raises:
+        QmpBackupError: it failed; the backing file may hold part of the changes.
+    """
+    into = ["-b", str(base)] if base else []
+    limit = ["-r", str(rate)] if rate else []
+    _run(["commit", "-q", "-d", "-f", "qcow2", *limit, *into, _plain(path)], f"commit {path}")
+
+
+def take_snapshot(path: Path, name: str) -> None:
+    """Keep the current state of an image as an internal snapshot.
+
+    Raises:
+        QmpBackupError: it failed.
+    """
+    _run(["snapshot", "-q", "-c", name, _plain(path)], f"take a snapshot in {path}")
+
+
+def same_contents(one: str, other: str, *, pass_fds: Sequence[int] = ()) -> bool:
+    """Whether two images hold the same bytes, as `qemu-img compare` sees them (sizes may differ
+    where the longer one ends in zeros).
+
+    Raises:
+        QmpBackupError: one of them cannot be read.
+    """
+    arguments = ["qemu-img", "compare", "-q", one, other]
+    result = process.run(arguments, pass_fds=pass_fds)
+    if result.code not in {0, 1}:
+        raise failure(result, "compare two images")
+    return result.code == 0
+
+
+def resize(fd: int, format_: str, size: int) -> None:
+    """Give an open image another size; what lies beyond is cut off.
+
+    Raises:
+        QmpBackupError: it failed.
+    """
+    arguments = ["qemu-img", "resize", "-q", "--shrink", "-f", format_, f"/dev/fd/{fd}", str(size)]
+    result = process.run(arguments, pass_fds=[fd])
+    if result.code:
+        raise failure(result, "set the size of an image")
+
+
+def _run(arguments: Sequence[str], action: str) -> None:
+    result = process.run(["qemu-img", *arguments])
+    if result.code:
+        raise failure(result, action)
+
+
+def _plain(path: Path) -> str:
+    """A path that QEMU takes for a path, whatever colons it contains."""
+    return os.path.abspath(path)  # noqa: PTH100 - must not follow links
+
+
+def _parse(result: Result) -> dict[str, Any]:
+    try:
+        parsed = json.loads(result.output)
+    except ValueError as error:
+        raise QmpBackupError(f"qemu-img answered what is no JSON: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise QmpBackupError("qemu-img answered what is no JSON object.")
+    return parsed
