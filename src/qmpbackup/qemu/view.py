@@ -104,7 +104,9 @@ class View:
         for seat, (fd, path) in zip(self._seats, scratches, strict=True):
             name = self._names.of("scratch", seat.number)
             filename = hand_over(self._monitor, fd, path, name, self._undo)
-            add = commands.blockdev_add(name, "file", filename=filename, discard="unmap")
+            add = commands.blockdev_add(
+                name, "file", filename=filename, discard="unmap", cache={"no-flush": True}
+            )
             words = f"close the scratch image of {seat.disk.id}"
             steps.append(Step(add, words, commands.blockdev_del(name)))
         carry_out(self._monitor, steps, self._undo)
