@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Every target brings what it needs by itself and is quick when nothing is missing.
+#
+#   make setup          Debian packages and .venv
+#   make check          lint, format, types, layers, unit tests: below a minute
+#   make test           check, and the tests on real QEMU and in a booted guest
+#   make demo           a running VM backed up, restored and compared, in two minutes
+#   make bench          measurements against qemu-img
+#   make test-versions  the QEMU tests on QEMU 10.0
+#   make test-all       everything, the slow tests too
+#   make guest          the small Linux that tests and demo boot
+#   make clean          forgets what the tools cached in this folder
+
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := check
+
+BIN := .venv/bin
+JOBS ?= 2
+PYTEST := $(BIN)/pytest -q -p no:cacheprovider
+# A test file is one unit of distribution, so that a guest booted for a file is booted once.
+PYTEST_PARALLEL := $(PYTEST) -n $(JOBS) --dist loadfile
+REAL := $(wildcard tests/lab tests/qemu tests/guest tests/fault tests/contract)
+
+.PHONY: setup guest check lint unit test test-all test-versions demo bench format clean
+
+setup:
+	@scripts/setup.sh
+
+guest: setup
+	@scripts/guest.sh >/dev/null
+
+lint: setup
+	@echo "check: ruff, mypy, import-linter, shellcheck"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary tests/lab tests/conftest.py scripts
+	@$(BIN)/lint-imports --no-cache >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@shellcheck scripts/*.sh .ci/run
+
+unit: setup
+	@echo "check: unit tests"
+	@$(PYTEST_PARALLEL) tests/unit
+
+check: lint unit
+
+test: check guest
+	@echo "test: on real QEMU, and in a booted guest"
+	@$(PYTEST_PARALLEL) -m "not slow" $(REAL)
+
+test-all: check guest
+	@echo "test: everything"
+	@$(PYTEST_PARALLEL) $(REAL)
+	@$(MAKE) test-versions
+
+test-versions: setup
+	@scripts/versions.sh
+
+demo: setup guest
+	@$(BIN)/python scripts/demo.py
+
+bench: setup
+	@$(BIN)/python bench/backup.py
+
+format: setup
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

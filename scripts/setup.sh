@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Brings what is missing for developing and testing: Debian packages, and a .venv with the package
+# (editable) and its pinned dependencies. Says what it does; does nothing, quickly, when nothing is
+# missing. Run it as root or as a user who may use sudo.
+#
+#   scripts/setup.sh            what the tools and tests need
+#   scripts/setup.sh PACKAGE…   only these Debian packages
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+readonly PYTHON=/usr/bin/python3 # Debian's own, because python3-libnbd is built for it
+readonly STAMP=.venv/.set-up
+readonly PACKAGES=(
+    qemu-system-x86 # the VMs of the tests
+    qemu-utils      # qemu-img, qemu-nbd, qemu-io
+    python3-libnbd  # NBD from Python
+    python3-venv    # .venv
+    cpio            # packs the test guest
+    git
+    make
+    shellcheck # a gate of `make check`
+    kmod       # modprobe --show-depends and depmod for the test guest
+)
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo -- "$@"
+    else
+        fail "Not root, and there is no sudo. Run as root: $*"
+    fi
+}
+
+# Prints those of the given packages that are not installed.
+missing_packages() {
+    local state package
+    local -A installed=()
+    while read -r state package; do
+        [ "$state" = ii ] && installed[$package]=1
+    done < <(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' "$@" 2>/dev/null)
+    for package; do
+        [ -n "${installed[$package]:-}" ] || printf '%s\n' "$package"
+    done
+}
+
+install_packages() {
+    local missing
+    command -v dpkg-query >/dev/null ||
+        fail "This is no Debian or Ubuntu. Install by hand what these packages hold: $*"
+    mapfile -t missing < <(missing_packages "$@")
+    [ ${#missing[@]} -gt 0 ] || return 0
+    say "installing Debian packages: ${missing[*]}"
+    local -a apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300)
+    as_root "${apt[@]}" update >/dev/null || say "the package lists could not be updated; trying with the old ones"
+    as_root "${apt[@]}" install --no-install-recommends "${missing[@]}" >/dev/null ||
+        fail "apt-get could not install: ${missing[*]}"
+}
+
+# What the .venv depends on. Its scripts name its own path, hence the folder.
+fingerprint() {
+    {
+        pwd
+        "$PYTHON" --version
+        cat requirements.txt requirements-dev.txt pyproject.toml scripts/setup.sh
+    } | sha256sum
+}
+
+# A fingerprint alone would not see that somebody removed a part of it.
+venv_is_whole() {
+    [ -e "$STAMP" ] && [ "$(fingerprint)" = "$(cat "$STAMP")" ] &&
+        [ -x .venv/bin/qmpbackup ] && [ -x .venv/bin/pytest ] && [ -x .venv/bin/mypy ] &&
+        [ -x .venv/bin/ruff ] && [ -x .venv/bin/lint-imports ] &&
+        .venv/bin/python -c 'import nbd, blake3, qmpbackup, qemu' 2>/dev/null
+}
+
+make_venv() {
+    venv_is_whole && return 0
+    say "making .venv with the package and its pinned dependencies"
+    rm -f "$STAMP"
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        rm -rf .venv
+        "$PYTHON" -m venv --system-site-packages .venv
+    fi
+    local -a pip=(.venv/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input)
+    "${pip[@]}" install -r requirements.txt -r requirements-dev.txt
+    "${pip[@]}" install --no-build-isolation --no-deps --editable .
+    fingerprint >"$STAMP"
+    say "done; .venv/bin/qmpbackup is the tool of this folder"
+}
+
+main() {
+    if [ $# -gt 0 ]; then
+        install_packages "$@"
+        return
+    fi
+    exec 9<. # one set-up of this folder at a time
+    flock 9
+    install_packages "${PACKAGES[@]}"
+    make_venv
+}
+
+main "$@"
