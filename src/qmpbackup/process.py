@@ -56,6 +56,7 @@ class Child:
         import subprocess
 
         self.program = arguments[0].rpartition("/")[2]
+        self._result: Result | None = None
         try:
             self._process = subprocess.Popen(
                 arguments,
@@ -100,7 +101,7 @@ class Child:
         self._process.wait()
 
     def wait(self, timeout: float | None = None) -> Result:
-        """Wait for its end, collecting what it prints.
+        """Wait for its end, collecting what it prints; the same answer when asked again.
 
         Args:
             timeout: seconds, after which it is killed.
@@ -111,9 +112,11 @@ class Child:
         """
         import time
 
-        deadline = None if timeout is None else time.monotonic() + timeout
-        output, messages = self._collect(deadline)
-        return Result(self.program, self._end(deadline), output, messages)
+        if self._result is None:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            output, messages = self._collect(deadline)
+            self._result = Result(self.program, self._end(deadline), output, messages)
+        return self._result
 
     def _collect(self, deadline: float | None) -> tuple[bytes, str]:
         import selectors

@@ -64,13 +64,28 @@ def check_chain(layers: Sequence[Layer]) -> list[Header]:
     Raises:
         DamagedError: a link is another, or an image needs something outside the chain.
     """
-    headers: list[Header] = []
-    for number, layer in enumerate(layers):
-        header = read_header(layer.fd, layer.name)
-        expected = layers[number - 1].name if number else ""
-        _check_header(header, layer.name, expected)
-        headers.append(header)
-    return headers
+    parents = ("", *(layer.name for layer in layers))
+    return [check_link(layer, parent) for layer, parent in zip(layers, parents, strict=False)]
+
+
+def check_link(layer: Layer, parent: str) -> Header:
+    """Read the header of one file, and make sure that it names exactly `parent` (empty: none).
+
+    Raises:
+        DamagedError: it names another, or the image needs something outside the chain.
+    """
+    header = read_header(layer.fd, layer.name)
+    _check_header(header, layer.name, parent)
+    return header
+
+
+def virtual_size(layer: Layer) -> int:
+    """Bytes of the disk that an image holds.
+
+    Raises:
+        DamagedError: it is no qcow2 image.
+    """
+    return read_header(layer.fd, layer.name).size
 
 
 def _check_header(header: Header, name: str, parent: str) -> None:

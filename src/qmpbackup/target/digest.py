@@ -2,14 +2,17 @@
 """Digests of whole files, read through their descriptors. Knows nothing of manifests."""
 
 import os
+from collections.abc import Callable
 
 from qmpbackup import interrupt
 
 _CHUNK = 4 * 1024 * 1024
 
 
-def digest(fd: int) -> str:
+def digest(fd: int, each: Callable[[], None] | None = None) -> str:
     """`blake3:<hex>` of an open file, from its first byte to its last.
+
+    `each` is called after every few MiB, and ends the reading by raising.
 
     The file is read, not mapped: an I/O error then is an error here and no SIGBUS.
 
@@ -26,4 +29,6 @@ def digest(fd: int) -> str:
         hasher.update(buffer[:length])
         offset += length
         interrupt.check()
+        if each is not None:
+            each()
     return f"blake3:{hasher.hexdigest()}"

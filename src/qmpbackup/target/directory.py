@@ -314,6 +314,16 @@ class DirectoryTarget:
                         found += [f"{name}/{each}" for each in folder.names()]
         return tuple(found)
 
+    def unfinished_files(self) -> tuple[str, ...]:
+        """Files of points in the making, or of runs that died: the next backup clears up."""
+        return pending.unfinished_files(self.path)
+
+    def months(self) -> tuple[str, ...]:
+        """Folders like `2026-11` that `--monthly` made and that are targets of their own."""
+        with storage_errors(f"read {self.path}"):
+            found = sorted(self.path.glob(f"[0-9][0-9][0-9][0-9]-[0-9][0-9]/{VM_FILE}"))
+        return tuple(each.parent.name for each in found)
+
     def recover(self) -> list[str]:
         """Clear up after runs that died; the lock to write must be held.
 

@@ -244,6 +244,25 @@ def recover(root: Path) -> list[str]:
         return [_recover_point(top, each) for each in ids if is_point_id(each)]
 
 
+def unfinished_files(root: Path) -> tuple[str, ...]:
+    """Names of all files that journals list, under both names that they can have.
+
+    Raises:
+        StorageError: the journals cannot be read.
+    """
+    found: list[str] = []
+    with storage_errors(f"read {root}"), Folder.open(root) as top:
+        if not top.exists(POINTS):
+            return ()
+        with top.sub(POINTS) as points:
+            for name in points.names():
+                if name.endswith(JOURNAL):
+                    with suppress(DamagedError, FileNotFoundError):
+                        journal = Journal.decode(points.read(name, LARGEST), name)
+                        found += [f"{file}{end}" for file in journal.files for end in ("", PARTIAL)]
+    return tuple(found)
+
+
 def _recover_point(top: Folder, point_id: str) -> str:
     with top.sub(POINTS) as points:
         committed = points.exists(point_id + MANIFEST)

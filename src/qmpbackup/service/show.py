@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at the points of a target; what `list` and `show` print, and how a point is found."""
+
+from pathlib import Path
+
+from qmpbackup.errors import NoSuchTarget
+from qmpbackup.model import Point
+from qmpbackup.plan.chain import LATEST, find
+from qmpbackup.target.directory import DirectoryTarget, Inventory
+
+
+def inventory(path: Path, lock_wait: float = 0.0) -> Inventory:
+    """All points of a target, oldest first, and what is damaged.
+
+    Raises:
+        NoSuchTarget: there is no target, or only months that are targets of their own.
+        Locked: points are being removed or changed.
+        StorageError: it cannot be read.
+    """
+    target = DirectoryTarget.open(path)
+    with target.lock(wait=lock_wait):
+        found = target.load()
+    _require_own_points(target, found)
+    return found
+
+
+def point(path: Path, wanted: str = LATEST, lock_wait: float = 0.0) -> Point:
+    """One point of a target.
+
+    Raises:
+        NoSuchTarget: there is no such target or point.
+        UsageError: several points could be meant.
+    """
+    target = DirectoryTarget.open(path)
+    with target.lock(wait=lock_wait):
+        return find_point(target, target.load(), wanted)
+
+
+def find_point(target: DirectoryTarget, found: Inventory, wanted: str) -> Point:
+    """The point that a user means.
+
+    Raises:
+        NoSuchTarget: none.
+        UsageError: several could be meant.
+    """
+    _require_own_points(target, found)
+    return find(found.points, wanted)
+
+
+def _require_own_points(target: DirectoryTarget, found: Inventory) -> None:
+    if found.points or found.damaged:
+        return
+    months = target.months()
+    if months:
+        raise NoSuchTarget(
+            f"{target.path} holds no point itself; each of its months is a target.",
+            f"Use --target {target.path / months[-1]}.",
+        )

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove that what a target holds is what was written, and that nothing else lies there.
+
+Every file is read once, however many points need it: length, digest, links inside the images, and
+QEMU's own check of their metadata. Nothing is changed.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError
+from qmpbackup.model import Point, StoredDisk
+from qmpbackup.plan.chain import chain
+from qmpbackup.qemu import images
+from qmpbackup.qemu.images import Layer
+from qmpbackup.service import chains
+from qmpbackup.service.show import find_point
+from qmpbackup.target.directory import Damage, DirectoryTarget
+from qmpbackup.target.names import epoch_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to verify; no `point` means all, and then also what else lies in the target."""
+
+    target: Path
+    point: str = ""
+    lock_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found about one point; no problems means that it can be restored."""
+
+    point: Point
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found in a target.
+
+    `damaged` are manifests that cannot be read. `extra` are files called like backups that no
+    manifest names, `foreign` are other files; both relative to the target.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    damaged: tuple[Damage, ...] = ()
+    extra: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    files: int = 0
+    size: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.damaged or self.extra or any(each.problems for each in self.verdicts))
+
+
+def verify(request: Request) -> Report:
+    """Verify one point or all of a target.
+
+    Raises:
+        QmpBackupError: the target cannot be looked at as a whole.
+    """
+    target = DirectoryTarget.open(request.target)
+    with interrupt.held(), target.lock(wait=request.lock_wait):
+        # Names first and manifests last: a backup that commits meanwhile then leaves nothing that
+        # looks as if no manifest named it.
+        names = target.stored_names()
+        unfinished = target.unfinished_files()
+        inventory = target.load()
+        one = find_point(target, inventory, request.point) if request.point else None
+        check = _Verification(target, inventory.points)
+        points = (one,) if one else inventory.points
+        verdicts = tuple(Verdict(point, check.problems_of(point)) for point in points)
+        if one:
+            return Report(verdicts, files=check.files, size=check.size)
+        extra, foreign = _unnamed(names, unfinished, inventory.points)
+        return Report(verdicts, inventory.damaged, extra, foreign, check.files, check.size)
+
+
+def _unnamed(
+    names: Sequence[str], unfinished: Sequence[str], points: Sequence[Point]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names that no manifest knows: those called like backups, and the others."""
+    known = {disk.file for point in points for disk in point.disks} | set(unfinished)
+    left = [name for name in names if name not in known]
+    extra = [name for name in left if epoch_of(name.rpartition("/")[2]) is not None]
+    return tuple(extra), tuple(name for name in left if name not in set(extra))
+
+
+class _Verification:
+    """Remembers what was found about each file, so that none is read twice."""
+
+    def __init__(self, target: DirectoryTarget, points: Sequence[Point]) -> None:
+        self._target = target
+        self._points = points
+        self._seen: dict[tuple[str, int, str, str], str] = {}
+        self.files = 0
+        self.size = 0
+
+    def problems_of(self, point: Point) -> tuple[str, ...]:
+        """Everything that keeps a point from being restored, each as a sentence."""
+        log.info("Verifying point %s", point.id)
+        found: dict[str, None] = {}
+        for disk in point.disks:
+            for problem in self._disk(point, disk):
+                found[problem] = None
+        return tuple(found)
+
+    def _disk(self, point: Point, disk: StoredDisk) -> list[str]:
+        try:
+            links = chain(self._points, point, disk.id)
+        except DamagedError as error:
+            return [error.message]
+        problems: list[str] = []
+        parent = ""
+        for link in links:
+            problems.append(self._file(link.disk, parent))
+            parent = link.disk.file.rpartition("/")[2]
+        if not any(problems):
+            problems.append(self._state(disk))
+        return [problem for problem in problems if problem]
+
+    def _file(self, disk: StoredDisk, parent: str) -> str:
+        key = (disk.file, disk.file_size, disk.digest, parent)
+        if key not in self._seen:
+            self._seen[key] = self._guarded(disk, parent)
+            self.files += 1
+            self.size += disk.file_size
+        return self._seen[key]
+
+    def _guarded(self, disk: StoredDisk, parent: str) -> str:
+        try:
+            fd = self._target.open_file(disk.file)
+            try:
+                self._check(disk, fd, parent)
+            finally:
+                os.close(fd)
+        except Interrupted:
+            raise
+        except QmpBackupError as error:
+            return error.message
+        return ""
+
+    def _check(self, disk: StoredDisk, fd: int, parent: str) -> None:
+        name = disk.file.rpartition("/")[2]
+        chains.check_length(self._target, disk, fd)
+        chains.check_digest(self._target, disk, fd)
+        with storage_errors(f"read {self._target.path / disk.file}"):
+            images.check_link(Layer(fd, name), parent)
+        result = images.check(Layer(fd, name))
+        if result.errors:
+            said = result.message or f"{result.errors} errors"
+            raise DamagedError(f"qemu-img check finds {disk.file} damaged: {said}.")
+        if result.leaks:
+            log.warning("%s wastes %d clusters; it can be restored.", disk.file, result.leaks)
+
+    def _state(self, disk: StoredDisk) -> str:
+        """Whether the last file of a chain, which is whole, holds the state that is meant."""
+        try:
+            fd = self._target.open_file(disk.file)
+            try:
+                layer = Layer(fd, disk.file.rpartition("/")[2])
+                return _state_fault(layer, disk)
+            finally:
+                os.close(fd)
+        except Interrupted:
+            raise
+        except QmpBackupError as error:
+            return error.message
+
+
+def _state_fault(layer: Layer, disk: StoredDisk) -> str:
+    if disk.snapshot:
+        names = images.snapshot_names(layer)
+        return "" if disk.snapshot in names else f"{disk.file} has no snapshot {disk.snapshot!r}."
+    with storage_errors(f"read {disk.file}"):
+        size = images.virtual_size(layer)
+    return "" if size == disk.size else f"{disk.file} is of {size} bytes instead of {disk.size}."
