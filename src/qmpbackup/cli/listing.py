@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup list`: the points of a target."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpbackup.plan.sizes import human
+
+if TYPE_CHECKING:
+    from qmpbackup.model import Point
+    from qmpbackup.target.directory import Damage
+
+_HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT")
+_RIGHT = {"SIZE"}
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "list",
+        help="list the restore points of a target",
+        description="List the restore points of a target, oldest first. Exit code 8 if a manifest "
+        "is damaged; the others are listed all the same.",
+    )
+    parser.add_argument("-t", "--target", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a point")
+    parser.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the points."""
+    from qmpbackup.service import show
+
+    inventory = show.inventory(arguments.target, arguments.lock_wait)
+    lines = map(_json_line, inventory.points) if arguments.json else table(inventory.points)
+    for line in lines:
+        print(line)
+    if not (inventory.points or inventory.damaged or arguments.json):
+        print("There is no restore point yet.", file=sys.stderr)
+    return warn(inventory.damaged)
+
+
+def warn(damaged: "Sequence[Damage]") -> int:
+    """Name damaged manifests on stderr; return the exit code that they mean."""
+    import logging
+
+    from qmpbackup.errors import DamagedError
+
+    for damage in damaged:
+        logging.getLogger("qmpbackup").warning("Damaged: %s: %s", damage.path, damage.reason)
+    return DamagedError.exit_code if damaged else 0
+
+
+def _json_line(point: "Point") -> str:
+    return json.dumps(
+        {
+            "schema": 1,
+            "type": "point",
+            "id": point.id,
+            "time": point.time.isoformat(),
+            "level": point.level,
+            "parent": point.parent,
+            "disks": [disk.id for disk in point.disks],
+            "consistency": point.consistency,
+            "size": point.size,
+            "merged": [{"id": each.id, "into": each.into} for each in point.merged],
+        }
+    )
+
+
+def table(points: "Sequence[Point]") -> Iterable[str]:
+    """The points for people, below a line of heads; nothing at all where there is none."""
+    rows = [_row(point) for point in points]
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)]
+    for row in (_HEAD, *rows):
+        cells = (
+            cell.rjust(width) if head in _RIGHT else cell.ljust(width)
+            for head, cell, width in zip(_HEAD, row, widths, strict=True)
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _row(point: "Point") -> tuple[str, ...]:
+    disks = [printable(disk.id) for disk in point.disks]
+    disks += [f"({printable(each.id)} merged)" for each in point.merged]
+    return (
+        point.id,
+        f"{point.time:%Y-%m-%d %H:%M:%S}",
+        point.level,
+        ",".join(disks),
+        point.consistency,
+        human(point.size),
+        point.parent or "-",
+    )
+
+
+def printable(text: str) -> str:
+    """Text from a manifest without anything that a terminal would obey."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
