@@ -5,6 +5,7 @@
     ├── UsageError                  2  the request itself is wrong
     ├── IncrementalNotPossible      4  `inc` or `diff` was asked for and cannot be right
     ├── QuiesceError                5  the guest could not be quiesced
+    │   └── GuestStateUnknown          it may be frozen, or freeze later: outcome unknown
     ├── VmError                     6  QMP, the VM, or its block layer
     │   ├── ConnectError               no usable monitor at the address
     │   ├── MonitorBusy                another client holds the monitor
@@ -57,6 +58,10 @@ class QuiesceError(QmpBackupError):
     """The guest's file systems could not be quiesced, or not for long enough."""
 
     exit_code = 5
+
+
+class GuestStateUnknown(QuiesceError):
+    """A freeze or thaw was sent and not confirmed: the guest may be frozen, now or later."""
 
 
 class VmError(QmpBackupError):

@@ -8,20 +8,29 @@ next run that it was we who froze the guest, should watchdog and we both be kill
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from qmpbackup.errors import CommandError, QmpBackupError, QuiesceError, UsageError
+from qmpbackup.errors import (
+    CommandError,
+    GuestStateUnknown,
+    QmpBackupError,
+    QuiesceError,
+    UsageError,
+)
 from qmpbackup.model import Quiesce
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER
-from qmpbackup.qemu.agent import Agent
+from qmpbackup.qemu.agent import ANSWER_SECONDS, Agent
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 FREEZE_SECONDS = 30.0
-"""Longest wait for a guest to flush and freeze; also the watchdog's bound on the frozen state."""
+"""Longest wait for a guest to flush and freeze."""
+
+FROZEN_SECONDS = 15.0
+"""The watchdog's bound on the frozen state: longer than any instant, `view.STOP_SECONDS`."""
 
 
 class Guest:
@@ -42,6 +51,7 @@ class Guest:
         self._quiesce = quiesce
         self._agent: Agent | None = None
         self.complaints: list[str] = []
+        self._holds = False
         self.was_frozen = False
 
     @contextmanager
@@ -68,15 +78,19 @@ class Guest:
             QuiesceError: quiescing is required, and the freeze failed or did not last.
         """
         agent = self._agent
-        with self._forgiven():
-            if agent is not None:
-                self._freeze(agent, watchdog)
-        try:
+        if agent is None:
             yield
-        finally:
-            if self.was_frozen and agent is not None:
-                with self._forgiven():
-                    self._thaw(agent, watchdog)
+            return
+        try:
+            with self._forgiven():
+                self._freeze(agent, watchdog)
+            yield
+        except BaseException:
+            with suppress(QuiesceError):  # what went wrong first is what the user must hear of
+                self._end_freeze(agent, watchdog)
+            raise
+        with self._forgiven():
+            self._end_freeze(agent, watchdog)
 
     def heal(self) -> list[str]:
         """Thaw a guest that a run of ours left frozen; the marker in QEMU says that it was ours."""
@@ -101,28 +115,41 @@ class Guest:
                 "The guest's file systems are already frozen, by somebody else.",
                 "Find out who froze them; a thaw of ours would undo theirs.",
             )
-        watchdog.arm_freeze(FREEZE_SECONDS)
-        marker = {"qom-type": "throttle-group", "id": FROZEN_MARKER}
-        self._monitor.execute(Command("object-add", marker))
+        watchdog.arm_freeze(FREEZE_SECONDS + 2 * ANSWER_SECONDS)
+        self._mark()
         try:
             count = agent.freeze(FREEZE_SECONDS)
+        except GuestStateUnknown:
+            raise  # the watchdog goes on thawing, and the marker tells the next run
         except QmpBackupError:
             self._unmark()
             watchdog.disarm_freeze()
             raise
-        self.was_frozen = True
+        self._holds = True
         log.info("Froze %d file systems of the guest.", count)
+        watchdog.arm_freeze(FROZEN_SECONDS)
 
-    def _thaw(self, agent: Agent, watchdog: Watchdog) -> None:
-        self.was_frozen = False
-        agent.thaw()
+    def _end_freeze(self, agent: Agent, watchdog: Watchdog) -> None:
+        if not self._holds:
+            return
+        self._holds = False
+        lasted = agent.thaw() > 0
         self._unmark()
-        if watchdog.disarm_freeze():
+        watchdog.disarm_freeze()
+        if not lasted:
             raise QuiesceError(
-                "The guest was thawed by the watchdog before the instant was over.",
-                "The guest or this host is overloaded; run again.",
+                "The guest's file systems did not stay frozen for the whole instant.",
+                "Something in the guest thawed them; Windows does so after 10 seconds. Run again "
+                "when the guest and this host have less to do.",
             )
         self.was_frozen = True
+
+    def _mark(self) -> None:
+        marker = {"qom-type": "throttle-group", "id": FROZEN_MARKER}
+        try:
+            self._monitor.execute(Command("object-add", marker))
+        except CommandError as error:
+            log.debug("The marker of the freeze was there already: %s", error)
 
     def _unmark(self) -> None:
         try:
