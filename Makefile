@@ -36,7 +36,7 @@ lint: setup
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/mypy --no-error-summary tests/lab tests/conftest.py scripts
+	@$(BIN)/mypy --no-error-summary --explicit-package-bases tests scripts bench
 	@$(BIN)/lint-imports --no-cache >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 	@shellcheck scripts/*.sh .ci/run
 
@@ -65,7 +65,7 @@ bench: setup
 	@$(BIN)/python bench/backup.py
 
 format: setup
-	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format --quiet
 
 clean:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that all tiers share."""
+
+import pwd
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lab.qemu import Qemu
+
+
+@pytest.fixture
+def start_qemu() -> Iterator[Callable[..., Qemu]]:
+    """Starts VMs that are ended with the test: `vm = start_qemu([Disk(…)])`, see `lab.qemu.Qemu`."""
+    with ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(Qemu(*args, **options))
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder of the user `nobody`, where a QEMU of that user finds its images."""
+    folder = Path(tempfile.mkdtemp(prefix="qmpb-nobody-", dir="/tmp"))
+    folder.chmod(0o755)
+    shutil.chown(folder, "nobody", pwd.getpwnam("nobody").pw_gid)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One QEMU process for tests: started in 0.1 s, driven from outside, always ended.
+
+Without a guest, writes come through the human monitor's `qemu-io` (`Qemu.write`), which enters
+at the guest device's own place in the block graph, so that the product sees them as guest writes.
+"""
+
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from lab import disks as images
+from lab.disks import Disk
+from lab.qmp import Monitor
+
+BINARY_VARIABLE = "QMPBACKUP_TEST_QEMU"
+ACCEL_VARIABLE = "QMPBACKUP_TEST_ACCEL"
+
+Firmware = Literal["halt", "seabios"]
+
+_HALT = b"\xf4" * (65536 - 16) + b"\xfa\xf4\xeb\xfd" + b"\xf4" * 12
+"""A ROM whose reset vector stops the CPU for good: the VM runs, costs nothing, touches no disk."""
+
+_FAILED = re.compile(r"fail|error|invalid|unknown|cannot|not found|no such|usage", re.IGNORECASE)
+_STDBUF = "/usr/libexec/coreutils/libstdbuf.so"
+_FILTERS = ("throttle", "copy-on-read", "copy-before-write", "snapshot-access", "blkdebug")
+
+
+class Qemu:
+    """A VM without an operating system. Use as a context manager.
+
+    `socket` is the monitor for the product, `qmp` the test's own monitor. `folder` is a short-lived
+    folder with a short path, for sockets. `user` runs QEMU as that user; images for it have to be
+    where it may go (fixture `open_folder`). With firmware `halt` the CPU stands still; `seabios`
+    starts virtio drivers, which is what brings iothreads into play. `paused` leaves the VM in
+    `prelaunch`. `args` are added to QEMU's command line as they are.
+    """
+
+    def __init__(
+        self,
+        disks: Sequence[Disk] = (),
+        *,
+        args: Sequence[str] = (),
+        machine: str = "q35",
+        memory: str = "64M",
+        firmware: Firmware | None = "halt",
+        paused: bool = False,
+        name: str = "",
+        uuid: str = "",
+        iothreads: Sequence[str] = (),
+        user: str = "",
+        accelerators: Sequence[str] = ("tcg",),
+        binary: str = "",
+    ) -> None:
+        self.disks = list(disks)
+        self.user = user
+        self.folder = Path(tempfile.mkdtemp(prefix="qmpb-", dir="/tmp"))
+        self.socket = self.folder / "qmp"
+        self._test_socket = self.folder / "test"
+        self._log = self.folder / "stderr"
+        self._printed = self.folder / "stdout"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._qmp: Monitor | None = None
+        self.argv = [
+            binary or os.environ.get(BINARY_VARIABLE) or "qemu-system-x86_64",
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *("-machine", machine, "-m", memory),
+            *(part for accelerator in accelerators for part in ("-accel", accelerator)),
+            *("-qmp", f"unix:{self.socket},server=on,wait=off"),
+            *("-qmp", f"unix:{self._test_socket},server=on,wait=off"),
+            *(("-name", name) if name else ()),
+            *(("-uuid", uuid) if uuid else ()),
+            *(("-S",) if paused else ()),
+            *(part for thread in iothreads for part in ("-object", f"iothread,id={thread}")),
+            *(part for disk in disks for part in disk.arguments()),
+            *self._firmware(firmware),
+            *args,
+        ]
+
+    def _firmware(self, firmware: Firmware | None) -> Sequence[str]:
+        if firmware != "halt":
+            return ()
+        rom = self.folder / "halt.rom"
+        rom.write_bytes(_HALT)
+        return ("-bios", str(rom))
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and self.stderr:
+            error.add_note(f"QEMU said:\n{self.stderr}")
+        self._end()
+
+    @property
+    def qmp(self) -> Monitor:
+        """The test's own monitor."""
+        assert self._qmp is not None, "the VM is not running"
+        return self._qmp
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        assert self._process is not None, "the VM is not running"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has printed since it was first started."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    # Life and death
+
+    def start(self) -> None:
+        """Start QEMU and wait until both monitors are there."""
+        assert self._process is None, "the VM is running already"
+        self._allow_user()
+        for path in (self.socket, self._test_socket):
+            path.unlink(missing_ok=True)
+        with self._log.open("ab") as log, self._printed.open("ab") as printed:
+            self._process = subprocess.Popen(
+                [*self._privileges(), *self.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=log,
+                # qemu-io in the monitor prints to standard output; without this only at exit.
+                env={**os.environ, "LD_PRELOAD": _STDBUF, "_STDBUF_O": "L"},
+            )
+        self._qmp = self.monitor()
+
+    def _privileges(self) -> Sequence[str]:
+        # A test run that is killed must leave no QEMU behind.
+        arguments = ["setpriv", "--pdeathsig", "KILL"]
+        if self.user:
+            group = pwd.getpwnam(self.user).pw_gid
+            arguments += ["--reuid", self.user, "--regid", str(group), "--clear-groups"]
+        return [*arguments, "--"]
+
+    def _allow_user(self) -> None:
+        if self.user:
+            account = pwd.getpwnam(self.user)
+            os.chown(self.folder, account.pw_uid, account.pw_gid)
+            self.folder.chmod(0o755)
+
+    def monitor(self, timeout: float = 30) -> Monitor:
+        """Another connection to the test's monitor socket; only one can be open at a time."""
+        deadline = time.monotonic() + timeout
+        while True:
+            assert self.running, f"QEMU did not start:\n{self.stderr}"
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                return Monitor(self._test_socket, timeout)
+            assert time.monotonic() < deadline, f"no monitor after {timeout} s:\n{self.stderr}"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL: what was not flushed is lost, bitmaps are not stored."""
+        self._finish(signal.SIGKILL)
+
+    def quit(self) -> None:
+        """End QEMU in order: bitmaps are stored."""
+        with suppress(ConnectionError):
+            self.qmp("quit")
+        self._finish(None)
+
+    def restart(self) -> None:
+        """End QEMU in order and start it again with the same command line."""
+        self.quit()
+        self.start()
+
+    def _finish(self, number: signal.Signals | None) -> None:
+        process, self._process = self._process, None
+        if self._qmp:
+            self._qmp.close()
+            self._qmp = None
+        if process is None:
+            return
+        if number:
+            process.send_signal(number)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def _end(self) -> None:
+        self._finish(signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # What happens inside
+
+    def qdev(self, disk: str) -> str:
+        """The device path of the disk with this device id or drive name, for `qemu-io -d`."""
+        for device in self.qmp("query-block"):
+            path = str(device.get("qdev", ""))
+            if disk in (path, device["device"]) or disk in path.split("/"):
+                return path
+        raise AssertionError(f"the VM has no disk {disk}")
+
+    def hmp(self, line: str) -> str:
+        """Carry out a line of the human monitor and return what it printed."""
+        return self.qmp.hmp(line)
+
+    def qemu_io(self, disk: str, command: str) -> str:
+        """Do I/O where the guest does: `vm.qemu_io("vda", "write -P 1 0 64k")`.
+
+        Raises:
+            AssertionError: it failed.
+        """
+        return self.qemu_io_at(self.qdev(disk), command)
+
+    def qemu_io_at(self, qdev: str, command: str) -> str:
+        """The same where the device path is known already."""
+        printed = self._printed.stat().st_size
+        output = self.hmp(f'qemu-io -d {qdev} "{command}"')
+        with self._printed.open() as file:
+            file.seek(printed)
+            output += file.read()
+        assert not _FAILED.search(output), f"qemu-io {qdev} {command}: {output}"
+        assert output or command == "flush", f"qemu-io {qdev} {command} printed nothing"
+        return output
+
+    def write(self, disk: str, offset: int, length: int, byte: int) -> None:
+        """Write `length` times `byte` at `offset`."""
+        self.qemu_io(disk, f"write -P {byte} {offset} {length}")
+
+    def flush(self, disk: str | None = None) -> None:
+        """Flush one disk or all, so that `kill` does not lose what was written."""
+        for each in [disk] if disk else [disk.id for disk in self.disks]:
+            self.qemu_io(each, "flush")
+
+    def contents(self, disk: str) -> bytes:
+        """The live contents of a disk, read by `qemu-img` past the product and its nodes.
+
+        Only right while nothing writes.
+        """
+        self.flush(disk)
+        image, image_format = self.image(disk)
+        return images.contents(image, image_format)
+
+    def image(self, disk: str) -> tuple[Path, str]:
+        """The active image of a disk, below all filters, and its format."""
+        path = self.qdev(disk)
+        (device,) = (each for each in self.qmp("query-block") if each.get("qdev") == path)
+        name = device["inserted"]["image"]["filename"]
+        if not name.startswith("json:"):
+            # A filter reports the name of what is below it, but its own driver.
+            names = {"raw", "qcow2"} & {str(device["inserted"]["drv"])}
+            return Path(name), names.pop() if names else self._format(Path(name))
+        node: dict[str, Any] = json.loads(name.removeprefix("json:"))
+        while node["driver"] in _FILTERS:
+            node = node["file"]
+        image_format = node["driver"]
+        while "filename" not in node:
+            node = node["file"]
+        return Path(node["filename"]), image_format
+
+    def _format(self, image: Path) -> str:
+        return next((disk.format for disk in self.disks if disk.image == image), "qcow2")
