@@ -124,7 +124,8 @@ class StoredDisk:
 
     `file` is relative to the target, always with `/`. `parent` is the id of the point whose file of
     this disk is this file's backing file (`None`: the file stands alone). `bitmap` is the name of
-    the change bitmap that counts from this point (empty: none). `snapshot` names an internal
+    the change bitmap that counts from this point (empty: none), `end_mark` that of the bitmap which
+    tells whether the disk was shrunk since (see `plan.levels`). `snapshot` names an internal
     snapshot of `file` that holds this state, after `qmprestore snapshotrebase` (empty: the file's
     current state). `digest` is `blake3:<hex>` of the whole file, `file_size` its length.
     """
@@ -139,6 +140,7 @@ class StoredDisk:
     source_format: str = ""
     source_file: str = ""
     bitmap: str = ""
+    end_mark: str = ""
     reason: str = ""
     snapshot: str = ""
 

@@ -23,7 +23,8 @@ class DiskPlan:
     """What a run does with one disk.
 
     `base` is the point that an incremental or differential builds on, and `base_bitmap` the change
-    bitmap that counts from it. `keeps_bitmap` says whether a new change bitmap is started.
+    bitmap that counts from it. `keeps_bitmap` says whether a new change bitmap is started, and
+    `needs_end_mark` whether a new end mark is made (else that of the base goes on).
     """
 
     disk: Disk
@@ -37,6 +38,12 @@ class DiskPlan:
     def stored_base(self) -> StoredDisk | None:
         """The record of this disk in the point it builds on."""
         return self.base.disk(self.disk.id) if self.base else None
+
+    @property
+    def needs_end_mark(self) -> bool:
+        """Whether the base has no end mark that fits the disk as it is now."""
+        base = self.stored_base
+        return self.keeps_bitmap and (base is None or base.size != self.disk.size)
 
     @property
     def bytes_to_copy(self) -> int:
@@ -112,7 +119,30 @@ def _obstacle(disk: Disk, base: Point | None, target_id: str, check: Check) -> s
     stored = base.disk(disk.id)
     if stored is not None and stored.size > disk.size:
         return f"it shrank from {stored.size} to {disk.size} bytes"
-    return bitmap_obstacle(disk, str(BitmapName(target_id, base.id)))
+    obstacle = bitmap_obstacle(disk, str(BitmapName(target_id, base.id)))
+    return obstacle or _end_obstacle(disk, stored.end_mark if stored else "")
+
+
+def end_mark_name(target_id: str, point_id: str) -> str:
+    """The name of the end mark that a point makes."""
+    return str(BitmapName(target_id, f"{point_id}-end"))
+
+
+def is_end_mark(name: str) -> bool:
+    """Whether a bitmap of ours is an end mark."""
+    parsed = parse_bitmap(name)
+    return parsed is not None and parsed.point.endswith("-end")
+
+
+def _end_obstacle(disk: Disk, name: str) -> str:
+    mark = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
+    if mark is None or mark.inconsistent:
+        return (
+            "whether it was shrunk meanwhile cannot be told, as its end mark is gone"
+            if name
+            else ""
+        )
+    return "it was shrunk and grown again since" if mark.count == 0 else ""
 
 
 def bitmap_obstacle(disk: Disk, name: str) -> str:
@@ -146,11 +176,11 @@ def rubbish(disk: Disk, points: Sequence[Point], target_id: str) -> tuple[str, .
 
     Bitmaps that are busy belong to somebody's job, and stay.
     """
-    keep = {
-        str(BitmapName(target_id, point.id))
-        for point in (last_point(points, disk.id), last_full(points, disk.id))
-        if point is not None
-    }
+    keep: set[str] = set()
+    for point in (last_point(points, disk.id), last_full(points, disk.id)):
+        stored = point.disk(disk.id) if point else None
+        if point is not None and stored is not None:
+            keep |= {str(BitmapName(target_id, point.id)), stored.end_mark}
     return tuple(
         bitmap.name
         for bitmap in disk.bitmaps

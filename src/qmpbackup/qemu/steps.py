@@ -16,11 +16,11 @@ from qmpbackup.undo import UndoStack
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and how to undo it, with the words for a report."""
+    """A command, and how to undo it (`None`: goes with something else), with words for a report."""
 
     command: Command
     undo_words: str
-    undo: Command | Callable[[], object]
+    undo: Command | Callable[[], object] | None
 
 
 def carry_out(monitor: Monitor, steps: Sequence[Step], undo: UndoStack) -> None:
@@ -32,10 +32,10 @@ def carry_out(monitor: Monitor, steps: Sequence[Step], undo: UndoStack) -> None:
     results = monitor.execute_each([step.command for step in steps])
     for step, result in zip(steps, results, strict=True):
         if not isinstance(result, CommandError):
-            undoing = step.undo
-            if isinstance(undoing, Command):
-                undoing = partial(monitor.execute, undoing)
-            undo.push(step.undo_words, undoing)
+            if isinstance(step.undo, Command):
+                undo.push(step.undo_words, partial(monitor.execute, step.undo))
+            elif step.undo is not None:
+                undo.push(step.undo_words, step.undo)
     for result in results:
         if isinstance(result, CommandError):
             raise result

@@ -30,6 +30,7 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import STOPPED_MARKER, RunNames
+from qmpbackup.qemu.end_mark import end_bitmap, mark_ends
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
@@ -50,13 +51,14 @@ class Seat:
     """One disk of a view, with the bitmaps that its copy needs.
 
     `new_bitmap` is the change bitmap to start (empty: none), `base_bitmap` the one whose marks say
-    what to copy (empty: everything).
+    what to copy (empty: everything), `new_end_mark` the end mark to make (empty: none).
     """
 
     disk: Disk
     number: int
     new_bitmap: str = ""
     base_bitmap: str = ""
+    new_end_mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,9 @@ class View:
             words = f"close the scratch image of {seat.disk.id}"
             steps.append(Step(add, words, commands.blockdev_del(name)))
         carry_out(self._monitor, steps, self._undo)
+        ends = [(seat.number, seat.disk.size) for seat in self._seats if seat.new_end_mark]
+        if ends:
+            mark_ends(self._monitor, ends, self._names, self._undo)
 
     def take(self, watchdog: Watchdog, running: bool) -> Instant:
         """Take the instant: new bitmaps and the views of all disks, while the VM stands still.
@@ -140,8 +145,16 @@ class View:
         ]
         copies: list[Command] = []
         for seat in seats:
+            node = seat.disk.format_node
+            if seat.new_end_mark:
+                mark, scratch = seat.new_end_mark, names.of("scratch", seat.number)
+                persistent = seat.disk.can_persist
+                copies.append(commands.bitmap_add(node, mark, persistent=persistent, disabled=True))
+                copies.append(
+                    commands.bitmap_merge(node, mark, scratch, end_bitmap(names, seat.number))
+                )
             if seat.base_bitmap:
-                node, name = seat.disk.format_node, names.of("inc", seat.number)
+                name = names.of("inc", seat.number)
                 copies.append(commands.bitmap_add(node, name, disabled=True))
                 copies.append(commands.bitmap_merge(node, name, node, seat.base_bitmap))
         return (*starts, *copies)
@@ -153,8 +166,8 @@ class View:
         self._monitor.execute(commands.transaction(actions))
         for seat in self._seats:
             node = seat.disk.format_node
-            if seat.new_bitmap:
-                self._remove_later(self._rollback, node, seat.new_bitmap)
+            for name in filter(None, (seat.new_bitmap, seat.new_end_mark)):
+                self._remove_later(self._rollback, node, name)
             if seat.base_bitmap:
                 self._remove_later(self._undo, node, self.copy_bitmap(seat))
 
@@ -222,8 +235,10 @@ class View:
         finally:
             self._monitor.execute(Command("cont"))
             pause[0] = time.monotonic() - started
-            self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
-            watchdog.disarm_stop()
+            try:
+                watchdog.disarm_stop()
+            finally:
+                self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
 
 
 def active_nodes(monitor: Monitor) -> dict[str, str]:

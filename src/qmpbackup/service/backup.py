@@ -36,6 +36,7 @@ from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import (
     DiskPlan,
     effective_level,
+    end_mark_name,
     plan_disks,
     rubbish,
 )
@@ -199,6 +200,7 @@ def _seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> list[Sea
             number=number,
             new_bitmap=str(BitmapName(target_id, point_id)) if plan.keeps_bitmap else "",
             base_bitmap=plan.base_bitmap,
+            new_end_mark=end_mark_name(target_id, point_id) if plan.needs_end_mark else "",
         )
         for number, plan in enumerate(plans)
     ]
@@ -335,6 +337,7 @@ class _Run:
     def _stored_disk(self, seat: Seat, plan: DiskPlan, pending: Pending) -> StoredDisk:
         interrupt.check()
         size, digest = pending.seal(plan.disk.id)
+        base = plan.stored_base
         return StoredDisk(
             id=plan.disk.id,
             level=plan.level,
@@ -346,6 +349,7 @@ class _Run:
             source_format=plan.disk.format,
             source_file=plan.disk.filename,
             bitmap=seat.new_bitmap,
+            end_mark=seat.new_end_mark or (base.end_mark if base else ""),
             reason=plan.reason,
         )
 

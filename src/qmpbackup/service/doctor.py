@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
 from qmpbackup.model import Bitmap, Disk, Vm
-from qmpbackup.plan.levels import SMALL, bitmap_obstacle, last_point
+from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
 from qmpbackup.plan.names import BitmapName, parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.qemu import copy, recovery, scratch
@@ -112,6 +112,9 @@ def _disk(disk: Disk) -> Iterator[Finding]:
 def _bitmap(disk: Disk, bitmap: Bitmap) -> Iterator[Finding]:
     if parse_bitmap(bitmap.name) is None:
         yield Finding(disk.id, Health.FINE, f"bitmap {bitmap.name} is another tool's; it stays")
+    elif is_end_mark(bitmap.name) and not bitmap.inconsistent:
+        text = "was shrunk, the next backup is a full" if bitmap.count == 0 else "was not shrunk"
+        yield Finding(disk.id, Health.FINE, f"end mark {bitmap.name}: the disk {text}")
     elif bitmap_obstacle(disk, bitmap.name):
         yield Finding(
             disk.id,

@@ -83,6 +83,7 @@ def _disk_to_json(disk: StoredDisk) -> Json:
         "source_format": disk.source_format,
         "source_file": disk.source_file,
         "bitmap": disk.bitmap,
+        "end_mark": disk.end_mark,
         "reason": disk.reason,
         "snapshot": disk.snapshot,
     }
@@ -329,6 +330,7 @@ def _disk(reader: Reader) -> StoredDisk:
         source_format=reader.text("source_format"),
         source_file=reader.text("source_file"),
         bitmap=reader.text("bitmap"),
+        end_mark=reader.text("end_mark"),
         reason=reader.text("reason"),
         snapshot=reader.text("snapshot"),
     )
