@@ -51,11 +51,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What `qemu-img check` found. Leaked clusters waste room and are no damage."""
+    """What `qemu-img check` found. Leaked clusters waste room and are no damage.
+
+    `compressed` is how many clusters are compressed.
+    """
 
     errors: int
     leaks: int
     message: str = ""
+    compressed: int = 0
 
 
 def check_chain(layers: Sequence[Layer]) -> list[Header]:
@@ -139,16 +143,21 @@ def converting(
     *,
     snapshot: str = "",
     existing: bool = False,
+    compress: bool = False,
+    rate: int = 0,
 ) -> Iterator[Child]:
     """Copy the contents of a chain into an open file or device; running while the block does.
 
     `snapshot` names an internal snapshot of the last layer to copy instead of its current state.
-    With `existing` the output keeps its size, and zeros are written too.
+    With `existing` the output keeps its size, and zeros are written too. `compress` makes a qcow2
+    output zstd; `rate` is bytes a second at most (0: no limit).
     """
     with opened(layers) as source:
         arguments = ["qemu-img", "convert", *_PARALLEL, "-O", format_]
         arguments += ["-n"] if existing else []
         arguments += ["-l", f"snapshot.name={_escaped(snapshot)}"] if snapshot else []
+        arguments += ["-c", "-o", "compression_type=zstd"] if compress else []
+        arguments += ["-r", str(rate)] if rate else []
         fds = [*(layer.fd for layer in layers), output]
         with Child([*arguments, *source, f"/dev/fd/{output}"], pass_fds=fds) as child:
             yield child
@@ -182,7 +191,22 @@ def check(layer: Layer) -> CheckResult:
         return CheckResult(1, 0, result.reason)
     report = _parse(result)
     errors = int(report.get("corruptions", 0)) + int(report.get("check-errors", 0))
-    return CheckResult(errors, int(report.get("leaks", 0)))
+    compressed = int(report.get("compressed-clusters", 0))
+    return CheckResult(errors, int(report.get("leaks", 0)), compressed=compressed)
+
+
+def needed_bytes(layers: Sequence[Layer]) -> int:
+    """How large a qcow2 file with the contents of a chain becomes, at most and uncompressed.
+
+    Raises:
+        QmpBackupError: the chain cannot be read.
+    """
+    with opened(layers) as source:
+        arguments = ["qemu-img", "measure", "-O", "qcow2", "--output=json", *source]
+        result = process.run(arguments, pass_fds=[layer.fd for layer in layers])
+    if result.code:
+        raise failure(result, f"measure {layers[-1].name}")
+    return int(_parse(result).get("required", 0))
 
 
 def snapshot_names(layer: Layer) -> tuple[str, ...]:

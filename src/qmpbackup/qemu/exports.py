@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An internal snapshot of an image as something that qemu-img can read, through qemu-nbd.
+
+qemu-img compares images but no snapshots. Knows images and processes; must not know targets.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.process import Child
+from qmpbackup.qemu import images
+from qmpbackup.qemu.images import Layer
+
+_START_SECONDS = 60.0
+_POLL_SECONDS = 0.01
+
+
+@contextmanager
+def snapshot(layer: Layer, name: str) -> Iterator[str]:
+    """Serve a snapshot of one image for the block; gives the name by which QEMU opens it.
+
+    Raises:
+        QmpBackupError: the image has no such snapshot, or qemu-nbd cannot be run.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
+        socket, started = f"{folder}/nbd", Path(folder) / "pid"
+        arguments = ["qemu-nbd", "--read-only", "--persistent", "--shared=0"]
+        arguments += [f"--socket={socket}", f"--pid-file={started}"]
+        arguments += ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
+        image = images.spelled_out([layer])
+        with Child([*arguments, image], pass_fds=[layer.fd]) as child:
+            _wait(child, started, layer.name, name)
+            yield f"nbd+unix:///?socket={socket}"
+
+
+def _wait(child: Child, started: Path, image: str, name: str) -> None:
+    """qemu-nbd writes its process id once it listens."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not (started.exists() and started.stat().st_size):
+        interrupt.check()
+        if child.failed or time.monotonic() > deadline:
+            child.kill()
+            raise images.failure(child.wait(), f"open snapshot {name} of {image}")
+        time.sleep(_POLL_SECONDS)
+
+
