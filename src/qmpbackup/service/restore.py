@@ -20,6 +20,7 @@ from pathlib import Path
 from qmpbackup import durable, interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, Locked, QmpBackupError, StorageError, UsageError
+from qmpbackup.filelock import locked
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import LATEST
 from qmpbackup.process import Child
@@ -165,7 +166,7 @@ def _to_files(
     with ExitStack() as stack:
         partials: list[_Partial] = []
         for source, path in zip(sources, outputs, strict=True):
-            partial = stack.enter_context(_partial(path))
+            partial = stack.enter_context(_partial(path, request.lock_wait))
             partials.append(partial)
             _fill(target, source, partial, request.file_format)
         interrupt.check()
@@ -174,37 +175,25 @@ def _to_files(
 
 
 class _Partial:
-    """An output file that does not count yet; closed and, unless finished, removed at the end."""
+    """An output file that does not count yet; unless finished, it is removed at the end."""
 
     def __init__(self, folder: int, path: Path) -> None:
         self._folder = folder
         self.path = path
         self._name = path.name + PARTIAL
-        self.fd = self._open()
         self._finished = False
-
-    def _open(self) -> int:
-        """Create the file, or take over what a restore that died has left."""
-        import fcntl
-
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(self._name, flags, 0o600, dir_fd=self._folder)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._is_ours(os.fstat(fd)):
-                os.fchmod(fd, 0o600)
-                os.ftruncate(fd, 0)
-                return fd
-        except BlockingIOError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        raise Locked(
-            f"Another restore is writing to {self.path}.",
-            f"Wait for its end; if there is none, remove {self._name} there.",
-        )
+        self.fd = os.open(self._name, flags, 0o600, dir_fd=folder)
+
+    def empty(self) -> None:
+        """Begin anew where a restore that died has left something; the lock must be held."""
+        if not self._is_ours(os.fstat(self.fd)):
+            raise Locked(
+                f"{self.path}{PARTIAL} belongs to somebody else.",
+                "Remove it, or choose another place.",
+            )
+        os.fchmod(self.fd, 0o600)
+        os.ftruncate(self.fd, 0)
 
     def _is_ours(self, state: os.stat_result) -> bool:
         """A plain file of ours that still has the name, and no other: what another restore has just
@@ -223,24 +212,38 @@ class _Partial:
             self._finished = True
             durable.sync_folder(self._folder)
 
-    def close(self) -> None:
-        """Remove the file unless it is finished."""
+    def discard(self) -> None:
+        """Remove the file unless it is finished; the lock must be held."""
         if not self._finished:
             with suppress(OSError):
                 os.unlink(self._name, dir_fd=self._folder)
-        os.close(self.fd)
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[_Partial]:
+def _partial(path: Path, wait: float) -> Iterator[_Partial]:
     with ExitStack() as stack:
         with storage_errors(f"write to {path.parent}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent, stack)
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, folder)
             partial = _Partial(folder, path)
-            stack.callback(partial.close)
+            stack.callback(os.close, partial.fd)
+            stack.enter_context(locked(partial.fd, str(path), wait=wait))
+            partial.empty()
+            stack.callback(partial.discard)
         yield partial
+
+
+def _make_folder(path: Path, stack: ExitStack) -> None:
+    """Make the folder where it is missing; it goes again at the end if nothing is in it."""
+    if not path.exists():
+        path.mkdir(parents=True, exist_ok=True)
+
+        def remove_if_empty() -> None:
+            with suppress(OSError):
+                path.rmdir()
+
+        stack.callback(remove_if_empty)
 
 
 def _fill(target: DirectoryTarget, source: _Source, partial: _Partial, format_: str) -> None:
