@@ -59,17 +59,19 @@ class FakeAgent:
 
     Serves through `ScriptedServer(path, agent.serve)`. `answer`, where given, is asked first for each
     command and returns the reply or `None` for the usual one; it may block to imitate a freeze that
-    takes its time. `log` holds the commands in the order of their execution.
+    takes its time. `client` is the connection being served. `log` holds the commands in the order of their execution.
     """
 
     def __init__(self, answer: Callable[[str], dict[str, Any] | None] | None = None) -> None:
         self.frozen = False
         self.log: list[str] = []
+        self.client: socket.socket | None = None
         self._answer = answer
         self._changed = threading.Condition()
 
     def serve(self, client: socket.socket) -> None:
         """One client, until it leaves. 0xFF and line ends delimit commands."""
+        self.client = client
         rest = b""
         while data := client.recv(65536):
             *lines, rest = (rest + data).replace(b"\xff", b"\xff\n").split(b"\n")

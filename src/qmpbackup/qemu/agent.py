@@ -113,11 +113,11 @@ class Agent:
         """Whether file systems are frozen through the agent, by us or by somebody else."""
         return _is_frozen(self.execute("guest-fsfreeze-status"))
 
-    def freeze(self, timeout: float) -> int:
+    def freeze(self, timeout: float, settle: float = ANSWER_SECONDS) -> int:
         """Freeze all file systems of the guest; return how many.
 
-        Waits `timeout` seconds for the guest to flush, and `ANSWER_SECONDS` more where a freeze that
-        failed has to be followed by a thaw.
+        Waits `timeout` seconds for the guest to flush, and up to `settle` seconds more where a
+        freeze that failed has to be followed by a thaw.
 
         Raises:
             QuiesceError: nothing is frozen (any more), certainly.
@@ -135,7 +135,7 @@ class Agent:
                     "nobody else froze them.",
                 )
         except BaseException as error:
-            self._settle(error)
+            self._settle(error, settle)
             raise
         return count
 
@@ -160,10 +160,10 @@ class Agent:
             return 0
         return _count(_value(thawed, "guest-fsfreeze-thaw"), "guest-fsfreeze-thaw")
 
-    def _settle(self, cause: BaseException) -> None:
+    def _settle(self, cause: BaseException, timeout: float) -> None:
         """Undo a freeze whose outcome is not what we wanted, or not known."""
         try:
-            self.thaw()
+            self.thaw(timeout)
         except QuiesceError as error:
             reason = (
                 cause.message if isinstance(cause, QuiesceError) else "The freeze was broken off."
