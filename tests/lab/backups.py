@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What most tests of backups do: make a point of a VM, restore points, compare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lab import cli
+from lab.cli import Argument, Result
+from lab.disks import first_difference
+from lab.qemu import Qemu
+
+
+def back_up(vm: Qemu, target: Path, level: str = "auto", *more: Argument) -> dict[str, Any]:
+    """Make a point; its JSON record. Anything but exit code 0 fails the test."""
+    result = try_backup(vm, target, level, "--json", *more).check()
+    point: dict[str, Any] = json.loads(result.out)["point"]
+    return point
+
+
+def try_backup(vm: Qemu, target: Path, level: str = "auto", *more: Argument) -> Result:
+    """Run a backup, however it ends."""
+    arguments = ("backup", "--level", level, "--target", target, *more)
+    return cli.run("--socket", vm.socket, *arguments)
+
+
+def levels(point: dict[str, Any]) -> dict[str, str]:
+    """The level of each disk of a point."""
+    return {disk["id"]: disk["level"] for disk in point["disks"]}
+
+
+def restored(target: Path, point: str, folder: Path) -> dict[str, bytes]:
+    """What a restore gives back, for each disk by its folder's name."""
+    output = folder / f"restored-{point}"
+    arguments = ("--point", point, "--output", output, "--format", "raw", "--force")
+    cli.run("restore", "--target", target, *arguments).check()
+    return {image.name.removesuffix(".raw"): image.read_bytes() for image in output.iterdir()}
+
+
+def assert_restores(target: Path, point: str, expected: dict[str, bytes], folder: Path) -> None:
+    """A point gives back just these disks and bytes."""
+    found = restored(target, point, folder)
+    assert set(found) == set(expected)
+    for disk, contents in expected.items():
+        assert not first_difference(found[disk], contents), disk
+
+
+def leftovers(vm: Qemu) -> list[str]:
+    """Whatever carries the prefix of a run of ours inside QEMU."""
+    names = [node["node-name"] for node in vm.qmp("query-named-block-nodes", flat=True)]
+    names += [job["id"] for job in vm.qmp("query-jobs")]
+    names += [export["id"] for export in vm.qmp("query-block-exports")]
+    names += [item["name"] for item in vm.qmp("qom-list", path="/objects")]
+    names += [bitmap for _, bitmap in bitmaps(vm)]
+    if vm.qmp("query-status")["running"]:
+        sets = vm.qmp("query-fdsets")
+        names += [fd.get("opaque", "") for each in sets for fd in each["fds"]]
+    return [name for name in names if name.startswith("qmpbackup-")]
+
+
+def bitmaps(vm: Qemu) -> set[tuple[str, str]]:
+    """All bitmaps of the VM, as (node, name)."""
+    return {
+        (node["node-name"], bitmap["name"])
+        for node in vm.qmp("query-named-block-nodes", flat=True)
+        for bitmap in node.get("dirty-bitmaps", [])
+    }
