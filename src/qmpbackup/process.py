@@ -90,6 +90,11 @@ class Child:
                 pipe.close()
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def failed(self) -> bool:
         """Whether it has ended, and not well; does not wait."""
         return bool(self._process.poll())

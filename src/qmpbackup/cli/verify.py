@@ -57,18 +57,22 @@ def _lines(report: "Report") -> Iterable[str]:
         yield printable(f"{name}: not ours; left alone.")
     broken = sum(bool(verdict.problems) for verdict in report.verdicts)
     yield (
-        f"{len(report.verdicts)} points, {report.files} files, {human(report.size)}: "
-        + ("all whole." if report.whole else _summary(report, broken))
+        f"{_count(len(report.verdicts), 'point')}, {_count(report.files, 'file')}, "
+        f"{human(report.size)}: " + ("all whole." if report.whole else _summary(report, broken))
     )
 
 
 def _summary(report: "Report", broken: int) -> str:
     parts = (
-        (broken, "points damaged"),
-        (len(report.damaged), "manifests damaged"),
-        (len(report.extra), "files of no point"),
+        (broken, "point", " damaged"),
+        (len(report.damaged), "manifest", " damaged"),
+        (len(report.extra), "file", " of no point"),
     )
-    return ", ".join(f"{count} {what}" for count, what in parts if count) + "."
+    return ", ".join(_count(count, what) + end for count, what, end in parts if count) + "."
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _json_lines(report: "Report") -> Iterable[str]:

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from qmpbackup.errors import NoSuchTarget
+from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.model import Point
 from qmpbackup.plan.chain import LATEST, find
 from qmpbackup.target.directory import DirectoryTarget, Inventory
@@ -42,9 +42,19 @@ def find_point(target: DirectoryTarget, found: Inventory, wanted: str) -> Point:
     Raises:
         NoSuchTarget: none.
         UsageError: several could be meant.
+        DamagedError: `latest` or a time may mean a point whose manifest is damaged.
     """
     _require_own_points(target, found)
-    return find(found.points, wanted)
+    if not found.damaged:
+        return find(found.points, wanted)
+    # Only an id says which point it means, whatever the damaged manifests held.
+    for each in found.points:
+        if wanted and each.id.startswith(wanted):
+            return find(found.points, wanted)
+    raise DamagedError(
+        f"{found.damaged[0].path} is damaged, so nobody can say which point {wanted!r} is.",
+        "Name a point by its id; `qmpbackup list` shows those that are whole.",
+    )
 
 
 def _require_own_points(target: DirectoryTarget, found: Inventory) -> None:
