@@ -4,7 +4,7 @@
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -109,3 +109,47 @@ class FakeAgent:
         if name == "guest-fsfreeze-status":
             return "frozen" if self.frozen else "thawed"
         return {}
+
+
+class FakeMonitor:
+    """A QMP monitor without a VM, for replies that QEMU does not give.
+
+    Serves through `ScriptedServer(path, monitor.serve)`. `answer` gets a command's name and returns
+    what is sent for it: an object, which gets the command's id, or bytes, which are sent as they are.
+    `client` is the connection being served.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[str], dict[str, Any] | bytes],
+        version: tuple[int, int, int] = (7, 2, 22),
+    ) -> None:
+        self.client: socket.socket | None = None
+        self._answer = answer
+        qemu = dict(zip(("major", "minor", "micro"), version, strict=True))
+        self._greeting = {"QMP": {"version": {"qemu": qemu, "package": ""}, "capabilities": []}}
+
+    def serve(self, client: socket.socket) -> None:
+        """One client, until it leaves."""
+        self.client = client
+        client.sendall(json.dumps(self._greeting).encode() + b"\n")
+        for request in _objects(client):
+            client.sendall(self._reply(request["execute"], request.get("id")))
+
+    def _reply(self, name: str, number: object) -> bytes:
+        answer = {"return": {}} if name == "qmp_capabilities" else self._answer(name)
+        if isinstance(answer, bytes):
+            return answer
+        return json.dumps({**answer, "id": number}).encode() + b"\n"
+
+
+def _objects(client: socket.socket) -> Iterator[dict[str, Any]]:
+    """The JSON objects that a client sends, with or without something between them."""
+    decoder, text = json.JSONDecoder(), ""
+    while data := client.recv(65536):
+        text += data.decode()
+        with suppress(ValueError):
+            while text := text.lstrip():
+                value, end = decoder.raw_decode(text)
+                text = text[end:]
+                yield value

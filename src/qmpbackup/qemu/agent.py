@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectError, GuestStateUnknown, QuiesceError
 from qmpbackup.qemu.monitor import open_socket
+from qmpbackup.qemu.reply import one_line
 
 ANSWER_SECONDS = 10.0
 """Longest wait for the answer to anything but a freeze."""
@@ -288,7 +289,7 @@ def _value(reply: Mapping[str, object], command: str) -> object:
         return reply["return"]
     error = reply["error"]
     details = error if isinstance(error, Mapping) else {}
-    why = _one_line(str(details.get("desc", "no reason given")))
+    why = one_line(str(details.get("desc", "no reason given")))
     if details.get("class") == "CommandNotFound" or "disabled" in why:
         hint = (
             "Allow the command in the guest: see block-rpcs in /etc/qemu/qemu-ga.conf or "
@@ -297,12 +298,6 @@ def _value(reply: Mapping[str, object], command: str) -> object:
     else:
         hint = "Look at the guest agent's log in the guest."
     raise QuiesceError(f"The guest agent refused {command}: {why.rstrip('.')}.", hint)
-
-
-def _one_line(text: str) -> str:
-    """Text of the guest's that is fit for a terminal."""
-    text = " ".join(text.split())[:300]
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _count(value: object, command: str) -> int:

@@ -34,7 +34,7 @@ from qmpbackup.errors import (
     VmError,
 )
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu.reply import Reply
+from qmpbackup.qemu.reply import Reply, one_line
 
 T = TypeVar("T")
 
@@ -198,7 +198,8 @@ class Monitor:
             raise MonitorBusy(
                 f"The monitor at {self.address} accepted the connection but did not greet us.",
                 "Another client holds it (a monitor serves one at a time): end that client, or start "
-                "the VM with a second -qmp socket for backups.",
+                "the VM with a second -qmp socket for backups. The socket of a guest agent does not "
+                "greet either.",
             ) from None
         except QmpConnectError as error:
             if isinstance(error.exc, EOFError | OSError):
@@ -223,9 +224,8 @@ class Monitor:
         try:
             return await asyncio.wait_for(call, timeout)
         except ExecuteError as error:
-            raise CommandError(
-                command.name, error.error.error.class_, error.error.error.desc
-            ) from error
+            refusal = error.error.error
+            raise CommandError(command.name, refusal.class_, one_line(refusal.desc)) from error
 
     async def _next_event(self, timeout: float) -> Reply | None:
         try:
@@ -296,9 +296,10 @@ def open_socket(address: str, timeout: float) -> socket.socket:
         raise ConnectError(
             f"No permission to connect to {address}.", "Run as root or as the VM's user."
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConnectError(
-            f"Cannot connect to {address}: {error.strerror or error}.", "Check the address."
+            f"Cannot connect to {address}: {reason}.", "Check the address."
         ) from None
 
 

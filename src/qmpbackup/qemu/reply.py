@@ -69,6 +69,12 @@ def objects(value: object, where: str) -> Iterator[Reply]:
     return (Reply(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
+def one_line(text: str) -> str:
+    """Text from QEMU or from a guest, made fit for one line of a terminal."""
+    text = " ".join(text.split())[:500]
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _wrong(where: str, expected: str, value: object) -> MonitorProtocolError:
     shown = repr(value)[:80]
     return MonitorProtocolError(
