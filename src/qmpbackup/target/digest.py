@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from qmpbackup import interrupt
 
-_CHUNK = 4 * 1024 * 1024
+_CHUNK = 1024 * 1024
+"""Measured: more than this leaves the processor's cache, less does not feed several threads."""
 
 
 def digest(fd: int, each: Callable[[], None] | None = None) -> str:
     """`blake3:<hex>` of an open file, from its first byte to its last.
 
-    `each` is called after every few MiB, and ends the reading by raising.
+    `each` is called after every MiB, and ends the reading by raising.
 
     The file is read, not mapped: an I/O error then is an error here and no SIGBUS.
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpbackup import durable
 from qmpbackup.durable import TEMPORARY, storage_errors
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.model import Level, Point
@@ -142,8 +143,7 @@ class Pending:
             StorageError: it could not be written or read.
         """
         file = self.files[disk_id]
-        with storage_errors(f"store {file.path}"):
-            os.fsync(file.fd)
+        with storage_errors(f"store {file.path}"), durable.syncing(file.fd):
             result = os.fstat(file.fd).st_size, digest(file.fd)
         self._sealed[disk_id] = result
         return result
