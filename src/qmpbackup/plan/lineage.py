@@ -92,14 +92,15 @@ def candidates(names: Iterable[str]) -> tuple[str, ...]:
 def lineage(images: Sequence[Image], *, until: str = "", containing: str = "") -> Lineage:
     """The images that make up the newest state, or the one that `until` names.
 
-    `containing` leaves out all images whose name does not contain it.
+    `containing` leaves all images out of the choice whose name does not contain it.
 
     Raises:
         NoSuchTarget: there is no image.
         UsageError: there is no `until`, or the images are those of several disks.
         DamagedError: the links lead nowhere, outside, or in a circle; or there is no full.
     """
-    named = _parsed(image for image in images if containing in image.name)
+    known = _parsed(images)
+    named = {name: image for name, image in known.items() if containing in name}
     if not named:
         raise NoSuchTarget(
             "There is no backup image"
@@ -108,8 +109,7 @@ def lineage(images: Sequence[Image], *, until: str = "", containing: str = "") -
         )
     newest = _newest(named, until)
     disk = [image for image in named.values() if image.disk == newest.disk]
-    walk = _Walk({image.name: image for image in disk}, named)
-    return walk.from_(newest)
+    return _Walk(disk, known).from_(newest)
 
 
 def _parsed(images: Iterable[Image]) -> dict[str, _Named]:
@@ -154,9 +154,9 @@ def check_until(until: str, names: Sequence[str]) -> str:
 class _Walk:
     """From one image down to its full. `disk` are the images of that disk, `known` are all."""
 
-    def __init__(self, disk: Mapping[str, _Named], known: Mapping[str, _Named]) -> None:
+    def __init__(self, disk: Iterable[_Named], known: Mapping[str, _Named]) -> None:
         self._known = known
-        self._ordered = sorted(disk.values(), key=lambda image: image.order)
+        self._ordered = sorted(disk, key=lambda image: image.order)
 
     def from_(self, newest: _Named) -> Lineage:
         names = [newest.name]

@@ -109,7 +109,7 @@ class MergePlan:
         )
 
 
-def check_siblings(chain: Sequence[str], children: Iterable[Bond], command: str) -> tuple[str, ...]:
+def check_siblings(chain: Sequence[str], children: Iterable[Bond]) -> tuple[str, ...]:
     """Names of the images that build on the newest of the chain, which a merge leaves right.
 
     Raises:
@@ -121,7 +121,7 @@ def check_siblings(chain: Sequence[str], children: Iterable[Bond], command: str)
         first = broken[0]
         more = f", and so do {len(broken) - 1} others" if len(broken) > 1 else ""
         raise UsageError(
-            f"{command} would destroy {first.child}, which builds on {first.parent}{more}.",
+            f"This would destroy {first.child}, which builds on {first.parent}{more}.",
             "`qmprestore merge --targetfile FILE` writes a new file and leaves the backup alone.",
         )
     return tuple(dict.fromkeys(bond.child for bond in children))

@@ -47,5 +47,3 @@ def _wait(child: Child, started: Path, image: str, name: str) -> None:
             child.kill()
             raise images.failure(child.wait(), f"open snapshot {name} of {image}")
         time.sleep(_POLL_SECONDS)
-
-

@@ -257,20 +257,34 @@ def rebase(path: Path, backing: str, *, format_: str = "qcow2") -> None:
     _run(["rebase", "-u", "-f", "qcow2", *link, _plain(path)], f"change the link of {path}")
 
 
-def commit(path: Path, base: Path | None = None, *, rate: int = 0) -> None:
-    """Write the changes that an image holds into its backing file, and keep the image as it is.
+def apply(layer: Layer, size: int, base: Path, *, rate: int = 0) -> None:
+    """Write what an image holds into the image that it builds on, and leave the former alone.
 
     Args:
-        path: the image.
-        base: the image of its chain to write into, if not the next.
+        layer: the image, `size` bytes large as a disk; where its link leads does not matter.
+        base: the image to write into, which grows to `size`.
         rate: bytes a second at most (0: no limit).
 
     Raises:
-        QmpBackupError: it failed; the backing file may hold part of the changes.
+        QmpBackupError: it failed; `base` may hold part of the changes.
     """
-    into = ["-b", str(base)] if base else []
-    limit = ["-r", str(rate)] if rate else []
-    _run(["commit", "-q", "-d", "-f", "qcow2", *limit, *into, _plain(path)], f"commit {path}")
+    import tempfile
+
+    # qemu-img commits from the top of a chain and wants to write there; so the top is an empty
+    # image of our own, and the one that matters lies below it, open for reading only.
+    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
+        top = Path(folder) / "top"
+        create(top, size)
+        into = _plain(base)
+        node: dict[str, Any] | None = None
+        for filename in (into, f"/dev/fd/{layer.fd}", str(top)):
+            file = {"driver": "file", "filename": filename}
+            node = {"driver": "qcow2", "file": file, "backing": node}
+        limit = ["-r", str(rate)] if rate else []
+        arguments = ["qemu-img", "commit", "-q", "-d", *limit, "-b", into]
+        result = process.run([*arguments, "json:" + json.dumps(node)], pass_fds=[layer.fd])
+    if result.code:
+        raise failure(result, f"apply {layer.name}")
 
 
 def take_snapshot(path: Path, name: str) -> None:

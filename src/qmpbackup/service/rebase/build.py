@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The merged image: made as a new file beside the full, proved against the chain, made durable.
+
+The files of the chain are only read. Must not know manifests or what happens afterwards.
+"""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.plan.merge import MERGED, PARTIAL, Contents, MergePlan, Tag
+from qmpbackup.plan.sizes import human
+from qmpbackup.qemu import exports, images
+from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.qcow2 import read_header
+from qmpbackup.target.digest import digest
+from qmpbackup.target.folder import Folder
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[str], None]
+"""Told each step that is done, by a short name."""
+
+_SPARE = 4 * 1024 * 1024
+"""Bytes beyond the images themselves: manifests, a journal, a folder's growth."""
+
+_FICLONE = 0x40049409  # linux/fs.h
+_CHUNK = 16 * 1024 * 1024
+
+
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        StorageError: fewer than `needed` bytes are free in the folder.
+    """
+    with storage_errors(f"look at {folder}"):
+        state = os.statvfs(folder)
+    free = state.f_bavail * state.f_frsize
+    if free < needed:
+        raise StorageError(
+            f"{what} needs up to {human(needed)} in {folder}, where {human(free)} are free.",
+            "Make room there; or let `qmprestore merge --targetfile` write to another place.",
+        )
+
+
+def needed_bytes(plan: MergePlan, layers: Sequence[Layer]) -> int:
+    """The most that the merged image can take, in bytes."""
+    if plan.flattens:
+        return flat_bytes(layers)
+    with storage_errors(f"look at {layers[0].name}"):
+        full = os.fstat(layers[0].fd).st_size
+    return full + sum(images.needed_bytes([layer]) for layer in layers[1:]) + _SPARE
+
+
+def flat_bytes(layers: Sequence[Layer]) -> int:
+    """The most that a new image with the contents of a chain can take, in bytes."""
+    needed = images.needed_bytes(layers)
+    if compressed(layers):
+        # What is compressed again takes about what it took; never more than without.
+        needed = min(needed, sum(os.fstat(layer.fd).st_size for layer in layers) * 5 // 4)
+    return needed + _SPARE
+
+
+def compressed(layers: Sequence[Layer]) -> bool:
+    """Whether the full is compressed, so that what takes its place should be."""
+    return images.check(layers[0]).compressed > 0
+
+
+def build(
+    folder: Folder, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+) -> Contents:
+    """Make the merged image, prove it, and give it its name (`MERGED`), durably.
+
+    Args:
+        folder: where the chain is.
+        plan: what to make.
+        layers: the open files of the chain, the full first.
+        rate: bytes a second at most (0: no limit).
+        each: told each step.
+
+    Raises:
+        QmpBackupError: it could not be made, or is not right; the caller removes it.
+    """
+    partial = plan.base + PARTIAL
+    with _created(folder, partial, layers[0].fd) as fd:
+        new = Layer(fd, partial)
+        if plan.flattens:
+            flatten(layers, fd, rate)
+            each("built")
+        else:
+            _copy_and_apply(folder.path / partial, new, plan, layers, rate, each)
+        _prove(new, plan, layers)
+        each("proved")
+        with storage_errors(f"store {folder.path / partial}"):
+            os.fsync(fd)
+            contents = Contents(os.fstat(fd).st_size, digest(fd))
+            folder.rename(partial, plan.base + MERGED)
+            folder.sync()
+    each("durable")
+    return contents
+
+
+def flatten(layers: Sequence[Layer], output: int, rate: int) -> None:
+    """Write what a chain shows into an open file, as one qcow2 image.
+
+    Raises:
+        QmpBackupError: it failed.
+    """
+    pack = compressed(layers)
+    with images.converting(layers, output, "qcow2", compress=pack, rate=rate) as child:
+        result = child.wait()
+    if result.code:
+        raise images.failure(result, f"merge {layers[-1].name}")
+
+
+@contextmanager
+def _created(folder: Folder, name: str, like: int) -> Iterator[int]:
+    """A new file with the owner and mode of another; open for the block."""
+    with ExitStack() as stack:
+        with storage_errors(f"create {folder.path / name}"):
+            folder.remove(name)
+            fd = folder.create_file(name)
+            stack.callback(os.close, fd)
+            state = os.fstat(like)
+            with suppress(PermissionError):
+                os.fchown(fd, state.st_uid, state.st_gid)
+            os.fchmod(fd, stat.S_IMODE(state.st_mode))
+        yield fd
+
+
+def _copy_and_apply(
+    path: Path, new: Layer, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+) -> None:
+    tags = {tag.file: tag for tag in plan.tags}
+    with storage_errors(f"copy {layers[0].name}"):
+        _copy(layers[0].fd, new.fd)
+    each("copied")
+    _keep(path, tags.get(layers[0].name))
+    for layer in layers[1:]:
+        interrupt.check()
+        log.info("Applying %s", layer.name)
+        images.apply(layer, read_header(layer.fd, layer.name).size, path, rate=rate)
+        _keep(path, tags.get(layer.name))
+        each(f"applied {layer.name}")
+
+
+def _keep(path: Path, tag: Tag | None) -> None:
+    if tag is not None and not tag.exists:
+        images.take_snapshot(path, tag.name)
+
+
+def _copy(source: int, output: int) -> None:
+    """Copy a file: by sharing its blocks where the file system can, else without its holes."""
+    import fcntl
+
+    try:
+        fcntl.ioctl(output, _FICLONE, source)
+        return
+    except OSError:
+        pass
+    size = os.fstat(source).st_size
+    os.ftruncate(output, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole is left
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        _copy_range(source, output, at, end)
+        at = end
+
+
+def _copy_range(source: int, output: int, at: int, end: int) -> None:
+    while at < end:
+        interrupt.check()
+        view = memoryview(os.pread(source, min(_CHUNK, end - at), at))
+        if not view:
+            raise OSError(errno.EIO, "the file became shorter")
+        while view:
+            written = os.pwrite(output, view, at)
+            at += written
+            view = view[written:]
+
+
+def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
+    """The new image is whole; its state, and that of each snapshot, is what the chain shows.
+
+    Raises:
+        DamagedError: it is not.
+    """
+    log.info("Proving %s", new.name)
+    found = images.check(new)
+    if found.errors:
+        raise _unproved(f"qemu-img check finds errors in {new.name}", found.message)
+    if read_header(new.fd, new.name).size != read_header(layers[-1].fd, layers[-1].name).size:
+        raise _unproved(f"{new.name} is not as large as {layers[-1].name}")
+    if not _same(images.spelled_out([new]), [new], layers):
+        raise _unproved(f"{new.name} does not hold the state of {layers[-1].name}")
+    for tag in plan.tags:
+        index = plan.chain.index(tag.file)
+        with exports.snapshot(new, tag.name) as name:
+            if not _same(name, [], layers[: index + 1]):
+                raise _unproved(f"snapshot {tag.name} does not hold the state of {tag.file}")
+    for carried in plan.carried:
+        with exports.snapshot(new, carried) as one, exports.snapshot(layers[0], carried) as other:
+            if not images.same_contents(one, other):
+                raise _unproved(f"snapshot {carried} has changed")
+
+
+def _same(name: str, needs: Sequence[Layer], layers: Sequence[Layer]) -> bool:
+    with images.opened(layers) as chain:
+        fds = [layer.fd for layer in (*needs, *layers)]
+        return images.same_contents(name, chain[-1], pass_fds=fds)
+
+
+def _unproved(what: str, detail: str = "") -> DamagedError:
+    return DamagedError(
+        f"The merged image did not come out right: {what}{f' ({detail})' if detail else ''}.",
+        "Nothing was changed. Check the storage, and `qmpbackup verify` the target.",
+    )

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain that a command means, opened, and verified before anything relies on it.
+
+From manifests where there are any; else from the links inside the images. Must not know what is done
+with the chain.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.model import Point, StoredDisk
+from qmpbackup.plan import chain, levels, lineage
+from qmpbackup.plan.chain import Link
+from qmpbackup.plan.lineage import Bond, Image
+from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
+from qmpbackup.qemu import images
+from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.qcow2 import read_header
+from qmpbackup.service import chains
+from qmpbackup.service.rebase.place import Place
+from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.target.folder import Folder
+
+log = logging.getLogger(__name__)
+
+_DEEPEST_WITHOUT_LINKS = 64
+"""Files up to which a chain can be spelled out to QEMU; a deeper one goes by its links."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What all commands take. `until` names an image, `containing` a part of names; `rate` is bytes
+    a second (0: no limit)."""
+
+    folder: Path
+    until: str = ""
+    containing: str = ""
+    skip_check: bool = False
+    rate: int = 0
+    lock_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A chain: the names of its files, the full first.
+
+    `links` and `points` are empty without manifests. `children` build on files of the chain and are
+    not part of it. `assumed` and `misplaced` are as in `Lineage`.
+    """
+
+    place: Place
+    names: tuple[str, ...]
+    children: tuple[Bond, ...] = ()
+    links: tuple[Link, ...] = ()
+    points: tuple[Point, ...] = ()
+    assumed: tuple[Bond, ...] = ()
+    misplaced: tuple[Bond, ...] = ()
+
+    @property
+    def times(self) -> tuple[datetime | None, ...]:
+        """The instant of the state that each file holds, as far as it is known."""
+        if self.links:
+            return tuple(link.point.time for link in self.links)
+        return tuple(lineage.time_of(name) for name in self.names)
+
+
+def select(place: Place, request: Request) -> Source:
+    """Decide which files are meant; nothing is opened but their headers.
+
+    Raises:
+        NoSuchTarget: there is no image.
+        UsageError: `until` is not there, or the folder holds several disks.
+        DamagedError: the chain is not whole.
+    """
+    points = place.points(place.load())
+    if points:
+        return _from_manifests(place, points, request)
+    with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
+        found = _images(folder)
+    line = lineage.lineage(found, until=request.until, containing=request.containing)
+    return Source(place, line.names, line.children, assumed=line.assumed, misplaced=line.misplaced)
+
+
+def _images(folder: Folder) -> list[Image]:
+    names = folder.names()
+    partial = [name for name in names if name.endswith((PARTIAL, MERGED, OLD))]
+    if partial:
+        raise DamagedError(
+            f"{folder.path} holds an unfinished file, {partial[0]}, so the chain may not be whole.",
+            "Find out what left it; if it is only half a file, remove it.",
+        )
+    return [_image(folder, name) for name in lineage.candidates(names)]
+
+
+def _image(folder: Folder, name: str) -> Image:
+    fd = folder.open_file(name)
+    try:
+        return Image(name, read_header(fd, name).backing)
+    except DamagedError:
+        return Image(name)  # no qcow2: it has no link, and is refused where a chain needs it
+    finally:
+        os.close(fd)
+
+
+def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> Source:
+    states = {
+        disk.file.rpartition("/")[2]: Link(point, disk)
+        for point in points
+        for disk in point.disks
+        if disk.file.startswith(f"{place.name}/") and not disk.snapshot
+    }
+    newest = _newest(states, request)
+    links = chain.chain(points, newest.point, newest.disk.id)
+    names = tuple(link.disk.file.rpartition("/")[2] for link in links)
+    children = (*_manifest_children(points, links), *_stray_children(place, states, names))
+    return Source(place, names, children, links, tuple(points))
+
+
+def _newest(states: dict[str, Link], request: Request) -> Link:
+    chosen = [name for name in states if request.containing in name]
+    if request.until:
+        return states[lineage.check_until(request.until, chosen)]
+    if not chosen:
+        raise UsageError(
+            f"No image's name contains {request.containing!r}.", f"There are: {', '.join(states)}."
+        )
+    disk_id = states[chosen[0]].disk.id
+    candidates = [states[name].point for name in chosen]
+    point = levels.last_point(candidates, disk_id) or candidates[-1]
+    return next(link for link in states.values() if link.point.id == point.id)
+
+
+def _manifest_children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
+    inside = {link.point.id for link in links}
+    for link in links:
+        for child in chain.children(points, link.point.id, link.disk.id):
+            disk = child.disk(link.disk.id)
+            if disk is not None and child.id not in inside:
+                yield Bond(disk.file.rpartition("/")[2], link.disk.file.rpartition("/")[2])
+
+
+def _stray_children(place: Place, known: dict[str, Link], names: Sequence[str]) -> Iterator[Bond]:
+    """Files that no manifest names and that build on the chain, such as overlays of an owner."""
+    with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
+        for name in folder.names():
+            backing = "" if name in known else _image_if_plain(folder, name).backing
+            if backing.rpartition("/")[2] in names:
+                yield Bond(name, backing.rpartition("/")[2])
+
+
+def _image_if_plain(folder: Folder, name: str) -> Image:
+    try:
+        return _image(folder, name)
+    except DamagedError:
+        return Image(name)
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[list[Layer]]:
+    """Open the files of a chain and check lengths, headers and links.
+
+    Raises:
+        DamagedError: they are not what manifests, or the chain, say.
+        StorageError: they cannot be opened.
+    """
+    if source.links:
+        last = source.links[-1]
+        with chains.opened(_target(source), source.points, last.point, last.disk) as files:
+            yield [file.layer for file in files]
+        return
+    if source.assumed and len(source.names) > _DEEPEST_WITHOUT_LINKS:
+        raise UsageError(
+            f"A chain of {len(source.names)} images without links is too deep.", LINK_HINT
+        )
+    chains.allow_open_files(len(source.names) + 64)
+    unlinked = {bond.child for bond in source.assumed}
+    parents = ("", *source.names)
+    with ExitStack() as stack:
+        layers = _open_layers(source, stack)
+        with storage_errors(f"read {source.place.folder}"):
+            for layer, parent in zip(layers, parents, strict=False):
+                images.check_link(layer, "" if layer.name in unlinked else parent)
+        yield layers
+
+
+def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
+    layers: list[Layer] = []
+    with storage_errors(f"read {source.place.folder}"), Folder.open(source.place.folder) as folder:
+        for name in source.names:
+            fd = folder.open_file(name)
+            stack.callback(os.close, fd)
+            layers.append(Layer(fd, name))
+    return layers
+
+
+LINK_HINT = "Run `qmprestore rebase` first, which links the images."
+
+
+def verify(source: Source, layers: Sequence[Layer]) -> None:
+    """Prove the files of a chain: by the digests in manifests, else by QEMU's own check.
+
+    Raises:
+        DamagedError: one is damaged.
+    """
+    if source.links:
+        for link, layer in zip(source.links, layers, strict=True):
+            log.info("Verifying %s", layer.name)
+            chains.check_digest(_target(source), link.disk, layer.fd)
+        return
+    for layer in layers:
+        log.info("Checking %s", layer.name)
+        found = images.check(layer)
+        if found.errors:
+            said = found.message or f"{found.errors} errors"
+            raise DamagedError(
+                f"qemu-img check finds {layer.name} damaged: {said}.",
+                "Put back an unharmed copy of it.",
+            )
+
+
+@contextmanager
+def opened_child(source: Source, name: str) -> Iterator[tuple[int, StoredDisk | None]]:
+    """Open an image that builds on the chain; its record is `None` without manifests.
+
+    Raises:
+        DamagedError: it is not as long as its manifest says.
+    """
+    disk = _record_of(source, name)
+    with storage_errors(f"open {name}"), Folder.open(source.place.folder) as folder:
+        fd = folder.open_file(name)
+    try:
+        if disk is not None:
+            chains.check_length(_target(source), disk, fd)
+        yield fd, disk
+    finally:
+        os.close(fd)
+
+
+def verify_child(source: Source, fd: int, disk: StoredDisk) -> None:
+    """Prove an image that builds on the chain by its digest.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    log.info("Verifying %s", disk.file)
+    chains.check_digest(_target(source), disk, fd)
+
+
+def _record_of(source: Source, name: str) -> StoredDisk | None:
+    file = f"{source.place.name}/{name}"
+    disks = (disk for point in source.points for disk in point.disks if disk.file == file)
+    return next(disks, None)
+
+
+def _target(source: Source) -> DirectoryTarget:
+    if source.place.target is None:
+        raise ValueError("a chain of manifests outside of a target")
+    return source.place.target
