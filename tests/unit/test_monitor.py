@@ -185,8 +185,10 @@ def test_refused_negotiation(address: Path, reply: bytes) -> None:
 )
 def test_reply_that_is_none(address: Path, reply: bytes) -> None:
     with monitor(address, lambda _: reply) as it:
-        with pytest.raises((MonitorProtocolError, OutcomeUnknown)):
+        with pytest.raises((MonitorProtocolError, OutcomeUnknown)) as caught:
             it.execute(ASK, timeout=20)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
         with pytest.raises(VmError):
             it.execute(ASK, timeout=20)
 

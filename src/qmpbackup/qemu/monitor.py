@@ -251,7 +251,7 @@ class Monitor:
             raise
         except (QMPError, ValueError, KeyError, TypeError) as error:
             raise MonitorProtocolError(
-                f"The answer to {what} from {self.address} is not QMP: {error}.",
+                f"The answer to {what} from {self.address} is not QMP: {one_line(str(error))}.",
                 "Check that the socket is a QMP monitor of QEMU.",
             ) from error
 
