@@ -9,6 +9,8 @@
 #   scripts/setup.sh PACKAGE…   only these Debian packages
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/terminal.sh
+. scripts/terminal.sh
 
 readonly PYTHON=/usr/bin/python3 # Debian's own, because python3-libnbd is built for it
 readonly STAMP=.venv/.set-up
@@ -23,23 +25,6 @@ readonly PACKAGES=(
     shellcheck # a gate of `make check`
     kmod       # modprobe --show-depends and depmod for the test guest
 )
-
-say() { printf 'setup: %s\n' "$*"; }
-
-fail() {
-    printf 'setup: %s\n' "$*" >&2
-    exit 1
-}
-
-as_root() {
-    if [ "$(id -u)" -eq 0 ]; then
-        "$@"
-    elif command -v sudo >/dev/null; then
-        sudo -- "$@"
-    else
-        fail "Not root, and there is no sudo. Run as root: $*"
-    fi
-}
 
 # Prints those of the given packages that are not installed.
 missing_packages() {
@@ -60,9 +45,8 @@ install_packages() {
     mapfile -t missing < <(missing_packages "$@")
     [ ${#missing[@]} -gt 0 ] || return 0
     say "installing Debian packages: ${missing[*]}"
-    local -a apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300)
-    as_root "${apt[@]}" update >/dev/null || say "the package lists could not be updated; trying with the old ones"
-    as_root "${apt[@]}" install --no-install-recommends "${missing[@]}" >/dev/null ||
+    update_package_lists
+    as_root "${APT_GET[@]}" install --no-install-recommends "${missing[@]}" >/dev/null ||
         fail "apt-get could not install: ${missing[*]}"
 }
 

@@ -20,8 +20,8 @@ class QmpError(AssertionError):
         self.error = error
 
 
-class JsonSocket:
-    """JSON objects, one a line, over a unix socket."""
+class LineSocket:
+    """Lines over a unix socket."""
 
     def __init__(self, path: Path, timeout: float = 30) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -48,12 +48,12 @@ class JsonSocket:
         """Close the connection; harmless when repeated."""
         self._socket.close()
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one object."""
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+    def send_line(self, line: bytes) -> None:
+        """Send one line."""
+        self._socket.sendall(line + b"\n")
 
-    def receive(self) -> dict[str, Any]:
-        """The next object.
+    def receive_line(self) -> bytes:
+        """The next line.
 
         Raises:
             TimeoutError: none came in time.
@@ -65,8 +65,20 @@ class JsonSocket:
                 raise ConnectionError("the peer closed the connection")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+
+class JsonSocket(LineSocket):
+    """JSON objects, one a line."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one object."""
+        self.send_line(json.dumps(message).encode())
+
+    def receive(self) -> dict[str, Any]:
+        """The next object."""
         # The agent puts 0xff before the answer to guest-sync-delimited.
-        message: dict[str, Any] = json.loads(line.lstrip(b"\xff"))
+        message: dict[str, Any] = json.loads(self.receive_line().lstrip(b"\xff"))
         return message
 
     def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
