@@ -223,18 +223,6 @@ def snapshot_names(layer: Layer) -> tuple[str, ...]:
     return tuple(str(each["name"]) for each in _parse(result).get("snapshots", ()))
 
 
-def info(path: Path) -> dict[str, Any]:
-    """What `qemu-img info` says of one image, as QEMU's `ImageInfo`; backing files stay closed.
-
-    Raises:
-        DamagedError: it cannot be opened.
-    """
-    result = process.run(["qemu-img", "info", "--output=json", "-U", _plain(path)], timeout=_QUICK)
-    if result.code:
-        raise failure(result, f"open {path}")
-    return _parse(result)
-
-
 def create(path: Path, size: int, *, backing: str = "") -> None:
     """Create a qcow2 image of `size` bytes; `backing` is only recorded.
 
