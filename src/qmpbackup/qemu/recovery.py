@@ -2,11 +2,12 @@
 """Cleaning up inside QEMU what a run of ours left when it died.
 
 Everything of a run carries its prefix, so this needs no record. The order is that of a teardown:
-let the VM run again, jobs, exports, devices back to their nodes, nodes from the top down,
+let the VM run again, jobs, exports, views, devices back to their nodes, nodes from the top down,
 descriptor sets, temporary bitmaps, markers. Change bitmaps are none of its business: which of them
 are rubbish only the manifests of a target can say.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 from qmpbackup.errors import CommandError
@@ -17,6 +18,9 @@ from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
 from qmpbackup.qemu import jobs
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
+
+
+_VIEW = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-snap[0-9]+")
 
 
 def needed(inventory: Inventory) -> bool:
@@ -44,9 +48,12 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     if left.jobs:
         jobs.sweep(monitor, left.jobs)
         yield from (f"ended job {job}" for job in left.jobs)
+    # A view above its filter keeps the device from going back below the filter, so views go first.
+    views = [node for node in left.nodes if _VIEW.fullmatch(node)]
+    yield from _remove_nodes(monitor, views)
     for disk in inventory.vm.disks:
         yield from _reattach(monitor, disk)
-    yield from _remove_nodes(monitor, left.nodes)
+    yield from _remove_nodes(monitor, [node for node in left.nodes if node not in views])
     for number in left.descriptor_sets:
         monitor.execute(Command("remove-fd", {"fdset-id": number}))
         yield f"took back descriptor set {number}"
