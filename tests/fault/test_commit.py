@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from qmpbackup.errors import StorageError
 from qmpbackup.model import Level
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.target.directory import DirectoryTarget, Pending
 from stored import MIB, VM, Stored, Write
 
 SELF = Path(__file__)
@@ -47,15 +48,23 @@ def one_run(path: Path, fatal: int, fate: str) -> None:
 
 
 def begin_and(fate: str, stored: Stored) -> None:
-    now = datetime.now(UTC)
-    point_id = f"{now:%Y%m%dT%H%M%SZ}-{os.getpid():06x}"
-    disks = [("hd0", Level.FULL), ("new", Level.FULL)]
-    pending = stored.target.begin(point_id, disks, now)
-    for file in pending.files.values():
-        os.write(file.fd, b"contents")
+    pending = begin(stored)
     if fate == "abort":
         pending.abort()
-        return
+    else:
+        commit(stored, pending)
+
+
+def begin(stored: Stored) -> Pending:
+    now = datetime.now(UTC)
+    disks = [("hd0", Level.FULL), ("new", Level.FULL)]
+    pending = stored.target.begin(f"{now:%Y%m%dT%H%M%SZ}-{os.getpid():06x}", disks, now)
+    for file in pending.files.values():
+        os.write(file.fd, b"contents")
+    return pending
+
+
+def commit(stored: Stored, pending: Pending) -> None:
     pattern = stored.points[0]
     records = []
     for disk_id, file in pending.files.items():
@@ -63,7 +72,7 @@ def begin_and(fate: str, stored: Stored) -> None:
         record = replace(pattern.disks[0], id=disk_id, file=file.name)
         records.append(replace(record, file_size=size, digest=digest))
     number = stored.points[-1].sequence + 1
-    pending.commit(replace(pattern, id=point_id, sequence=number, disks=tuple(records)))
+    pending.commit(replace(pattern, id=pending.point_id, sequence=number, disks=tuple(records)))
 
 
 @pytest.mark.parametrize("fate", ["commit", "abort"])
@@ -87,6 +96,37 @@ def test_a_run_killed_anywhere_leaves_a_whole_point_or_none(tmp_path: Path, fate
         assert theirs.read_text() == "of the original tool"
     assert kills >= 6
     assert len(stored.target.load().points) == known + (fate == "commit")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_a_full_target_keeps_its_points_and_nothing_else(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        fill_up(Stored(small / "target", size=MIB))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def fill_up(stored: Stored) -> None:
+    first = stored.add(Level.FULL, {"hd0": [Write(7, 0, 4096)]})
+    ballast = stored.path.parent / "ballast"
+    for late in (False, True):
+        pending = begin(stored) if late else None
+        with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(StorageError, match="No space left") as caught:
+            commit(stored, pending) if pending else begin(stored)
+        assert caught.value.exit_code == 7
+        if pending:
+            pending.abort()
+        assert stored.target.load().points == (first,)
+        assert_clean(stored, {first.disks[0].file})
+        ballast.unlink()
 
 
 def assert_clean(stored: Stored, named: set[str]) -> None:

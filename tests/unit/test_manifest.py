@@ -192,7 +192,7 @@ def test_members_that_make_no_sense_are_refused(changes: dict[str, object]) -> N
 
 
 @pytest.mark.parametrize(
-    "changes", [{"digest": "md5:0"}, {"size": "1"}, {"snapshot": None}, {"snapshot": "x" * 5000}]
+    "changes", [{"digest": "md5:0"}, {"size": "1"}, {"snapshot": None}, {"snapshot": "x" * 70000}]
 )
 def test_records_of_disks_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(DamagedError):

@@ -30,7 +30,7 @@ LARGEST = 16 * 1024 * 1024
 """Bytes of the largest manifest that is read."""
 
 _LARGEST_SIZE = 2**63 - 1
-_LONGEST_TEXT = 4096
+_LONGEST_TEXT = 65536
 _LONGEST_LIST = 65536
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}", re.ASCII)
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"

@@ -22,7 +22,7 @@ from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.model import Level, Point
 from qmpbackup.target.digest import digest
 from qmpbackup.target.folder import Folder
-from qmpbackup.target.manifest import LARGEST, SCHEMA, encode, parse_object
+from qmpbackup.target.manifest import LARGEST, SCHEMA, decode, encode, parse_object
 from qmpbackup.target.names import (
     JOURNAL,
     MANIFEST,
@@ -90,7 +90,7 @@ class Pending:
 
     def __init__(self, root: Path, point_id: str, journal: Journal) -> None:
         self._root = root
-        self._point_id = point_id
+        self.point_id = point_id
         self._journal = journal
         self._open = ExitStack()
         self._sealed: dict[str, tuple[int, str]] = {}
@@ -125,9 +125,9 @@ class Pending:
     def _create(self, top: Folder, disk_ids: Sequence[str]) -> None:
         with top.sub(POINTS, create=True) as points:
             points.require_ours()
-            if points.exists(self._point_id + MANIFEST):
-                raise StorageError(f"Point {self._point_id} exists already in {self._root}.")
-            points.write(self._point_id + JOURNAL, self._journal.encode())
+            if points.exists(self.point_id + MANIFEST):
+                raise StorageError(f"Point {self.point_id} exists already in {self._root}.")
+            points.write(self.point_id + JOURNAL, self._journal.encode())
         for disk_id, name in zip(disk_ids, self._journal.files, strict=True):
             with top.sub(name.folder, create=True) as folder:
                 folder.require_ours()
@@ -156,6 +156,8 @@ class Pending:
         """
         self._check(point)
         manifest = encode(point)
+        if decode(manifest, f"{point.id}{MANIFEST}") != point:
+            raise ValueError(f"the manifest of point {point.id} does not come back as written")
         doing = storage_errors(f"commit point {point.id} in {self._root}")
         with doing, Folder.open(self._root) as top:
             for name in self._journal.files:
@@ -182,7 +184,7 @@ class Pending:
             disk_id: (file.name, *self._sealed.get(disk_id, (-1, "")))
             for disk_id, file in self.files.items()
         }
-        if point.id != self._point_id or said != made:
+        if point.id != self.point_id or said != made:
             raise ValueError(f"the manifest of point {point.id} does not match its files")
         for disk_id, file in self.files.items():
             if os.fstat(file.fd).st_size != self._sealed[disk_id][0]:
@@ -199,9 +201,9 @@ class Pending:
         self._open.close()
         try:
             with storage_errors("remove an unfinished point"), Folder.open(self._root) as top:
-                _discard(top, self._point_id, self._journal)
+                _discard(top, self.point_id, self._journal)
         except QmpBackupError as error:
-            log.warning("Point %s stays unfinished: %s", self._point_id, error)
+            log.warning("Point %s stays unfinished: %s", self.point_id, error)
 
 
 def _plan(top: Folder, disks: Sequence[tuple[str, Level]], now: int) -> Journal:
