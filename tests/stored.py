@@ -15,6 +15,7 @@ from qmpbackup.target.directory import DirectoryTarget
 
 MIB = 1024 * 1024
 VM = VmIdentity(uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp")
+_BASES = {Level.INC: {Level.FULL, Level.INC, Level.DIFF}, Level.DIFF: {Level.FULL}}
 START = datetime(2026, 11, 2, 3, 0, tzinfo=UTC)
 
 
@@ -41,14 +42,14 @@ class Stored:
 
     def add(self, level: Level, writes: Mapping[str, Sequence[Write]]) -> Point:
         """Commit a point of all disks in `writes`, each with these writes since the last point."""
-        number = len(self.points) + 1
+        number = max((point.sequence for point in self.points), default=0) + 1
         time = START + timedelta(hours=number)
         point_id = f"{time:%Y%m%dT%H%M%SZ}-{number:06x}"
         with self.target.lock(write=True):
             pending = self.target.begin(point_id, [(disk, level) for disk in writes], time)
             disks = []
             for disk_id, changes in writes.items():
-                base = self._base(disk_id) if level is Level.INC else None
+                base = self._base(disk_id, level)
                 self._fill(pending.files[disk_id].path, point_id, disk_id, changes, base)
                 size, digest = pending.seal(disk_id)
                 name = pending.files[disk_id].name
@@ -80,9 +81,14 @@ class Stored:
         """The manifest of a point."""
         return self.path / "points" / f"{point.id}.json"
 
-    def _base(self, disk_id: str) -> tuple[Point, StoredDisk]:
+    def _base(self, disk_id: str, level: Level) -> tuple[Point, StoredDisk] | None:
+        """What the next file of a disk builds on: the last point, or the last full."""
+        if level not in {Level.INC, Level.DIFF}:
+            return None
         return next(
-            (point, disk) for point in reversed(self.points) if (disk := point.disk(disk_id))
+            (point, disk)
+            for point in reversed(self.points)
+            if (disk := point.disk(disk_id)) and disk.level in _BASES[level]
         )
 
     def _fill(
@@ -96,7 +102,7 @@ class Stored:
         contents = bytearray(self.size)
         link: list[str] = []
         if base is not None:
-            contents = bytearray(self.expected[base[0].id, disk_id])
+            contents = bytearray(self.expected[base[0].id, disk_id].ljust(self.size, b"\0"))
             link = ["-u", "-b", base[1].file.rpartition("/")[2], "-F", "qcow2"]
         run("qemu-img", "create", "-q", "-f", "qcow2", *link, str(path), str(self.size))
         commands: list[str] = []

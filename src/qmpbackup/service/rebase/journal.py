@@ -142,8 +142,10 @@ def is_unfinished(place: Place) -> bool:
             return False
 
 
-def roll_forward(target: DirectoryTarget) -> list[str]:
+def roll_forward(target: DirectoryTarget, each: Observer = lambda _: None) -> list[str]:
     """Bring all interrupted merges of a target to an end; the lock to remove must be held.
+
+    `each` is told every step.
 
     Returns:
         What was done, as clauses for a log.
@@ -153,7 +155,7 @@ def roll_forward(target: DirectoryTarget) -> list[str]:
         StorageError: something could not be written; it can be tried again.
     """
     places = [Place(target.path / name, target) for name in _journals(target)]
-    return [done for place in places for done in finish(place)]
+    return [done for place in places for done in finish(place, each)]
 
 
 def finish(place: Place, each: Observer = lambda _: None) -> list[str]:

@@ -57,7 +57,7 @@ def merge(request: Request, operation: Operation, each: Observer = lambda _: Non
     """
     place = Place.find(request.folder)
     with interrupt.held(), place.exclusive(request.lock_wait):
-        finished = clear_up(place)
+        finished = clear_up(place, each)
         source = sources.select(place, request)
         _refuse_unlinked(source, request)
         with sources.opened(source) as layers:
@@ -85,16 +85,16 @@ def dry_run(request: Request, operation: Operation) -> MergePlan:
     return plan
 
 
-def clear_up(place: Place) -> list[str]:
+def clear_up(place: Place, each: Observer = lambda _: None) -> list[str]:
     """Bring to an end what died runs have left: backups and merges. The lock must be held."""
     done = []
     if place.target is not None:
         done += place.target.recover()
-        done += journal.roll_forward(place.target)
+        done += journal.roll_forward(place.target, each)
     else:
-        done += journal.finish(place)
-    for each in done:
-        log.warning("Cleaned up after a run that died: %s.", each)
+        done += journal.finish(place, each)
+    for clause in done:
+        log.warning("Cleaned up after a run that died: %s.", clause)
     return done
 
 

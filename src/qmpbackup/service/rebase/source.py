@@ -180,14 +180,20 @@ def opened(source: Source) -> Iterator[list[Layer]]:
             f"A chain of {len(source.names)} images without links is too deep.", LINK_HINT
         )
     chains.allow_open_files(len(source.names) + 64)
-    unlinked = {bond.child for bond in source.assumed}
-    parents = ("", *source.names)
     with ExitStack() as stack:
         layers = _open_layers(source, stack)
         with storage_errors(f"read {source.place.folder}"):
-            for layer, parent in zip(layers, parents, strict=False):
-                images.check_link(layer, "" if layer.name in unlinked else parent)
+            for layer, parent in zip(layers, ("", *source.names), strict=False):
+                images.check_link(layer, _expected_link(source, layer, parent))
         yield layers
+
+
+def _expected_link(source: Source, layer: Layer, parent: str) -> str:
+    if any(bond.child == layer.name for bond in source.assumed):
+        return ""
+    if any(bond.child == layer.name for bond in source.misplaced):
+        return read_header(layer.fd, layer.name).backing  # to be rewritten, and not followed
+    return parent
 
 
 def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
