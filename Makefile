@@ -59,7 +59,7 @@ test-versions: setup
 	@scripts/versions.sh
 
 demo: setup guest
-	@$(BIN)/python scripts/demo.py
+	@PYTHONPATH=tests $(BIN)/python scripts/demo.py
 
 bench: setup
 	@$(BIN)/python bench/backup.py

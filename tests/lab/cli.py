@@ -42,7 +42,12 @@ class Result:
 class Running:
     """A command under way. Use as a context manager: whatever happens, it is over afterwards."""
 
-    def __init__(self, argv: tuple[str, ...], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        argv: tuple[str, ...],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
         self.argv = argv
         self.process = subprocess.Popen(
             argv,
@@ -51,6 +56,7 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
         )
 
     def __enter__(self) -> Self:
@@ -91,11 +97,14 @@ class Running:
 
 
 def start(
-    *arguments: Argument, program: str = "qmpbackup", env: Mapping[str, str] | None = None
+    *arguments: Argument,
+    program: str = "qmpbackup",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Running:
     """Start a command; see `Running`."""
     executable = Path(sys.executable).with_name(program)
-    return Running((str(executable), *map(str, arguments)), env)
+    return Running((str(executable), *map(str, arguments)), env, cwd)
 
 
 def run(
@@ -103,7 +112,8 @@ def run(
     program: str = "qmpbackup",
     timeout: float = 120,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Result:
     """Run a command to its end: `run("--socket", vm.socket, "backup", …).check()`."""
-    with start(*arguments, program=program, env=env) as running:
+    with start(*arguments, program=program, env=env, cwd=cwd) as running:
         return running.wait(timeout)
