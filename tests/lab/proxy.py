@@ -23,6 +23,11 @@ from typing import Any, Literal, Self
 FLUSH = b"\xff"
 _DESCRIPTORS = 16
 
+
+class _Gone(Exception):
+    """The client or QEMU has gone; none of the test's business."""
+
+
 When = Literal["before", "after"]
 
 
@@ -74,7 +79,9 @@ class Proxy:
         self._listener.close()
         self._over.close()
         self.path.unlink(missing_ok=True)
-        if self._failure and not error:
+        if self._failure and error:
+            error.add_note(f"In the proxy: {self._failure!r}")
+        elif self._failure:
             raise self._failure
 
     # What a hook may do
@@ -104,7 +111,7 @@ class Proxy:
                 self._client, _ = self._listener.accept()
                 with self._client, socket.socket(socket.AF_UNIX) as server:
                     server.connect(str(self._upstream))
-                    with suppress(ConnectionError, BrokenPipeError):
+                    with suppress(_Gone):
                         _Session(self, self._client, server).serve()
         except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             self._failure = error
@@ -140,7 +147,10 @@ class _Session:
                 os.close(fd)
 
     def _from_client(self) -> bool:
-        data, descriptors, _, _ = socket.recv_fds(self._client, 65536, _DESCRIPTORS)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._client, 65536, _DESCRIPTORS)
+        except ConnectionError as error:
+            raise _Gone from error
         self._descriptors += descriptors
         if not data:
             return False
@@ -169,15 +179,21 @@ class _Session:
         self._proxy._hook(self._proxy, Place(number, "before", name))
         if self._proxy.killed and not self._rescued:
             return
-        if name in {"add-fd", "getfd"}:
-            fd = self._descriptors.pop(0)
-            socket.send_fds(self._server, [b" "], [fd])
-            os.close(fd)
         self._waiting = name
-        self._server.sendall(raw)
+        try:
+            if name in {"add-fd", "getfd"}:
+                fd = self._descriptors.pop(0)
+                socket.send_fds(self._server, [b" "], [fd])
+                os.close(fd)
+            self._server.sendall(raw)
+        except OSError as error:
+            raise _Gone from error
 
     def _from_server(self) -> bool:
-        data = self._server.recv(65536)
+        try:
+            data = self._server.recv(65536)
+        except ConnectionError as error:
+            raise _Gone from error
         if not data:
             return False
         self._answered += data
