@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tool is killed before any of its steps on a file system, and nothing is lost or left behind.
+
+The steps count themselves: runs are killed at their first, second, third … until one survives.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.scene import KINDS, Scene, scene
+
+PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
+RUNS_PER_TARGET = 8
+
+
+@pytest.mark.parametrize("kind", ["inc"])
+def test_killed_before_every_second_file_step(tmp_path: Path, kind: str) -> None:
+    assert kill_until_one_survives(tmp_path, kind, step=2) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_before_every_file_step(tmp_path: Path, kind: str) -> None:
+    assert kill_until_one_survives(tmp_path, kind, step=1) > 10
+
+
+def kill_until_one_survives(folder: Path, kind: str, step: int) -> int:
+    """Kill runs at every `step`-th file step; return how many were killed."""
+    with scene(folder) as stage:
+        kills = 0
+        killed = True
+        while killed:
+            if kind == "first" or kills % RUNS_PER_TARGET == 0:
+                stage.renew(kind)
+            stage.write()
+            killed = run_killed(stage, kind, 1 + step * kills)
+            kills += killed
+            try:
+                stage.make_good(kind)
+            except BaseException as error:
+                error.add_note(f"{kind} run killed before file step {1 + step * (kills - killed)}")
+                raise
+    print(f"{kind}: killed {kills} times, before every {step}. file step")
+    return kills
+
+
+def run_killed(stage: Scene, kind: str, fatal: int) -> bool:
+    """Run, and say whether the run was killed; else it must have succeeded."""
+    arguments = map(str, stage.arguments(kind, stage.vm.socket))
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), str(fatal), *arguments],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode in {0, -signal.SIGKILL}, result.stderr
+    return result.returncode != 0
