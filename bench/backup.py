@@ -40,14 +40,22 @@ class Bar:
 def main() -> None:
     """Measure everything and print a table."""
     options = _options()
-    rows: list[str] = []
-    for place, folder in (("disk", options.disk), ("tmpfs", options.tmpfs)):
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            rows += list(_copies(Path(scratch), place, options))
+    print(f"{'what':<36} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
+    for row in _rows(options):
+        print(row, flush=True)
+
+
+def _rows(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=options.tmpfs) as scratch:
-        rows += list(_incrementals(Path(scratch), options.runs))
-    print(f"{'what':<44} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer")
-    print("\n".join(rows))
+        yield from _incrementals(Path(scratch), options.runs)
+    with tempfile.TemporaryDirectory(dir=options.disk) as real:
+        image = Path(real) / "vda.qcow2"
+        _real_files(image, options.megabytes)
+        for place, folder in (("disk", options.disk), ("tmpfs", options.tmpfs)):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                disk = Path(scratch) / "vda.qcow2"
+                shutil.copyfile(image, disk)
+                yield from _copies(disk, place, options)
 
 
 def _options() -> argparse.Namespace:
@@ -59,10 +67,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _copies(folder: Path, place: str, options: argparse.Namespace) -> Iterator[str]:
+def _copies(disk: Path, place: str, options: argparse.Namespace) -> Iterator[str]:
     """Full and restore of a disk with real files, against `qemu-img convert`."""
-    disk = folder / "vda.qcow2"
-    _real_files(disk, options.megabytes)
+    folder = disk.parent
     target, peer = folder / "target", folder / "peer.qcow2"
     plain = ["qemu-img", "convert", "-U", "-O", "qcow2", str(disk), str(peer)]
     fast = [*plain[:2], "-W", "-m", "16", *plain[2:]]
@@ -160,29 +167,37 @@ def _measure(bar: Bar, runs: int) -> str:
                 times.append(time.monotonic() - started)
     us, them = statistics.median(ours), statistics.median(peer)
     shown = f"{bar.bar:.1f}" if bar.bar else "-"
-    return f"{bar.name:<44} {us:>7.2f}s {them:>7.2f}s {us / them:>6.2f} {shown:>5}  {bar.peer_name}"
+    return f"{bar.name:<36} {us:>7.2f}s {them:>7.2f}s {us / them:>6.2f} {shown:>5}  {bar.peer_name}"
+
+
+SMALLEST_FILE = 32 * 1024
 
 
 def _real_files(image: Path, megabytes: int) -> None:
     """A qcow2 image with an ext4 file system full of this machine's own files."""
-    raw = image.with_suffix(".raw")
-    tree = image.parent / "tree"
+    raw, tree = image.with_suffix(".raw"), image.parent / "tree"
     tree.mkdir()
     left = megabytes << 20
-    for top in ("/usr/lib", "/usr/share", "/usr/bin", "/opt", "/usr/local", "/root"):
-        for path, _, names in os.walk(top):
-            for name in names:
-                source = Path(path) / name
-                if left <= 0 or source.is_symlink() or not source.is_file():
-                    continue
-                left -= source.stat().st_size
-                copy = tree / f"{left:012d}"
-                shutil.copyfile(source, copy)
-    size = f"{megabytes + megabytes // 4 + 64}M"
-    _run(["mkfs.ext4", "-q", "-d", str(tree), str(raw), size])
+    for number, (source, size) in enumerate(_files(("/usr", "/opt", "/var", "/root"))):
+        if left <= 0:
+            break
+        left -= size
+        shutil.copyfile(source, tree / str(number))
+    _run(["mkfs.ext4", "-q", "-d", str(tree), str(raw), f"{megabytes + megabytes // 4 + 64}M"])
     _run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(image)])
     raw.unlink()
     shutil.rmtree(tree)
+
+
+def _files(tops: Sequence[str]) -> Iterator[tuple[Path, int]]:
+    """Files that are worth copying one by one, and their sizes."""
+    for top in tops:
+        for path, _, names in os.walk(top):
+            for name in names:
+                source = Path(path) / name
+                size = 0 if source.is_symlink() or not source.is_file() else source.stat().st_size
+                if size >= SMALLEST_FILE:
+                    yield source, size
 
 
 @contextmanager
