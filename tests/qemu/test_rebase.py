@@ -5,14 +5,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import cli
+from lab.backups import assert_restores, back_up
+from lab.disks import Disk, create
+from lab.qemu import Qemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
 from qmpbackup.model import Level, Point
 from qmpbackup.plan.merge import Operation
@@ -230,6 +235,23 @@ def test_a_rate_limit_limits_and_changes_nothing_else(stored: Stored, tmp_path: 
     assert_right(stored, stored.points, tmp_path / "out")
 
 
+def test_a_chain_of_many_images(tmp_path: Path) -> None:
+    place = tmp_path / "deep"
+    place.mkdir()
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(place / "FULL-100"), "8M")
+    for number in range(101, 171):
+        backing = ("-u", "-b", f"{'INC' if number > 101 else 'FULL'}-{number - 1}", "-F", "qcow2")
+        image = str(place / f"INC-{number}")
+        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, image, "8M")
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {number} {number}k 2k", image)
+    expected = contents_of_link(place / "INC-169")
+    newest = contents_of_link(place / "INC-170")
+    merge(Request(place, until="INC-169"), COMMIT)
+    assert sorted(each.name for each in place.iterdir()) == ["FULL-100", "INC-170"]
+    assert contents_of_link(place / "FULL-100") == expected
+    assert contents_of_link(place / "INC-170") == newest
+
+
 # --- what is refused, and leaves everything as it was
 
 
@@ -247,12 +269,17 @@ def test_a_differential_on_the_full_is_not_broken(
     assert_right(stored, stored.points, tmp_path / "out")
 
 
-def test_an_overlay_of_the_owner_is_not_broken(stored: Stored) -> None:
-    overlay = folder(stored) / "mine.qcow2"
-    backing = folder(stored) / name(stored, 1)
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", "qcow2", str(overlay))
-    with pytest.raises(UsageError, match=r"mine\.qcow2"):
-        merge(request(stored), COMMIT)
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_an_overlay_of_the_owner_is_not_broken(stored: Stored, tmp_path: Path, number: int) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(folder(stored), copied)
+    for place in (folder(stored), copied):
+        backing = ("-b", str(place / name(stored, number)), "-F", "qcow2")
+        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(place / "mine.qcow2"))
+        before = tree(place)
+        with pytest.raises(UsageError, match=r"mine\.qcow2"):
+            merge(Request(place), COMMIT)
+        assert_unchanged(before, place)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -629,7 +656,67 @@ def test_images_that_are_not_qcow2_are_refused(original: Path) -> None:
     assert_unchanged(before, original)
 
 
+# --- with a VM
+
+
+def test_a_vm_goes_on_with_incrementals_after_a_merge(
+    tmp_path: Path, start_qemu: Callable[..., Qemu]
+) -> None:
+    image = create(tmp_path / "vda.qcow2", 16 * MIB)
+    vm = start_qemu([Disk("vda", image)])
+    target = tmp_path / "target"
+    for value in (1, 2, 3):
+        vm.write("vda", value * MIB, MIB, value)
+        back_up(vm, target)
+    cli.run("rebase", "--dir", target / "vda", program="qmprebase").check()
+    vm.write("vda", 5 * MIB, MIB, 5)
+    expected = {"vda": vm.contents("vda")}
+    point = back_up(vm, target, "inc")
+    assert_restores(target, point["id"], expected, tmp_path)
+    cli.run("snapshotrebase", "--dir", target / "vda", program="qmprestore").check()
+    vm.write("vda", 6 * MIB, MIB, 6)
+    assert_restores(target, point["id"], expected, tmp_path)
+    newest = back_up(vm, target, "inc")
+    assert_restores(target, newest["id"], {"vda": vm.contents("vda")}, tmp_path)
+    assert_restores(target, point["id"], expected, tmp_path)
+
+
+def test_a_backup_finishes_a_merge_that_was_interrupted(
+    tmp_path: Path, start_qemu: Callable[..., Qemu]
+) -> None:
+    image = create(tmp_path / "vda.qcow2", 16 * MIB)
+    vm = start_qemu([Disk("vda", image)])
+    target = tmp_path / "target"
+    for value in (1, 2):
+        vm.write("vda", value * MIB, MIB, value)
+        back_up(vm, target)
+
+    def stop(step: str) -> None:
+        if step == "set the full aside":
+            raise StorageError("pulled out")
+
+    with pytest.raises(StorageError, match="begun"):
+        merge(Request(target / "vda"), COMMIT, stop)
+    vm.write("vda", 3 * MIB, MIB, 3)
+    point = back_up(vm, target, "inc")
+    assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
+    cli.run("verify", "--target", target).check()
+
+
 # --- the commands
+
+
+def test_an_interrupted_build_leaves_the_backup_as_it_was(stored: Stored) -> None:
+    before = tree(stored.path)
+    where = ("--dir", folder(stored), "--rate-limit", "16K")
+    with cli.start("commit", *where, program="qmprestore") as running:
+        deadline = time.monotonic() + 60
+        while not list(folder(stored).glob("*.partial")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.signal(signal.SIGINT)
+        running.wait(30).check(130)
+    assert_unchanged(before, stored.path)
 
 
 def test_the_commands_of_the_original(stored: Stored) -> None:

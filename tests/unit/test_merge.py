@@ -170,6 +170,11 @@ def test_a_state_that_has_a_snapshot_gets_no_second() -> None:
     assert second.name not in existing
 
 
+def test_a_full_of_unknown_time_with_snapshots_gets_none_for_its_state() -> None:
+    (tag,) = tags_for([("FULL-1", None), ("INC-2", START)], ["FULL-BACKUP"])
+    assert tag.file == "INC-2"
+
+
 # --- what else builds on the chain
 
 
@@ -181,6 +186,12 @@ def test_what_builds_on_the_newest_can_be_relinked() -> None:
 def test_what_builds_on_an_older_state_is_never_broken() -> None:
     with pytest.raises(UsageError, match=r"DIFF-3.*FULL-1.*merge --targetfile"):
         check_siblings(["FULL-1", "INC-2"], [Bond("DIFF-3", "FULL-1")])
+
+
+def test_files_that_are_no_backups_are_never_touched() -> None:
+    with pytest.raises(UsageError, match=r"mine\.qcow2"):
+        check_siblings(["FULL-1", "INC-2"], [], [Bond("mine.qcow2", "INC-2")])
+    assert check_siblings(["FULL-1"], [], [Bond("mine.qcow2", "FULL-1")]) == ()
 
 
 # --- manifests

@@ -109,14 +109,19 @@ class MergePlan:
         )
 
 
-def check_siblings(chain: Sequence[str], children: Iterable[Bond]) -> tuple[str, ...]:
+def check_siblings(
+    chain: Sequence[str], children: Iterable[Bond], strays: Iterable[Bond] = ()
+) -> tuple[str, ...]:
     """Names of the images that build on the newest of the chain, which a merge leaves right.
+
+    `strays` are files that are no backups; nobody may be using them, or somebody.
 
     Raises:
         UsageError: others build on what the merge changes or removes.
     """
     children = tuple(children)
     broken = [bond for bond in children if bond.parent != chain[-1]]
+    broken += strays if len(chain) > 1 else ()
     if broken:
         first = broken[0]
         more = f", and so do {len(broken) - 1} others" if len(broken) > 1 else ""
@@ -133,7 +138,8 @@ def tags_for(
     """A snapshot for the state of each file of a chain, with names that are used once.
 
     The first is called `FIRST_TAG`, the others after their time. Where the first file holds the
-    snapshots of an earlier merge, its state has a snapshot already if one is called after its time.
+    snapshots of an earlier merge, its state has a snapshot already if one is called after its time,
+    or if its time is not known.
     """
     taken = set(existing)
     tags: list[Tag] = []
@@ -141,6 +147,8 @@ def tags_for(
         name = f"{time:%Y-%m-%d-%H:%M:%S}" if time else file
         if number == 0 and FIRST_TAG not in taken:
             name = FIRST_TAG
+        elif number == 0 and time is None:
+            continue
         elif number == 0 and name in taken:
             tags.append(Tag(file, name, exists=True))
             continue
@@ -242,7 +250,15 @@ class _Rewriter:
         return _holding(disk, self._base) if disk.file == self._file else disk
 
     def _standing_alone(self, disk: StoredDisk, snapshot: str) -> StoredDisk:
-        alone = replace(disk, level=Level.FULL, file=self._file, parent=None, snapshot=snapshot)
+        reason = disk.reason if disk.file == self._file else "merged into its full"
+        alone = replace(
+            disk,
+            level=Level.FULL,
+            file=self._file,
+            parent=None,
+            reason=reason,
+            snapshot=snapshot,
+        )
         return _holding(alone, self._base)
 
     def _redirected(self, merged: Merged) -> Merged:

@@ -48,6 +48,7 @@ from qmpbackup.qemu.view import Instant, Seat, View
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
+from qmpbackup.service.rebase.settle import settle
 from qmpbackup.target.directory import DirectoryTarget, Inventory, Pending
 from qmpbackup.undo import UndoStack
 
@@ -121,6 +122,7 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
         if DirectoryTarget.peek(_target_path(request)) is None:
             _plan(request, vm.vm, None, Inventory())  # what is impossible leaves no empty target
         target = _open_target(request, vm.vm)
+        settle(target, request.lock_wait)
         stack.enter_context(target.lock(write=True, wait=request.lock_wait))
         for done in target.recover():
             log.info("Cleaned up after a run that died: %s.", done)

@@ -12,6 +12,7 @@ from qmpbackup.qemu import recovery
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
+from qmpbackup.service.rebase.settle import settle
 from qmpbackup.service.session import Session
 from qmpbackup.target.directory import DirectoryTarget
 
@@ -52,6 +53,7 @@ def _left(found: Inventory) -> list[str]:
 
 
 def _recover_target(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
+    settle(target, lock_wait)
     with target.lock(write=True, wait=lock_wait):
         done = target.recover()
         points = target.load().points

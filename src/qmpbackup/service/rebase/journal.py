@@ -25,13 +25,11 @@ from qmpbackup.plan.merge import MERGED, OLD, PARTIAL, SYMLINK
 from qmpbackup.qemu import relink
 from qmpbackup.service.rebase.build import Observer
 from qmpbackup.service.rebase.place import Place
+from qmpbackup.service.rebase.settle import SUFFIX, interrupted
 from qmpbackup.target import manifest
 from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.folder import Folder
-from qmpbackup.target.names import POINTS, is_folder_name, is_point_id
-
-SUFFIX = ".merge"
-"""In `points/`, behind the name of the disk's folder; in a folder without manifests all there is."""
+from qmpbackup.target.names import POINTS, is_point_id
 
 _LARGEST = 1024 * 1024 * 1024
 
@@ -127,11 +125,6 @@ def discard(place: Place, base: str) -> None:
     _end(place)
 
 
-def unfinished(target: DirectoryTarget) -> bool:
-    """Whether a merge in this target has been interrupted; cheap."""
-    return bool(_journals(target))
-
-
 def is_unfinished(place: Place) -> bool:
     """Whether a merge in this folder has been interrupted."""
     with storage_errors(f"read {place.folder}"):
@@ -154,7 +147,7 @@ def roll_forward(target: DirectoryTarget, each: Observer = lambda _: None) -> li
         DamagedError: a journal cannot be read, or what it needs is gone.
         StorageError: something could not be written; it can be tried again.
     """
-    places = [Place(target.path / name, target) for name in _journals(target)]
+    places = [Place(target.path / name, target) for name in interrupted(target)]
     return [done for place in places for done in finish(place, each)]
 
 
@@ -294,17 +287,6 @@ def _end(place: Place) -> None:
     with storage_errors("remove the journal of a merge"), _holder(place) as (folder, name):
         folder.remove(name)
         folder.sync()
-
-
-def _journals(target: DirectoryTarget) -> tuple[str, ...]:
-    """Names of the folders that have a journal."""
-    with storage_errors(f"read {target.path}"), Folder.open(target.path) as top:
-        if not top.exists(POINTS):
-            return ()
-        with top.sub(POINTS) as points:
-            names = points.names()
-    found = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
-    return tuple(name for name in found if is_folder_name(name))
 
 
 def _target(place: Place) -> DirectoryTarget:

@@ -130,7 +130,7 @@ def _refuse_unlinked(source: Source, request: Request) -> None:
 
 
 def _plan(source: Source, layers: list[Layer], operation: Operation) -> MergePlan:
-    relinked = check_siblings(source.names, source.children)
+    relinked = check_siblings(source.names, source.children, source.strays)
     if len(layers) == 1:
         return MergePlan(operation, source.names)
     carried = images.snapshot_names(layers[0])

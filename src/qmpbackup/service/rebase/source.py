@@ -7,7 +7,7 @@ with the chain.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,13 +51,15 @@ class Request:
 class Source:
     """A chain: the names of its files, the full first.
 
-    `links` and `points` are empty without manifests. `children` build on files of the chain and are
-    not part of it. `assumed` and `misplaced` are as in `Lineage`.
+    `links` and `points` are empty without manifests. `children` are backups that build on files of
+    the chain and are not part of it, `strays` other files that do, such as overlays of an owner.
+    `assumed` and `misplaced` are as in `Lineage`.
     """
 
     place: Place
     names: tuple[str, ...]
     children: tuple[Bond, ...] = ()
+    strays: tuple[Bond, ...] = ()
     links: tuple[Link, ...] = ()
     points: tuple[Point, ...] = ()
     assumed: tuple[Bond, ...] = ()
@@ -68,7 +70,8 @@ class Source:
         """The instant of the state that each file holds, as far as it is known."""
         if self.links:
             return tuple(link.point.time for link in self.links)
-        return tuple(lineage.time_of(name) for name in self.names)
+        # A full may have been merged into since it got its name.
+        return (None, *(lineage.time_of(name) for name in self.names[1:]))
 
 
 def select(place: Place, request: Request) -> Source:
@@ -85,7 +88,14 @@ def select(place: Place, request: Request) -> Source:
     with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
         found = _images(folder)
     line = lineage.lineage(found, until=request.until, containing=request.containing)
-    return Source(place, line.names, line.children, assumed=line.assumed, misplaced=line.misplaced)
+    return Source(
+        place,
+        line.names,
+        line.children,
+        _strays(place, [image.name for image in found], line.names),
+        assumed=line.assumed,
+        misplaced=line.misplaced,
+    )
 
 
 def _images(folder: Folder) -> list[Image]:
@@ -119,8 +129,8 @@ def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> 
     newest = _newest(states, request)
     links = chain.chain(points, newest.point, newest.disk.id)
     names = tuple(link.disk.file.rpartition("/")[2] for link in links)
-    children = (*_manifest_children(points, links), *_stray_children(place, states, names))
-    return Source(place, names, children, links, tuple(points))
+    children = tuple(_children(points, links))
+    return Source(place, names, children, _strays(place, states, names), links, tuple(points))
 
 
 def _newest(states: dict[str, Link], request: Request) -> Link:
@@ -137,7 +147,7 @@ def _newest(states: dict[str, Link], request: Request) -> Link:
     return next(link for link in states.values() if link.point.id == point.id)
 
 
-def _manifest_children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
+def _children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
     inside = {link.point.id for link in links}
     for link in links:
         for child in chain.children(points, link.point.id, link.disk.id):
@@ -146,20 +156,21 @@ def _manifest_children(points: Sequence[Point], links: Sequence[Link]) -> Iterat
                 yield Bond(disk.file.rpartition("/")[2], link.disk.file.rpartition("/")[2])
 
 
-def _stray_children(place: Place, known: dict[str, Link], names: Sequence[str]) -> Iterator[Bond]:
-    """Files that no manifest names and that build on the chain, such as overlays of an owner."""
+def _strays(place: Place, backups: Container[str], names: Sequence[str]) -> tuple[Bond, ...]:
+    found: list[Bond] = []
     with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
         for name in folder.names():
-            backing = "" if name in known else _image_if_plain(folder, name).backing
-            if backing.rpartition("/")[2] in names:
-                yield Bond(name, backing.rpartition("/")[2])
+            backing = "" if name in backups else _link_of(folder, name).rpartition("/")[2]
+            if backing in names:
+                found.append(Bond(name, backing))
+    return tuple(found)
 
 
-def _image_if_plain(folder: Folder, name: str) -> Image:
+def _link_of(folder: Folder, name: str) -> str:
     try:
-        return _image(folder, name)
-    except DamagedError:
-        return Image(name)
+        return _image(folder, name).backing
+    except (DamagedError, FileNotFoundError):
+        return ""  # no plain file, or the unfinished file of a run that has just ended
 
 
 @contextmanager

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge that dies after any step: until it is finished nothing gives wrong bytes; then all is right.
+
+The merge runs as a process of its own that ends, without any clearing up, after its N-th step.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError
+from qmpbackup.model import Level
+from qmpbackup.plan.merge import Operation
+from qmpbackup.service.rebase import journal
+from qmpbackup.service.rebase.export import export
+from qmpbackup.service.rebase.merge import dry_run, merge
+from qmpbackup.service.rebase.place import Place
+from qmpbackup.service.rebase.settle import SUFFIX, interrupted
+from qmpbackup.service.rebase.source import Request
+from qmpbackup.service.restore import Request as RestoreRequest
+from qmpbackup.service.restore import restore
+from qmpbackup.service.verify import Request as VerifyRequest
+from qmpbackup.service.verify import verify
+from qmpbackup.target.directory import DirectoryTarget
+from stored import MIB, Stored, Write, contents
+
+DISK = "hd0"
+SWAPPING = "journal of swapping"
+KILLED = 77
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from qmpbackup.errors import UsageError
+from qmpbackup.plan.merge import Operation
+from qmpbackup.service.rebase.merge import merge
+from qmpbackup.service.rebase.source import Request
+
+folder, until, operation, last = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+count = 0
+
+def die(step):
+    global count
+    count += 1
+    if last in (str(count), step):
+        os._exit(77)
+
+merge(Request(folder, until=until), Operation(operation), die)
+"""
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Stored:
+    """A full and three incrementals; the last builds on what is merged."""
+    stored = Stored(tmp_path / "made", size=2 * MIB)
+    stored.add(Level.FULL, {DISK: [Write(1, 0, MIB)]})
+    stored.add(Level.INC, {DISK: [Write(2, 65536, 65536)]})
+    stored.add(Level.INC, {DISK: [Write(3, 0, 4096)]})
+    stored.add(Level.INC, {DISK: [Write(4, MIB, 4096)]})
+    return stored
+
+
+def until(stored: Stored) -> str:
+    return stored.file(stored.points[2], DISK).name
+
+
+def killed(folder: Path, until_: str, operation: Operation, last: int | str) -> bool:
+    """Merge, and die after the step `last`; false if the merge came to its end before."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), until_, operation.value, str(last)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in {0, KILLED}, done.stderr
+    return done.returncode == KILLED
+
+
+def every_death(stored: Stored, operation: Operation, folder: str) -> Iterator[Path]:
+    """Copies of what was made, each with a merge in `folder` that died one step later."""
+    step = 0
+    while True:
+        step += 1
+        copy = stored.path.with_name(f"killed-{step}")
+        shutil.copytree(stored.path, copy, symlinks=True)
+        if not killed(copy / folder, until(stored), operation, step):
+            assert step > 8, "most steps were never reached"
+            return
+        yield copy
+        shutil.rmtree(copy)
+
+
+def assert_right_or_refused(path: Path, stored: Stored) -> int:
+    """Each point gives back its bytes, or an error; how many are right."""
+    right = 0
+    for point in stored.points:
+        out = path.with_name("out")
+        try:
+            restore(RestoreRequest(path, point.id, file=out, format="raw"))
+        except (DamagedError, NoSuchTarget):
+            continue
+        assert out.read_bytes() == stored.expected[point.id, DISK], point.id
+        out.unlink()
+        right += 1
+    return right
+
+
+def assert_whole(path: Path, stored: Stored, expected: Sequence[int]) -> None:
+    """Just these points are left, all right, and nothing else lies there."""
+    target = DirectoryTarget.open(path)
+    points = target.load().points
+    assert [point.id for point in points] == [stored.points[each].id for each in expected]
+    assert assert_right_or_refused(path, stored) == len(expected)
+    report = verify(VerifyRequest(path))
+    assert report.whole, report
+    assert not report.foreign, report
+    names = {each.name for each in (path / "points").iterdir()}
+    assert names == {f"{point.id}.json" for point in points}
+
+
+def roll_forward(path: Path) -> list[str]:
+    target = DirectoryTarget.open(path)
+    with target.lock(remove=True):
+        return journal.roll_forward(target)
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_death_after_any_step(stored: Stored, operation: Operation) -> None:
+    merged = [0, 1, 2, 3] if operation is Operation.SNAPSHOTS else [2, 3]
+    before = after = 0
+    for path in every_death(stored, operation, DISK):
+        right = assert_right_or_refused(path, stored)
+        target = DirectoryTarget.open(path)
+        unfinished = bool(interrupted(target))
+        done = roll_forward(path)
+        assert bool(done) == unfinished
+        assert not interrupted(target)
+        assert roll_forward(path) == [], "once more changes nothing"
+        if (path / DISK / until(stored)).exists():
+            assert right == 4, "nothing was destroyed yet, so nothing may be refused"
+            assert_whole(path, stored, [0, 1, 2, 3])
+            before += 1
+        else:
+            assert_whole(path, stored, merged)
+            after += 1
+    assert before >= 3
+    assert after >= 6
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_death_while_an_interrupted_merge_is_finished(stored: Stored, operation: Operation) -> None:
+    merged = [0, 1, 2, 3] if operation is Operation.SNAPSHOTS else [2, 3]
+    begun = stored.path.with_name("begun")
+    shutil.copytree(stored.path, begun)
+    assert killed(begun / DISK, until(stored), operation, SWAPPING)
+    step = 0
+    while True:
+        step += 1
+        copy = stored.path.with_name(f"finishing-{step}")
+        shutil.copytree(begun, copy)
+        if not dies_while_finishing(copy, step):
+            break
+        assert_right_or_refused(copy, stored)
+        dies_while_finishing(copy, step)
+        roll_forward(copy)
+        assert_whole(copy, stored, merged)
+        shutil.rmtree(copy)
+    assert step > 6
+
+
+def dies_while_finishing(path: Path, last: int) -> bool:
+    """Finish an interrupted merge in a child that ends after the step `last`; whether it did."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def die(_: str) -> None:
+            nonlocal count
+            count += 1
+            if count == last:
+                os._exit(KILLED)
+
+        try:
+            target = DirectoryTarget.open(path)
+            with target.lock(remove=True):
+                journal.roll_forward(target, die)
+        except BaseException:  # noqa: BLE001 - never back into the test
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in {0, KILLED}
+    return status == KILLED
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_death_in_a_folder_without_manifests(stored: Stored, operation: Operation) -> None:
+    newest = stored.file(stored.points[3], DISK).name
+    full = stored.file(stored.points[0], DISK).name
+    for path in every_death(without_manifests(stored), operation, DISK):
+        folder = path / DISK
+        journal.finish(Place.find(folder))
+        names = {each.name for each in folder.iterdir()}
+        assert contents(folder / newest, "qcow2") == stored.expected[stored.points[3].id, DISK]
+        if until(stored) in names:
+            assert len(names) == 4
+            state = stored.expected[stored.points[0].id, DISK]
+        else:
+            assert names == {full, newest}
+            state = stored.expected[stored.points[2].id, DISK]
+        assert contents(folder / full, "qcow2") == state
+
+
+def without_manifests(stored: Stored) -> Stored:
+    shutil.rmtree(stored.path / "points")
+    (stored.path / "vm.json").unlink()
+    return stored
+
+
+def test_the_same_command_finishes_what_was_begun(stored: Stored) -> None:
+    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    outcome = merge(Request(stored.path / DISK), Operation.COMMIT)
+    assert outcome.finished
+    assert_whole(stored.path, stored, [3])
+
+
+def test_who_only_reads_says_that_a_merge_was_interrupted(stored: Stored, tmp_path: Path) -> None:
+    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    before = sorted(stored.path.rglob("*"))
+    with pytest.raises(DamagedError, match="interrupted"):
+        dry_run(Request(stored.path / DISK), Operation.COMMIT)
+    with pytest.raises(DamagedError, match="interrupted"):
+        export(Request(stored.path / DISK), tmp_path / "new")
+    assert sorted(stored.path.rglob("*")) == before
+
+
+def test_a_merged_image_that_was_lost_is_said_and_nothing_more_is_destroyed(
+    stored: Stored,
+) -> None:
+    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    (merged,) = (stored.path / DISK).glob("*.merged")
+    merged.unlink()
+    before = sorted(stored.path.rglob("*"))
+    with pytest.raises(QmpBackupError, match="cannot be finished"):
+        merge(Request(stored.path / DISK), Operation.COMMIT)
+    assert sorted(stored.path.rglob("*")) == before
+
+
+def test_a_journal_of_strangers_is_refused(stored: Stored) -> None:
+    victim = stored.path.parent / "victim"
+    victim.write_text("mine")
+    intent = journal.Intent(journal.Phase.SWAPPING, "x", 4, remove=("../../victim",))
+    (stored.path / "points" / f"{DISK}{SUFFIX}").write_bytes(intent.encode())
+    with pytest.raises(DamagedError):
+        roll_forward(stored.path)
+    assert victim.read_text() == "mine"
