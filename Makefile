@@ -56,7 +56,7 @@ test-all: check guest
 	@$(MAKE) test-versions
 
 test-versions: setup
-	@scripts/versions.sh
+	@scripts/test-versions.sh $(PYTEST_PARALLEL)
 
 demo: setup guest
 	@PYTHONPATH=tests $(BIN)/python scripts/demo.py
