@@ -19,7 +19,6 @@ from qmpbackup.qemu import jobs
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 
-
 _VIEW = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-snap[0-9]+")
 
 
