@@ -170,9 +170,9 @@ class Guest(Qemu):
     def _synchronise(connection: JsonSocket) -> None:
         # Answers to an earlier client that did not wait for them come first.
         number = int.from_bytes(os.urandom(4))
-        answer = connection.command("guest-sync-delimited", {"id": number})
-        while answer != number:
-            answer = connection.receive().get("return")
+        connection.send({"execute": "guest-sync-delimited", "arguments": {"id": number}})
+        while connection.receive().get("return") != number:
+            pass
 
     def wait_for_agent(self) -> None:
         """Wait until the guest's agent answers."""
