@@ -5,6 +5,8 @@ The images are created by QEMU as well (`blockdev-create`), inside the files tha
 so no other program and no path is involved.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,12 @@ live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
 
 CLUSTER = 65536
 """Bytes of a cluster of target and filter. Larger ones make the guest's first writes slower."""
+
+_CANCELLED = os.strerror(errno.ECANCELED)
+"""How a job ends that was whole until another one failed."""
+
+_VIEW_BROKEN = frozenset(map(os.strerror, (errno.EACCES, errno.EINVAL)))
+"""What QEMU says of a view whose scratch has failed (block/copy-before-write.c)."""
 
 NO_FLUSH: dict[str, Json] = {"no-flush": True}
 """QEMU need not flush the target: we do that once, through our own descriptor, before the commit."""
@@ -101,9 +109,9 @@ def copy_all(
     except QmpBackupError:
         jobs.sweep(monitor, started)
         raise
-    failures = [_failure(image, end) for image, end in zip(images, ends, strict=True) if end.error]
-    if failures:
-        raise failures[0]
+    failed = [each for each in zip(images, ends, strict=True) if each[1].error]
+    if failed:
+        raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
 
 
 def _file(image: Image, filename: str, names: RunNames) -> Step:
@@ -203,7 +211,8 @@ def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
             f"{end.error}.",
             "Make room or repair the target, then run again; nothing was lost.",
         )
-    if end.operation == "read":
+    # Once a view is broken, already the question what there is to read fails, without an event.
+    if end.operation == "read" or end.error in _VIEW_BROKEN:
         return JobError(
             f"The view of disk {image.disk_id} broke while it was copied: {end.error}.",
             "Its scratch image was full, failing or too slow (or the disk has read errors): make "

@@ -22,10 +22,11 @@ the copies of the old ones. An iothread may write between two actions, and must 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpbackup.errors import ConnectionLost, VmError
 from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
@@ -233,12 +234,22 @@ class View:
             self._monitor.execute(Command("stop"), STOP_SECONDS)
             yield pause
         finally:
-            self._monitor.execute(Command("cont"))
+            self._continue()
             pause[0] = time.monotonic() - started
             try:
                 watchdog.disarm_stop()
             finally:
                 self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
+
+    def _continue(self) -> None:
+        """Let the VM run again, over another connection if ours is gone: nobody else will."""
+        try:
+            self._monitor.execute(Command("cont"))
+        except ConnectionLost:
+            with suppress(VmError), Monitor.connect(self._monitor.address) as fresh:
+                fresh.execute(Command("cont"))
+                fresh.execute(Command("object-del", {"id": STOPPED_MARKER}))
+            raise
 
 
 def active_nodes(monitor: Monitor) -> dict[str, str]:

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU is killed, or the connection to it is cut, at places all over a run.
+
+The run ends in order with exit code 6; the next one makes a full of the disks whose change bitmaps
+died with QEMU, and an incremental where only the connection was lost.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.aftermath import assert_clean, assert_only_named, manifests
+from lab.backups import assert_restores
+from lab.proxy import Place, Proxy
+from lab.scene import SIZES, Scene, scene
+
+SPREAD = 40
+DONE, LOST = 0, 6
+
+
+def places(stage: Scene, step: int) -> list[Place]:
+    """A spread of the places of an incremental run, with all around its instant."""
+    found: list[Place] = []
+    run(stage, lambda _proxy, at: found.append(at))
+    delicate = {"stop", "transaction", "cont"}
+    chosen = [
+        at
+        for n, at in enumerate(found)
+        if n % step == 0 or (at.command in delicate and at.when == "after")
+    ]
+    print("at", *(f"{at.when} {at.number} {at.command}," for at in chosen))
+    return chosen
+
+
+def run(stage: Scene, hook: Callable[[Proxy, Place], None]) -> cli.Result:
+    """An incremental run through a proxy."""
+    path = stage.vm.folder / "proxy"
+    with Proxy(path, stage.vm.socket, hook):
+        return cli.run(*stage.arguments("inc", path))
+
+
+def cut_at(place: Place) -> Callable[[Proxy, Place], None]:
+    """Cuts the connection at a place."""
+
+    def hook(proxy: Proxy, at: Place) -> None:
+        if (at.number, at.when) == (place.number, place.when):
+            proxy.cut()
+
+    return hook
+
+
+def cut_everywhere(folder: Path, step: int) -> None:
+    with scene(folder) as stage:
+        stage.renew("inc")
+        for place in places(stage, step):
+            stage.write()
+            before = len(manifests(stage.target))
+            result = run(stage, cut_at(place))
+            made = len(manifests(stage.target)) - before
+            assert (result.code, made) in {(LOST, 0), (DONE, 1), (3, 1)}, (place, str(result))
+            assert made or "connection" in result.err, (place, result.err)
+            stage.make_good("inc")
+
+
+def test_the_connection_is_cut_at_a_spread_of_places(tmp_path: Path) -> None:
+    cut_everywhere(tmp_path, step=SPREAD)
+
+
+@pytest.mark.slow
+def test_the_connection_is_cut_everywhere(tmp_path: Path) -> None:
+    cut_everywhere(tmp_path, step=1)
+
+
+def kill_everywhere(folder: Path, step: int) -> None:
+    with scene(folder) as stage:
+        stage.renew("inc")
+        for place in places(stage, step):
+            stage.write()
+            stage.vm.flush()
+            before = len(manifests(stage.target))
+            result = run(stage, kill_qemu_at(stage, place))
+            stage.vm.kill()
+            made = len(manifests(stage.target)) - before
+            assert (result.code, made) in {(LOST, 0), (DONE, 1), (3, 1)}, (place, str(result))
+            assert_only_named(stage.target)
+            restart_and_go_on(stage, folder)
+
+
+def kill_qemu_at(stage: Scene, place: Place) -> Callable[[Proxy, Place], None]:
+    """Kills QEMU at a place."""
+
+    def hook(_proxy: Proxy, at: Place) -> None:
+        if (at.number, at.when) == (place.number, place.when):
+            stage.vm.kill()
+
+    return hook
+
+
+def restart_and_go_on(stage: Scene, folder: Path) -> None:
+    stage.vm.start()
+    stage.write()
+    refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+    assert "vda" in refused.err
+    assert "QEMU was killed" in refused.err
+    result = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+    point = json.loads(result.out)["point"]
+    assert {disk["level"] for disk in point["disks"]} == {"full"}
+    assert_clean(stage.vm, stage.target)
+    live = {disk: stage.vm.contents(disk) for disk in SIZES}
+    assert_restores(stage.target, point["id"], live, folder)
+    later: Sequence[object] = manifests(stage.target)
+    stage.make_good("inc")
+    assert len(manifests(stage.target)) == len(later) + 1
+
+
+def test_qemu_is_killed_at_a_spread_of_places(tmp_path: Path) -> None:
+    kill_everywhere(tmp_path, step=SPREAD)
+
+
+@pytest.mark.slow
+def test_qemu_is_killed_everywhere(tmp_path: Path) -> None:
+    kill_everywhere(tmp_path, step=1)
+
+
+def test_only_the_disks_without_their_bitmaps_are_made_whole(tmp_path: Path) -> None:
+    with scene(tmp_path) as stage:
+        stage.renew("inc")
+        (node,) = (disk.node for disk in stage.vm.disks if disk.id == "vda")
+        for point in manifests(stage.target):
+            bitmap = next(disk["bitmap"] for disk in point["disks"] if disk["id"] == "vda")
+            remove = {"node": node, "name": bitmap}
+            stage.vm.qmp.command("block-dirty-bitmap-remove", remove)
+        refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+        assert "Disk vda" in refused.err
+        result = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+        found = {d["id"]: d["level"] for d in json.loads(result.out)["point"]["disks"]}
+        assert found == {"vda": "full", "vdb": "inc"}
+        stage.make_good("inc")
