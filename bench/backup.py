@@ -207,8 +207,8 @@ def _vm(folder: Path, disks: Sequence[Path]) -> Iterator[Path]:
     command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-nodefaults", "-display", "none"]
     command += ["-qmp", f"unix:{qmp},server=on,wait=off"]
     for disk in disks:
-        drive = {"driver": "qcow2", "node-name": disk.stem, "discard": "unmap"}
-        drive["file"] = {"driver": "file", "filename": str(disk)}
+        file = {"driver": "file", "filename": str(disk)}
+        drive = {"driver": "qcow2", "node-name": disk.stem, "discard": "unmap", "file": file}
         command += ["-blockdev", json.dumps(drive)]
         command += ["-device", f"virtio-blk-pci,drive={disk.stem},id={disk.stem}"]
     process = subprocess.Popen(command)

@@ -52,7 +52,7 @@ def test_list_shows_what_is_whole_beside_a_damaged_manifest(stored: Stored) -> N
 
 @pytest.mark.parametrize("command", ["list", "show", "verify", "restore"])
 def test_no_target_is_said_with_its_own_code(tmp_path: Path, command: str) -> None:
-    output = ["--output", tmp_path / "out"] if command == "restore" else []
+    output = ["--output", str(tmp_path / "out")] if command == "restore" else []
     result = cli.run(command, "--target", tmp_path / "none", *output).check(10)
     assert "There is no target" in result.err
     assert "Traceback" not in result.err

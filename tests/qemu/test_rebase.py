@@ -60,8 +60,9 @@ def name(stored: Stored, number: int) -> str:
     return stored.file(stored.points[number], DISK).name
 
 
-def request(stored: Stored, until: int | None = None, **options: bool) -> Request:
-    return Request(folder(stored), until="" if until is None else name(stored, until), **options)
+def request(stored: Stored, until: int | None = None, skip_check: bool = False) -> Request:
+    last = "" if until is None else name(stored, until)
+    return Request(folder(stored), until=last, skip_check=skip_check)
 
 
 def tree(path: Path) -> dict[str, bytes | str]:
