@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
@@ -33,7 +34,7 @@ examples:
 
 def qmpbackup() -> NoReturn:
     """Entry point of `qmpbackup`."""
-    sys.exit(run(_parser(), sys.argv[1:]))
+    sys.exit(run(_parser(sys.argv[1:]), sys.argv[1:]))
 
 
 def qmprebase() -> NoReturn:
@@ -138,9 +139,26 @@ def _syslog_handler() -> logging.Handler:
     return handler
 
 
-def _parser() -> argparse.ArgumentParser:
-    from qmpbackup.cli import backup, doctor, info, listing, restore, show, verify
+COMMANDS = {
+    "backup": "backup",
+    "info": "info",
+    "cleanup": "info",
+    "recover": "info",
+    "doctor": "doctor",
+    "list": "listing",
+    "show": "show",
+    "verify": "verify",
+    "restore": "restore",
+}
+"""Each command, and the module of `qmpbackup.cli` that has it."""
 
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for a command line: only the command that it names, else all of them.
+
+    Building the parsers of all commands takes longer than all the rest of a small run.
+    """
+    named = [module for command, module in COMMANDS.items() if command in argv]
     parser = argparse.ArgumentParser(
         prog="qmpbackup",
         description="Live full and incremental backups of running QEMU virtual machines.",
@@ -156,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_shared_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (backup, info, doctor, listing, show, verify, restore):
-        module.register(commands)
+    for module in dict.fromkeys(named or COMMANDS.values()):
+        import_module(f"qmpbackup.cli.{module}").register(commands)
     return parser
 
 
