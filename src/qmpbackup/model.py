@@ -75,6 +75,7 @@ class Disk:
     bitmaps: tuple[Bitmap, ...] = ()
     aliases: tuple[str, ...] = ()
     actual_size: int = 0
+    encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

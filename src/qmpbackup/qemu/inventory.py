@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmpbackup.errors import VmError
+from qmpbackup.errors import CommandError, VmError
 from qmpbackup.model import Bitmap, Disk, Skipped, Vm, VmConfig, VmIdentity
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.disk_ids import Candidate, choose_ids
@@ -184,6 +184,7 @@ def _seat(
         below_ours=below_ours,
         bitmaps=tuple(_bitmap(each) for each in format_reply.objects("dirty-bitmaps")),
         actual_size=image.integer("actual-size", 0),
+        encrypted=driver == "luks" or image.boolean("encrypted", False),
     )
     return _Seat(disk, device_id, next(user_nodes, ""))
 
@@ -314,3 +315,9 @@ def _command_line(pid: int | None) -> tuple[str, ...]:
 
 _SECRET = re.compile(r"\b(data|password|passphrase|passwd|key)=[^,]*")
 """Options of QEMU that carry a secret in the open (`-object secret,data=…`)."""
+
+
+def has_tpm(monitor: Monitor) -> bool:
+    """Whether the VM has a TPM, whose state no point holds."""
+    (answer,) = monitor.execute_each([Command("query-tpm")])
+    return not isinstance(answer, CommandError) and any(True for _ in objects(answer, "query-tpm"))

@@ -11,7 +11,7 @@ from qmpbackup.model import Bitmap, Disk, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
 from qmpbackup.plan.names import BitmapName, parse_bitmap
 from qmpbackup.plan.sizes import human
-from qmpbackup.qemu import copy, recovery, scratch
+from qmpbackup.qemu import copy, inventory, recovery, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
 
@@ -50,7 +50,16 @@ def examine(
     with session.opened(address) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
         dirty = recovery.needed(opened.found)
+        tpm = inventory.has_tpm(opened.monitor)
     yield from _qemu(vm)
+    if tpm:
+        yield Finding(
+            "TPM",
+            Health.ADVICE,
+            "its state is no disk and in no point",
+            "Save the folder of swtpm by other means, or a guest that seals its keys there will not "
+            "open its disks after a restore.",
+        )
     if dirty:
         yield _left_behind(leftovers)
     for disk in vm.disks:
@@ -104,6 +113,13 @@ def _disk(disk: Disk) -> Iterator[Finding]:
             f"{shown}; incremental until QEMU restarts, then one full",
             "Only qcow2 of version 3 keeps bitmaps: `qemu-img amend -o compat=1.1`, or qcow2 with an "
             "external data file for raw disks and volumes.",
+        )
+    if disk.encrypted:
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            "encrypted by QEMU; points hold what the guest sees, in plain text",
+            "Keep the target on encrypted storage.",
         )
     for bitmap in disk.bitmaps:
         yield from _bitmap(disk, bitmap)

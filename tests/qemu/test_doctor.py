@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup doctor` finds what matters, says what to do, and changes nothing."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lab import cli
+from lab.backups import back_up, bitmaps
+from lab.disks import MIB, Disk, create
+from lab.qemu import Qemu
+
+SIZE = 16 * MIB
+StartQemu = Callable[..., Qemu]
+
+
+def findings(vm: Qemu, *more: cli.Argument, code: int = 0) -> list[dict[str, Any]]:
+    """What the doctor finds."""
+    return cli.run("--socket", vm.socket, "doctor", "--json", *more).check(code).objects
+
+
+def texts(found: list[dict[str, Any]], about: str) -> str:
+    """All findings about one thing."""
+    return " · ".join(each["text"] for each in found if each["about"] == about)
+
+
+def test_a_healthy_vm_has_no_problems_and_is_left_alone(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
+    found = findings(vm, "--target", tmp_path / "target")
+    assert {each["health"] for each in found} <= {"fine", "advice"}
+    assert "after a restart" in texts(found, "vda")
+    assert not (tmp_path / "target").exists()
+    assert bitmaps(vm) == set()
+
+
+def test_disks_that_lose_their_bitmaps_are_named_with_a_way_out(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    raw = create(tmp_path / "a.raw", SIZE, "raw")
+    vm = start_qemu([Disk("vda", raw, "raw")])
+    (finding,) = (each for each in findings(vm) if "until QEMU restarts" in each["text"])
+    assert finding["about"] == "vda"
+    assert "data file" in finding["todo"]
+
+
+def test_it_says_when_the_next_backup_is_a_full(tmp_path: Path, start_qemu: StartQemu) -> None:
+    raw = create(tmp_path / "a.raw", SIZE, "raw")
+    vm = start_qemu([Disk("vda", raw, "raw")])
+    target = tmp_path / "target"
+    back_up(vm, target)
+    assert "is a full" not in texts(findings(vm, "--target", target), "vda")
+    vm.restart()
+    assert "is a full" in texts(findings(vm, "--target", target), "vda")
+
+
+def test_an_agent_that_is_not_there_is_a_problem(tmp_path: Path, start_qemu: StartQemu) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
+    agent = ("--agent-socket", tmp_path / "nothing")
+    result = cli.run("--socket", vm.socket, *agent, "doctor", "--json").check(1)
+    (finding,) = (each for each in result.objects if each["health"] == "problem")
+    assert finding["about"] == "guest agent"
+    assert finding["todo"]
+
+
+def test_leftovers_of_a_dead_run_are_a_problem_until_the_next_run(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
+    node = {"driver": "null-co", "node-name": "qmpbackup-abcdef-scratch0", "size": SIZE}
+    vm.qmp("blockdev-add", **node)
+    found = findings(vm, code=1)
+    assert "qmpbackup-abcdef-scratch0" in texts(found, "leftovers")
+    back_up(vm, tmp_path / "target")
+    assert not texts(findings(vm), "leftovers")
+
+
+def test_encrypted_disks_are_pointed_out(tmp_path: Path, start_qemu: StartQemu) -> None:
+    image = tmp_path / "a.luks"
+    hidden = ("--object", "secret,id=s,data=passphrase")
+
+    create_command = ["qemu-img", "create", "-q", *hidden, "-f", "luks", "-o", "key-secret=s"]
+    create_command += ["-o", "iter-time=10", str(image), str(SIZE)]
+    subprocess.run(create_command, check=True)
+    disk = Disk("vda", image, "luks", options={"key-secret": "s"})
+    vm = start_qemu(args=("-object", "secret,id=s,data=passphrase", *disk.arguments()))
+    assert "plain text" in texts(findings(vm), "vda")
