@@ -37,7 +37,16 @@ def disk(*bitmaps: Bitmap, size: int = SIZE, can_persist: bool = True) -> Disk:
 def point(
     number: int, level: Level, parent: str | None = None, size: int = SIZE, disk_id: str = "vda"
 ) -> Point:
-    stored = StoredDisk(disk_id, level, f"vda/F-{number}", parent, size, 1, "blake3:0")
+    stored = StoredDisk(
+        disk_id,
+        level,
+        f"vda/F-{number}",
+        parent,
+        size,
+        1,
+        "blake3:0",
+        bitmap=str(BitmapName(TARGET, f"p{number}")),
+    )
     return Point(
         id=f"p{number}",
         sequence=number,
@@ -58,7 +67,7 @@ def fine(_point: Point, _disk: str) -> str:
 
 
 def decide(each: Disk, level: Level, points: tuple[Point, ...] = CHAIN) -> tuple[Level, str]:
-    (plan,) = plan_disks([each], level, points, TARGET, fine)
+    (plan,) = plan_disks([each], level, points, fine)
     return plan.level, plan.base.id if plan.base else ""
 
 
@@ -84,11 +93,11 @@ def test_a_bitmap_that_cannot_be_trusted_makes_a_full_or_refuses(
     bitmaps: tuple[Bitmap, ...], word: str
 ) -> None:
     each = disk(*bitmaps)
-    (plan,) = plan_disks([each], Level.AUTO, CHAIN, TARGET, fine)
+    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine)
     assert plan.level is Level.FULL
     assert word in plan.reason
     with pytest.raises(IncrementalNotPossible, match="vda"):
-        plan_disks([each], Level.INC, CHAIN, TARGET, fine)
+        plan_disks([each], Level.INC, CHAIN, fine)
 
 
 def test_another_targets_bitmap_is_no_base() -> None:
@@ -97,7 +106,7 @@ def test_another_targets_bitmap_is_no_base() -> None:
 
 
 def test_the_first_backup_is_a_full_and_says_why() -> None:
-    (plan,) = plan_disks([disk()], Level.AUTO, (), TARGET, fine)
+    (plan,) = plan_disks([disk()], Level.AUTO, (), fine)
     assert plan.level is Level.FULL
     assert "no earlier point" in plan.reason
 
@@ -108,18 +117,18 @@ def test_a_shrunk_disk_is_made_whole_and_a_grown_one_incrementally() -> None:
 
 
 def test_a_damaged_base_is_not_built_upon() -> None:
-    plans = plan_disks([disk(bitmap("p2"))], Level.AUTO, CHAIN, TARGET, lambda *_: "it is missing")
+    plans = plan_disks([disk(bitmap("p2"))], Level.AUTO, CHAIN, lambda *_: "it is missing")
     assert plans[0].level is Level.FULL
     assert "it is missing" in plans[0].reason
 
 
 def test_small_disks_are_copied_whole_and_keep_no_bitmap() -> None:
-    (plan,) = plan_disks([disk(size=SMALL)], Level.INC, CHAIN, TARGET, fine)
+    (plan,) = plan_disks([disk(size=SMALL)], Level.INC, CHAIN, fine)
     assert (plan.level, plan.keeps_bitmap) == (Level.FULL, False)
 
 
 def test_a_copy_leaves_no_trace() -> None:
-    (plan,) = plan_disks([disk(bitmap("p2"))], Level.COPY, CHAIN, TARGET, fine)
+    (plan,) = plan_disks([disk(bitmap("p2"))], Level.COPY, CHAIN, fine)
     assert (plan.level, plan.keeps_bitmap, plan.base_bitmap) == (Level.COPY, False, "")
 
 
@@ -130,7 +139,7 @@ def test_a_copy_is_nobodys_base() -> None:
 
 def test_the_level_of_a_point_is_that_of_its_chains() -> None:
     big, small = disk(bitmap("p2")), disk(size=SMALL)
-    plans = plan_disks([small, big], Level.AUTO, CHAIN, TARGET, fine)
+    plans = plan_disks([small, big], Level.AUTO, CHAIN, fine)
     assert effective_level(plans) is Level.INC
 
 
@@ -156,7 +165,7 @@ def test_no_plan_ever_builds_on_a_bitmap_that_is_not_there(
         points.append(point(number, made_here, full.id if full else None))
     each = disk(*(bitmap(f"p{number}") for number in present))
     try:
-        (plan,) = plan_disks([each], level, points, TARGET, fine)
+        (plan,) = plan_disks([each], level, points, fine)
     except IncrementalNotPossible:
         assert level in {Level.INC, Level.DIFF}
         return

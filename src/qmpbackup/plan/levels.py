@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which level each disk gets, and why: the bitmap rule of the project.
 
-State lives in the manifests. The bitmap for the next incremental of a disk is the one named after
-the last point that holds this disk; for a differential the one named after its last full. Any
-other bitmap of ours for this target is rubbish from a run that died.
+State lives in the manifests. The bitmap for the next incremental of a disk is the one that the last
+point with this disk names; for a differential the one that its last full names. Any other bitmap of
+ours for this target is rubbish from a run that died.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,19 +58,17 @@ Check = Callable[[Point, str], str]
 
 
 def plan_disks(
-    disks: Iterable[Disk], level: Level, points: Sequence[Point], target_id: str, check: Check
+    disks: Iterable[Disk], level: Level, points: Sequence[Point], check: Check
 ) -> tuple[DiskPlan, ...]:
     """Decide the level of every disk of a run.
 
     Raises:
         IncrementalNotPossible: `inc` or `diff` was asked for, and a disk cannot have it.
     """
-    return tuple(_plan_disk(disk, level, points, target_id, check) for disk in disks)
+    return tuple(_plan_disk(disk, level, points, check) for disk in disks)
 
 
-def _plan_disk(
-    disk: Disk, level: Level, points: Sequence[Point], target_id: str, check: Check
-) -> DiskPlan:
+def _plan_disk(disk: Disk, level: Level, points: Sequence[Point], check: Check) -> DiskPlan:
     if level is Level.COPY:
         return DiskPlan(disk, Level.COPY, "asked for", keeps_bitmap=False)
     if disk.size <= SMALL:
@@ -79,16 +78,16 @@ def _plan_disk(
         return DiskPlan(disk, Level.FULL, "asked for")
     wanted = Level.DIFF if level is Level.DIFF else Level.INC
     base = last_full(points, disk.id) if wanted is Level.DIFF else last_point(points, disk.id)
-    obstacle = _obstacle(disk, base, target_id, check)
+    obstacle = _obstacle(disk, base, check)
     if obstacle and level is not Level.AUTO:
         raise IncrementalNotPossible(
             f"Disk {disk.id} cannot have {_article(wanted)} backup: {obstacle}.",
             "Use --level auto, which makes a full of just such disks, or --level full.",
         )
-    if obstacle or base is None:
+    stored = base.disk(disk.id) if base else None
+    if obstacle or base is None or stored is None:
         return DiskPlan(disk, Level.FULL, obstacle)
-    bitmap = str(BitmapName(target_id, base.id))
-    return DiskPlan(disk, wanted, f"changes since {base.id}", base, bitmap)
+    return DiskPlan(disk, wanted, f"changes since {base.id}", base, stored.bitmap)
 
 
 def last_point(points: Sequence[Point], disk_id: str) -> Point | None:
@@ -109,23 +108,35 @@ def _newest(points: Sequence[Point], disk_id: str, levels: set[Level]) -> Point 
     return None
 
 
-def _obstacle(disk: Disk, base: Point | None, target_id: str, check: Check) -> str:
+def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
     """Why an incremental on this base would not be right; empty if it is."""
-    if base is None:
+    stored = base.disk(disk.id) if base else None
+    if base is None or stored is None:
         return "the target holds no earlier point of it"
     damage = check(base, disk.id)
     if damage:
         return f"the earlier point {base.id} is damaged ({damage})"
-    stored = base.disk(disk.id)
-    if stored is not None and stored.size > disk.size:
+    if stored.size > disk.size:
         return f"it shrank from {stored.size} to {disk.size} bytes"
-    obstacle = bitmap_obstacle(disk, str(BitmapName(target_id, base.id)))
-    return obstacle or _end_obstacle(disk, stored.end_mark if stored else "")
+    return bitmap_obstacle(disk, stored.bitmap) or _end_obstacle(disk, stored.end_mark)
 
 
-def end_mark_name(target_id: str, point_id: str) -> str:
+def change_bitmap_name(target_id: str, point_id: str, disk_id: str) -> str:
+    """The name of the change bitmap that a point starts on a disk.
+
+    It is another one on each disk: of disks that change places, or images that do, none must pass
+    for the other.
+    """
+    return str(BitmapName(target_id, f"{point_id}-{_tag(disk_id)}"))
+
+
+def end_mark_name(target_id: str, point_id: str, disk_id: str) -> str:
     """The name of the end mark that a point makes."""
-    return str(BitmapName(target_id, f"{point_id}-end"))
+    return f"{change_bitmap_name(target_id, point_id, disk_id)}-end"
+
+
+def _tag(disk_id: str) -> str:
+    return f"{zlib.crc32(disk_id.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def is_end_mark(name: str) -> bool:
@@ -179,8 +190,8 @@ def rubbish(disk: Disk, points: Sequence[Point], target_id: str) -> tuple[str, .
     keep: set[str] = set()
     for point in (last_point(points, disk.id), last_full(points, disk.id)):
         stored = point.disk(disk.id) if point else None
-        if point is not None and stored is not None:
-            keep |= {str(BitmapName(target_id, point.id)), stored.end_mark}
+        if stored is not None:
+            keep |= {stored.bitmap, stored.end_mark}
     return tuple(
         bitmap.name
         for bitmap in disk.bitmaps

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of what we create inside QEMU, and how to tell them from everybody else's.
 
-Change bitmaps live for as long as their point is the last one: `qmpbackup:<target>:<point>`. Node
-names and job ids must be well-formed QEMU identifiers of at most 31 bytes, and live for one run:
-`qmpbackup-<run>-<what><number>`.
+Change bitmaps live for as long as their point is the last one: `qmpbackup:<target>:<point>-<disk>`,
+with a checksum of the disk's id. Node names and job ids must be well-formed QEMU identifiers of at
+most 31 bytes, and live for one run: `qmpbackup-<run>-<what><number>`.
 """
 
 import re

@@ -35,12 +35,13 @@ from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import (
     DiskPlan,
+    change_bitmap_name,
     effective_level,
     end_mark_name,
     plan_disks,
     rubbish,
 )
-from qmpbackup.plan.names import BitmapName, RunNames
+from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.selection import Selection
 from qmpbackup.qemu import copy, jobs, recovery, scratch
 from qmpbackup.qemu.monitor import Monitor
@@ -181,7 +182,7 @@ def _plan(request: Request, vm: Vm, target: DirectoryTarget | None, stored: Inve
     def check(point: Point, disk_id: str) -> str:
         return target.quick_check(point, disk_id, stored.points) if target else ""
 
-    plans = plan_disks(chosen, request.level, stored.points, target_id, check)
+    plans = plan_disks(chosen, request.level, stored.points, check)
     now = datetime.now(UTC)
     point_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     return Plan(
@@ -200,9 +201,13 @@ def _seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> list[Sea
         Seat(
             disk=plan.disk,
             number=number,
-            new_bitmap=str(BitmapName(target_id, point_id)) if plan.keeps_bitmap else "",
+            new_bitmap=(
+                change_bitmap_name(target_id, point_id, plan.disk.id) if plan.keeps_bitmap else ""
+            ),
             base_bitmap=plan.base_bitmap,
-            new_end_mark=end_mark_name(target_id, point_id) if plan.needs_end_mark else "",
+            new_end_mark=(
+                end_mark_name(target_id, point_id, plan.disk.id) if plan.needs_end_mark else ""
+            ),
         )
         for number, plan in enumerate(plans)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
 from qmpbackup.model import Bitmap, Disk, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
-from qmpbackup.plan.names import BitmapName, parse_bitmap
+from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.qemu import copy, inventory, recovery, scratch
 from qmpbackup.qemu.inventory import Leftovers
@@ -216,8 +216,9 @@ def _target(vm: Vm, path: Path) -> Iterator[Finding]:
     )
     for disk in vm.disks:
         base = last_point(stored.points, disk.id)
-        if disk.size > SMALL and base is not None:
-            obstacle = bitmap_obstacle(disk, str(BitmapName(target.id, base.id)))
+        stored_base = base.disk(disk.id) if base else None
+        if disk.size > SMALL and stored_base is not None:
+            obstacle = bitmap_obstacle(disk, stored_base.bitmap)
             if obstacle:
                 yield Finding(
                     disk.id,
