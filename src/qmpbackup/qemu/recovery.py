@@ -15,7 +15,7 @@ from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
-from qmpbackup.qemu import jobs
+from qmpbackup.qemu import jobs, overlays
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 
@@ -52,6 +52,8 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     yield from _remove_nodes(monitor, views)
     for disk in inventory.vm.disks:
         yield from _reattach(monitor, disk)
+    if left.nodes:
+        yield from overlays.release(monitor, lambda node: node.startswith(RUN_PREFIX))
     yield from _remove_nodes(monitor, [node for node in left.nodes if node not in views])
     for number in left.descriptor_sets:
         monitor.execute(Command("remove-fd", {"fdset-id": number}))

@@ -20,6 +20,7 @@ started in one transaction. The order inside that transaction matters: first the
 the copies of the old ones. An iothread may write between two actions, and must then be in both.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import STOPPED_MARKER, RunNames
+from qmpbackup.qemu import overlays
 from qmpbackup.qemu.end_mark import end_bitmap, mark_ends
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.inventory import device_path
@@ -39,6 +41,8 @@ from qmpbackup.qemu.reply import objects
 from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.undo import UndoStack
+
+log = logging.getLogger(__name__)
 
 CBW_TIMEOUT_SECONDS = 45
 """Longest that a hanging scratch can hold up a guest write, once; then the view breaks instead."""
@@ -199,11 +203,14 @@ class View:
         yield Step(add_snap, f"remove the view of {disk.id}", commands.blockdev_del(snap))
 
     def _detach(self, disk: Disk, cbw: str) -> None:
-        """Put the device back, but only if it still sits on our filter."""
+        """Put the device back, if it still sits on our filter; else somebody took a snapshot."""
         if self._places is None:
             self._places = active_nodes(self._monitor)
         if self._places.get(disk.qom_path) == cbw:
             self._monitor.execute(commands.attach(disk.qom_path, disk.node))
+            return
+        for done in overlays.release(self._monitor, cbw.__eq__):
+            log.warning("%s.", done.capitalize())
 
     def _copy_marks(self) -> None:
         """Give each snapshot node a copy of the marks that say what to copy of it."""
