@@ -33,3 +33,10 @@ def require_socket(arguments: argparse.Namespace) -> str:
             "This command needs the VM's monitor.", "Name it before the command: --socket PATH."
         )
     return str(arguments.socket)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Options of all three commands."""
+    parser.add_argument("--debug", action="store_true", help="log every step, and tracebacks")
+    parser.add_argument("-L", "--logfile", metavar="F", help="also log to this file")
+    parser.add_argument("--syslog", action="store_true", help="also log to syslog")

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from qmpbackup import __version__
+from qmpbackup.cli.arguments import add_shared_options
 from qmpbackup.errors import Interrupted, QmpBackupError
 
 Run = Callable[[argparse.Namespace], int]
@@ -177,10 +178,3 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for module in dict.fromkeys(named or COMMANDS.values()):
         import_module(f"qmpbackup.cli.{module}").register(commands)
     return parser
-
-
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """Options of all three commands."""
-    parser.add_argument("--debug", action="store_true", help="log every step, and tracebacks")
-    parser.add_argument("-L", "--logfile", metavar="F", help="also log to this file")
-    parser.add_argument("--syslog", action="store_true", help="also log to syslog")

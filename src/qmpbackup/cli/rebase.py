@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpbackup import __version__
-from qmpbackup.cli.arguments import size
+from qmpbackup.cli.arguments import add_shared_options, size
 
 if TYPE_CHECKING:
     from qmpbackup.plan.merge import Operation
@@ -87,7 +87,6 @@ def qmprestore_parser() -> argparse.ArgumentParser:
 
 
 def _parser(program: str, description: str) -> argparse.ArgumentParser:
-    from qmpbackup.cli.main import add_shared_options
 
     parser = argparse.ArgumentParser(
         prog=program,
