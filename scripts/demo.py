@@ -136,7 +136,7 @@ class Demo:
         require(first <= point.after, f"{point}: records of later, there are {first}")
         require(second <= first <= second + 1, f"{point}: not one instant: {first} and {second}")
         self.say(
-            f"Point {number}: file systems clean, no journal to replay; {first} and {second} "
+            f"Point {number}: file systems clean, nothing to replay; {first} and {second} "
             f"records ({point.before} to {point.after} possible)"
         )
 

@@ -45,7 +45,8 @@ class Proxy:
     """Stands at `path` for the monitor at `upstream`, in a thread. A context manager.
 
     `hook` is called at every place of the run, in the proxy's thread. `log` holds the names of the
-    commands in order, over all clients. What a hook raises ends the connection and is raised again
+    commands in order, over all clients. A hook may set `answer` after a command: its answer is then
+    replaced by what that function makes of it. What a hook raises ends the connection and is raised again
     at the end of the block.
     """
 
@@ -53,6 +54,7 @@ class Proxy:
         self.path = path
         self.log: list[str] = []
         self.killed = False
+        self.answer: Callable[[dict[str, Any]], bytes] | None = None
         self._upstream = upstream
         self._hook = hook
         self._failure: BaseException | None = None
@@ -109,11 +111,11 @@ class Proxy:
         try:
             while self._readable(self._listener):
                 self._client, _ = self._listener.accept()
-                with self._client, socket.socket(socket.AF_UNIX) as server:
-                    # A QEMU that has died refuses; the client then sees its connection end.
-                    with suppress(_Gone, ConnectionRefusedError):
-                        server.connect(str(self._upstream))
-                        _Session(self, self._client, server).serve()
+                # A QEMU that has died refuses; the client then sees its connection end.
+                refused = suppress(_Gone, ConnectionRefusedError)
+                with self._client, socket.socket(socket.AF_UNIX) as server, refused:
+                    server.connect(str(self._upstream))
+                    _Session(self, self._client, server).serve()
         except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             self._failure = error
 
@@ -209,6 +211,8 @@ class _Session:
             name, self._waiting = self._waiting, ""
             place = Place(len(self._proxy.log) - 1, "after", name)
             self._proxy._hook(self._proxy, place)
+            if self._proxy.answer:
+                line, self._proxy.answer = self._proxy.answer(message), None
         with suppress(OSError):  # the client may be gone; QEMU's answers are read all the same
             self._client.sendall(line)
         self._pass_commands()
