@@ -112,8 +112,11 @@ class Proxy:
             while self._readable(self._listener):
                 self._client, _ = self._listener.accept()
                 # A QEMU that has died refuses; the client then sees its connection end.
-                refused = suppress(_Gone, ConnectionRefusedError)
-                with self._client, socket.socket(socket.AF_UNIX) as server, refused:
+                with (
+                    self._client,
+                    socket.socket(socket.AF_UNIX) as server,
+                    suppress(_Gone, ConnectionRefusedError),
+                ):
                     server.connect(str(self._upstream))
                     _Session(self, self._client, server).serve()
         except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
