@@ -29,7 +29,7 @@ def places(stage: Scene, step: int) -> list[Place]:
     chosen = [
         at
         for n, at in enumerate(found)
-        if n % step == 0 or (at.command in delicate and at.when == "after")
+        if n == 1 or n % step == 0 or (at.command in delicate and at.when == "after")
     ]
     print("at", *(f"{at.when} {at.number} {at.command}," for at in chosen))
     return chosen

@@ -201,17 +201,23 @@ class Monitor:
                 "the VM with a second -qmp socket for backups. The socket of a guest agent does not "
                 "greet either.",
             ) from None
+        except AssertionError as error:
+            # The library's own: the connection went away while it was being set up.
+            raise self._closed_at_once() from error
         except QmpConnectError as error:
             if isinstance(error.exc, EOFError | OSError):
-                raise ConnectError(
-                    f"The monitor at {self.address} closed the connection at once.",
-                    "Check that the VM is running and that the socket is a QMP monitor.",
-                ) from error
+                raise self._closed_at_once() from error
             raise MonitorProtocolError(
                 f"What listens at {self.address} does not speak QMP.",
                 "Give the socket of QEMU's -qmp option, not that of the guest agent or of HMP.",
             ) from error
         self._client.register_listener(self._events)
+
+    def _closed_at_once(self) -> ConnectError:
+        return ConnectError(
+            f"The monitor at {self.address} closed the connection at once.",
+            "Check that the VM is running and that the socket is a QMP monitor.",
+        )
 
     def _version(self) -> Reply:
         greeting = self._client.greeting
