@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 BITMAP_PREFIX = "qmpbackup:"
 RUN_PREFIX = "qmpbackup-"
+END = "end"
+"""What a run calls the bitmap on a scratch image in which the end of the disk is marked."""
+
 STOPPED_MARKER = "qmpbackup-stopped"
 FROZEN_MARKER = "qmpbackup-frozen"
 

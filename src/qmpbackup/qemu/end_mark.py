@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from qmpbackup.errors import VmError
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import BITMAP_GRANULARITY, Command
-from qmpbackup.plan.names import RunNames
+from qmpbackup.plan.names import END, RunNames
 from qmpbackup.qemu import jobs
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.steps import Step, carry_out
@@ -23,7 +23,7 @@ JOB_SECONDS = 60.0
 def mark_ends(
     monitor: Monitor, sizes: Sequence[tuple[int, int]], names: RunNames, teardown: UndoStack
 ) -> None:
-    """Give scratch images a bitmap `end_bitmap` with the mark; `sizes` are (number, disk size).
+    """Give scratch images a bitmap named after `END` with the mark; `sizes` are (number, disk size).
 
     Raises:
         VmError: a mark could not be made.
@@ -42,15 +42,10 @@ def mark_ends(
         undo.run()
 
 
-def end_bitmap(names: RunNames, number: int) -> str:
-    """The name of the bitmap on the scratch image."""
-    return names.of("end", number)
-
-
 def _nodes(number: int, size: int, names: RunNames) -> list[Step]:
     scratch, zeroes, tail = (names.of(what, number) for what in ("scratch", "zero", "tail"))
     length = size % BITMAP_GRANULARITY or BITMAP_GRANULARITY
-    bitmap = end_bitmap(names, number)
+    bitmap = names.of(END, number)
     add_zeroes = commands.blockdev_add(zeroes, "null-co", size=length, read_zeroes=True)
     add_tail = commands.blockdev_add(tail, "raw", file=scratch, offset=size - length, size=length)
     return [

@@ -14,7 +14,7 @@ from qmpbackup.errors import CommandError, VmError
 from qmpbackup.model import Bitmap, Disk, Skipped, Vm, VmConfig, VmIdentity
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.disk_ids import Candidate, choose_ids
-from qmpbackup.plan.names import RUN_PREFIX
+from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply, objects
 
@@ -47,6 +47,19 @@ class Inventory:
 
     vm: Vm
     leftovers: Leftovers
+
+    @property
+    def needs_recovery(self) -> bool:
+        """Whether anything of an earlier run is left in the VM."""
+        temporary = (
+            bitmap.name.startswith(RUN_PREFIX) for disk in self.vm.disks for bitmap in disk.bitmaps
+        )
+        return bool(self.leftovers) or any(temporary)
+
+    @property
+    def was_frozen(self) -> bool:
+        """Whether an earlier run died between freezing the guest and thawing it."""
+        return FROZEN_MARKER in self.leftovers.markers
 
 
 QUESTIONS = (

@@ -22,11 +22,6 @@ from qmpbackup.qemu.monitor import Monitor
 _VIEW = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-snap[0-9]+")
 
 
-def needed(inventory: Inventory) -> bool:
-    """Whether anything of an earlier run is left in the VM."""
-    return bool(inventory.leftovers) or any(_temporary(disk) for disk in inventory.vm.disks)
-
-
 def recover(monitor: Monitor, inventory: Inventory) -> list[str]:
     """Clean up; return one sentence for each thing done.
 
@@ -34,11 +29,6 @@ def recover(monitor: Monitor, inventory: Inventory) -> list[str]:
         VmError: something of ours could not be removed.
     """
     return list(_steps(monitor, inventory))
-
-
-def was_frozen(inventory: Inventory) -> bool:
-    """Whether an earlier run died between freezing the guest and thawing it."""
-    return FROZEN_MARKER in inventory.leftovers.markers
 
 
 def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:

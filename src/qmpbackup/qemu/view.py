@@ -31,9 +31,7 @@ from qmpbackup.errors import ConnectionLost, VmError
 from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.names import STOPPED_MARKER, RunNames
-from qmpbackup.qemu import overlays
-from qmpbackup.qemu.end_mark import end_bitmap, mark_ends
+from qmpbackup.plan.names import END, STOPPED_MARKER, RunNames
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
@@ -119,6 +117,8 @@ class View:
         carry_out(self._monitor, steps, self._undo)
         ends = [(seat.number, seat.disk.size) for seat in self._seats if seat.new_end_mark]
         if ends:
+            from qmpbackup.qemu.end_mark import mark_ends
+
             mark_ends(self._monitor, ends, self._names, self._undo)
 
     def take(self, watchdog: Watchdog, running: bool) -> Instant:
@@ -156,7 +156,7 @@ class View:
                 persistent = seat.disk.can_persist
                 copies.append(commands.bitmap_add(node, mark, persistent=persistent, disabled=True))
                 copies.append(
-                    commands.bitmap_merge(node, mark, scratch, end_bitmap(names, seat.number))
+                    commands.bitmap_merge(node, mark, scratch, names.of(END, seat.number))
                 )
             if seat.base_bitmap:
                 name = names.of("inc", seat.number)
@@ -209,6 +209,8 @@ class View:
         if self._places.get(disk.qom_path) == cbw:
             self._monitor.execute(commands.attach(disk.qom_path, disk.node))
             return
+        from qmpbackup.qemu import overlays
+
         for done in overlays.release(self._monitor, cbw.__eq__):
             log.warning("%s.", done.capitalize())
 

@@ -43,7 +43,7 @@ from qmpbackup.plan.levels import (
 )
 from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.selection import Selection
-from qmpbackup.qemu import copy, jobs, recovery, scratch
+from qmpbackup.qemu import copy, jobs, scratch
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Instant, Seat, View
 from qmpbackup.qemu.watchdog import Watchdog
@@ -146,7 +146,7 @@ def dry_run(request: Request) -> Plan:
 
 def _heal(request: Request, vm: session.Session) -> None:
     """Thaw a guest that a run that died left frozen, if we can reach its agent."""
-    if not recovery.was_frozen(vm.found):
+    if not vm.found.was_frozen:
         return
     try:
         for done in Guest(vm.monitor, request.agent_address, Quiesce.TRY).heal():

@@ -11,7 +11,7 @@ from qmpbackup.model import Bitmap, Disk, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
-from qmpbackup.qemu import copy, inventory, recovery, scratch
+from qmpbackup.qemu import copy, inventory, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
 
@@ -49,7 +49,7 @@ def examine(
     """
     with session.opened(address) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
-        dirty = recovery.needed(opened.found)
+        dirty = opened.found.needs_recovery
         tpm = inventory.has_tpm(opened.monitor)
     yield from _qemu(vm)
     if tpm:

@@ -38,7 +38,7 @@ def recover(
         if dry_run:
             return _left(vm.found)
         done = recovery.recover(vm.monitor, vm.found)
-        if recovery.was_frozen(vm.found):
+        if vm.found.was_frozen:
             done += Guest(vm.monitor, agent_address, Quiesce.TRY).heal()
         if target is not None:
             done += _recover_target(vm, DirectoryTarget.open(target), lock_wait)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qmpbackup.filelock import vm_lock
 from qmpbackup.model import Vm
-from qmpbackup.qemu import inventory, recovery
+from qmpbackup.qemu import inventory
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 
@@ -47,7 +47,9 @@ def opened(address: str, *, lock_wait: float = 0.0, recover: bool = False) -> It
             stack.enter_context(vm_lock(f"pid-{monitor.peer_pid}", lock_wait))
         inventory.require_version(monitor)
         found = inventory.take(monitor)
-        if recover and recovery.needed(found):
+        if recover and found.needs_recovery:
+            from qmpbackup.qemu import recovery
+
             for done in recovery.recover(monitor, found):
                 log.warning("Cleaned up after a run that died: %s.", done)
             found = inventory.take(monitor)
