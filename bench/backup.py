@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-QMPBACKUP = [sys.executable, "-m", "qmpbackup"]
+QMPBACKUP = [str(Path(sys.executable).with_name("qmpbackup"))]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Bar:
 def main() -> None:
     """Measure everything and print a table."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended; nothing is left."))
     print(f"{'what':<36} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
     for row in _rows(options):
         print(row, flush=True)
@@ -211,7 +213,7 @@ def _vm(folder: Path, disks: Sequence[Path]) -> Iterator[Path]:
         drive = {"driver": "qcow2", "node-name": disk.stem, "discard": "unmap", "file": file}
         command += ["-blockdev", json.dumps(drive)]
         command += ["-device", f"virtio-blk-pci,drive={disk.stem},id={disk.stem}"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         _wait_for(qmp, process)
         yield qmp
