@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -27,17 +26,24 @@ from hypothesis.stateful import (
 )
 
 from lab.disks import CLUSTER, MIB
+from lab.proxy import When
 from lab.world import Accident, Damage, Meddling, World
 
 MINUTES = float(os.environ.get("QMPBACKUP_SOAK_MINUTES", "0"))
 SEED = os.environ.get("QMPBACKUP_SOAK_SEED", "")
 
 BLOCKS = st.integers(0, 190)
+BYTES = st.integers(1, 255)
 LENGTHS = st.integers(1, 24)
 DISKS = st.sampled_from(["vda", "vdb"])
-LEVELS = st.sampled_from(["auto", "inc", "diff", "full", "copy"])
+GUEST = st.sampled_from(["write", "zero", "unmap", "discard"])
+LEVELS = st.sampled_from(["inc", "auto", "diff", "full", "copy"])
+THEN = st.sampled_from(["inc", "auto", "diff", "", "", ""])
 SIZES = st.sampled_from([9 * MIB, 10 * MIB, 10 * MIB + 512, 11 * MIB, 12 * MIB])
-ACCIDENTS = st.sampled_from(list[Accident](["kill the tool", "kill QEMU", "cut the connection"]))
+ACCIDENTS = st.sampled_from(
+    list[Accident](["kill the tool", "kill QEMU", "cut the connection", "write", "grow"])
+)
+WHEN = st.sampled_from(list[When](["before", "after"]))
 DAMAGES = st.sampled_from(list[Damage](["flip", "truncate", "remove"]))
 
 
@@ -80,102 +86,93 @@ class Machine(RuleBasedStateMachine):
 
     # The guest
 
-    @rule(disk=DISKS, block=BLOCKS, blocks=LENGTHS, byte=st.integers(1, 255))
-    def write(self, disk: str, block: int, blocks: int, byte: int) -> None:
-        self._world.write(disk, block, blocks, byte)
+    @rule(disk=DISKS, what=GUEST, block=BLOCKS, blocks=LENGTHS, byte=BYTES, then=THEN)
+    def guest(self, disk: str, what: str, block: int, blocks: int, byte: int, then: str) -> None:
+        if what == "write":
+            self._world.write(disk, block, blocks, byte)
+        elif what == "discard":
+            self._world.discard(disk, block, blocks)
+        else:
+            self._world.clear(disk, block, blocks, unmap=what == "unmap")
+        self._then(then)
 
-    @rule(disk=DISKS, block=BLOCKS, blocks=LENGTHS, unmap=st.booleans())
-    def clear(self, disk: str, block: int, blocks: int, unmap: bool) -> None:
-        self._world.clear(disk, block, blocks, unmap=unmap)
-
-    @rule(disk=DISKS, block=BLOCKS, blocks=LENGTHS)
-    def discard(self, disk: str, block: int, blocks: int) -> None:
-        self._world.discard(disk, block, blocks)
+    def _then(self, level: str) -> None:
+        """Most things that happen are followed by a backup: there has to be something to get wrong."""
+        if level:
+            self._world.back_up(level)
 
     # Backups
 
-    @rule(level=LEVELS)
-    def back_up(self, level: str) -> None:
+    @rule(level=LEVELS, block=BLOCKS, byte=BYTES)
+    def back_up(self, level: str, block: int, byte: int) -> None:
+        for disk in self._world.disks:
+            self._world.write(disk, block, 1, byte)
         self._world.back_up(level)
 
-    @rule(number=st.integers(0, 80), what=st.sampled_from(list[Accident](["write", "grow"])))
-    def back_up_while_things_happen(self, number: int, what: Accident) -> None:
-        self._world.back_up("auto", Meddling(what, number, "after"))
-
-    @rule(
-        level=LEVELS,
-        what=ACCIDENTS,
-        number=st.integers(0, 80),
-        when=st.sampled_from(["before", "after"]),
-    )
-    def back_up_and_break(self, level: str, what: Accident, number: int, when: Any) -> None:
+    @rule(level=LEVELS, what=ACCIDENTS, number=st.integers(0, 80), when=WHEN, then=THEN)
+    def back_up_with_accident(
+        self, level: str, what: Accident, number: int, when: When, then: str
+    ) -> None:
         self._world.back_up(level, Meddling(what, number, when))
+        self._then(then)
 
     # QEMU and its disks
 
-    @rule()
-    def restart(self) -> None:
-        self._world.restart()
+    @rule(what=st.sampled_from(["restart", "kill", "copy an image", "put it back"]), then=THEN)
+    def machine(self, what: str, then: str) -> None:
+        world = self._world
+        if what == "restart":
+            world.restart()
+        elif what == "kill":
+            world.kill()
+        elif what == "put it back" and world.copied:
+            world.put_back(world.copied[0])
+        elif "vda" not in world.overlaid:
+            world.copy_image("vda")
+        self._then(then)
 
-    @rule()
-    def kill(self) -> None:
-        self._world.kill()
+    @rule(then=THEN)
+    def plug(self, then: str) -> None:
+        if "vdc" in self._world.disks:
+            self._world.unplug()
+        else:
+            self._world.plug()
+        self._then(then)
 
-    @rule(disk=DISKS, size=SIZES)
-    def resize(self, disk: str, size: int) -> None:
-        self._world.resize(disk, size)
+    @rule(disk=DISKS, size=SIZES, by=st.sampled_from([0, 1, 8, 30]), then=THEN)
+    def resize(self, disk: str, size: int, by: int, then: str) -> None:
+        """To another size, or smaller `by` some sectors or clusters and back."""
+        before = len(self._world.live[disk])
+        sizes = [before - by * CLUSTER // 2, before] if by else [size]
+        self._world.resize(disk, *sizes)
+        self._then(then)
 
-    @rule(disk=DISKS, by=st.sampled_from([1, 8, 30]))
-    def shrink_and_grow(self, disk: str, by: int) -> None:
-        size = len(self._world.live[disk])
-        self._world.resize(disk, size - by * CLUSTER // 2, size)
-
-    @rule(disk=DISKS)
-    def snapshot(self, disk: str) -> None:
-        self._world.snapshot(disk)
-
-    @precondition(lambda self: self._world.overlaid)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        self._world.commit(data.draw(st.sampled_from(self._world.overlaid)))
-
-    @precondition(lambda self: "vdc" not in self._world.disks)
-    @rule()
-    def plug(self) -> None:
-        self._world.plug()
-
-    @precondition(lambda self: "vdc" in self._world.disks)
-    @rule()
-    def unplug(self) -> None:
-        self._world.unplug()
-
-    @precondition(lambda self: "vda" not in self._world.overlaid)
-    @rule()
-    def copy_image(self) -> None:
-        self._world.copy_image("vda")
-
-    @precondition(lambda self: self._world.copied)
-    @rule()
-    def put_older_copy_back(self) -> None:
-        self._world.put_back(self._world.copied[0])
+    @rule(disk=DISKS, up=st.booleans(), then=THEN)
+    def snapshot(self, disk: str, up: bool, then: str) -> None:
+        if up or disk not in self._world.overlaid:
+            self._world.snapshot(disk)
+        else:
+            self._world.commit(disk)
+        self._then(then)
 
     # The target
 
-    @rule(file=st.integers(0, 50), how=DAMAGES, at=st.integers(0, 4 * MIB), again=st.booleans())
-    def damage(self, file: int, how: Damage, at: int, again: bool) -> None:
+    @rule(file=st.integers(0, 50), how=DAMAGES, at=st.integers(0, 4 * MIB), then=THEN)
+    def damage(self, file: int, how: Damage, at: int, then: str) -> None:
         self._world.damage(file, how, at)
         self._world.verify()
-        if again:
-            self._world.repair()
+        self._then(then)
 
     @precondition(lambda self: self._world.damaged)
-    @rule()
-    def repair(self) -> None:
+    @rule(then=THEN)
+    def repair(self, then: str) -> None:
         self._world.repair()
+        self._then(then)
 
-    @rule(disk=st.sampled_from(["vda", "vdb", "vdc"]), keep=st.booleans())
-    def merge(self, disk: str, keep: bool) -> None:
+    @rule(disk=st.sampled_from(["vda", "vdb", "vdc"]), keep=st.booleans(), then=THEN)
+    def merge(self, disk: str, keep: bool, then: str) -> None:
         self._world.merge(disk, keep=keep)
+        self._then(then)
 
     @precondition(lambda self: self._world.points)
     @rule(data=st.data())

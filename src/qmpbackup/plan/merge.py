@@ -4,7 +4,8 @@
 Pure: values in, values out; `--dry-run` prints them. Must not know how an image is made.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -150,7 +151,7 @@ def tags_for(
         elif number == 0 and time is None:
             continue
         elif number == 0 and name in taken:
-            tags.append(Tag(file, name, exists=True))
+            tags.append(Tag(file, _last_used(name, taken), exists=True))
             continue
         name = _unused(name, taken)
         taken.add(name)
@@ -159,12 +160,18 @@ def tags_for(
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    number = 1
-    unused = name
-    while unused in taken:
-        number += 1
-        unused = f"{name}-{number}"
-    return unused
+    return next(each for each in _numbered(name) if each not in taken)
+
+
+def _last_used(name: str, taken: set[str]) -> str:
+    """Of the states of one second the newest, which is the one that the first file holds."""
+    used = list(itertools.takewhile(taken.__contains__, _numbered(name)))
+    return used[-1]
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 @dataclass(frozen=True, slots=True)
