@@ -27,7 +27,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpbackup.errors import ConnectionLost, VmError
+from qmpbackup.errors import (
+    CommandError,
+    CommandTimeout,
+    ConnectionLost,
+    MonitorProtocolError,
+    VmError,
+)
 from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
@@ -35,7 +41,7 @@ from qmpbackup.plan.names import END, STOPPED_MARKER, RunNames
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.reply import objects
+from qmpbackup.qemu.reply import Reply, objects
 from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.undo import UndoStack
@@ -47,6 +53,11 @@ CBW_TIMEOUT_SECONDS = 45
 
 STOP_SECONDS = 10.0
 """After this long the watchdog lets the VM run again and the run is given up."""
+
+GONE = frozenset({"postmigrate", "finish-migrate"})
+"""States of a VM whose disks belong to another QEMU, or are about to (qapi/run-state.json)."""
+
+_CONTINUED = "Somebody else let the VM run while the instant was taken."
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,8 @@ class View:
 
     def take(self, watchdog: Watchdog, running: bool) -> Instant:
         """Take the instant: new bitmaps and the views of all disks, while the VM stands still.
+
+        `running` is what was found when the run was planned.
 
         Raises:
             VmError: some step failed; what was done is on the undo stack and the VM runs again.
@@ -229,36 +242,88 @@ class View:
     def _standstill(self, watchdog: Watchdog, running: bool) -> Iterator[list[float]]:
         """The VM stands still inside the block; yields a list that then holds for how long.
 
-        A VM that was not running is left as it is.
+        A VM that was not running is left as it is. What it does may have changed since the plan:
+        somebody who has paused it meanwhile wants it paused.
+
+        Raises:
+            VmError: the VM does not do what it did, or it ran inside the block.
         """
         pause = [0.0]
         if not running:
+            _require_running(self._monitor, wanted=False)
             yield pause
+            _require_running(self._monitor, wanted=False)
             return
-        watchdog.arm_stop(STOP_SECONDS)
         marker = {"qom-type": "throttle-group", "id": STOPPED_MARKER}
         self._monitor.execute(Command("object-add", marker))
+        try:
+            _require_running(self._monitor, wanted=True)
+            watchdog.arm_stop(STOP_SECONDS)
+            yield from self._stopped(watchdog, pause)
+        finally:
+            self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
+
+    def _stopped(self, watchdog: Watchdog, pause: list[float]) -> Iterator[list[float]]:
         started = time.monotonic()
         try:
             self._monitor.execute(Command("stop"), STOP_SECONDS)
             yield pause
         finally:
-            self._continue()
+            found = self._continue()
             pause[0] = time.monotonic() - started
-            try:
-                watchdog.disarm_stop()
-            finally:
-                self._monitor.execute(Command("object-del", {"id": STOPPED_MARKER}))
+            watchdog.disarm_stop()
+        require_present(found)
+        if found == "running":
+            raise VmError(_CONTINUED, "Run again.")
 
-    def _continue(self) -> None:
+    def _continue(self) -> str:
         """Let the VM run again, over another connection if ours is gone: nobody else will."""
         try:
-            self._monitor.execute(Command("cont"))
+            return _let_run(self._monitor)
         except ConnectionLost:
             with suppress(VmError), Monitor.connect(self._monitor.address) as fresh:
-                fresh.execute(Command("cont"))
+                _let_run(fresh)
                 fresh.execute(Command("object-del", {"id": STOPPED_MARKER}))
             raise
+
+
+def require_present(status: str) -> None:
+    """Refuse a VM whose disks are another QEMU's, or are about to be.
+
+    Raises:
+        VmError: the VM has been migrated away.
+    """
+    if status in GONE:
+        raise VmError("The VM has been migrated away.", "Back it up where it runs now.")
+
+
+def status_of(monitor: Monitor) -> str:
+    """What the VM does, such as `running` or `paused`."""
+    state = monitor.execute(Command("query-status"), STOP_SECONDS)
+    return Reply(state, "query-status").text("status")
+
+
+def _require_running(monitor: Monitor, *, wanted: bool) -> None:
+    status = status_of(monitor)
+    require_present(status)
+    if wanted and status != "running":
+        raise VmError("Somebody else stopped the VM just before the instant.", "Run again.")
+    if not wanted and status == "running":
+        raise VmError(_CONTINUED, "Run again.")
+
+
+def _let_run(monitor: Monitor) -> str:
+    """Let the VM run again, and return what it did before.
+
+    Never one that has been migrated away: two QEMUs would write to the same disks. Whatever else is
+    wrong with the answer, the VM is to run.
+    """
+    status = ""
+    with suppress(CommandError, CommandTimeout, MonitorProtocolError):
+        status = status_of(monitor)
+    if status not in GONE:
+        monitor.execute(Command("cont"))
+    return status
 
 
 def active_nodes(monitor: Monitor) -> dict[str, str]:

@@ -45,7 +45,7 @@ from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.selection import Selection
 from qmpbackup.qemu import copy, jobs, scratch
 from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.view import Instant, Seat, View
+from qmpbackup.qemu.view import Instant, Seat, View, require_present, status_of
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
@@ -171,6 +171,7 @@ def _open_target(request: Request, vm: Vm) -> DirectoryTarget:
 
 
 def _plan(request: Request, vm: Vm, target: DirectoryTarget | None, stored: Inventory) -> Plan:
+    require_present(vm.status)
     chosen, skipped = request.selection.apply(vm.disks)
     if not chosen:
         raise UsageError(
@@ -254,6 +255,8 @@ class _Run:
                 for seat in self._seats
             ]
             copy.copy_all(self._monitor, images, sources, self._names, self._options, self._watch)
+            # What a destination writes to the disks, no filter in this QEMU sees.
+            require_present(status_of(self._monitor))
             self._dismantle()
             point = self._commit(pending, instant, consistency)
         except BaseException:

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Others who act on the VM while a run is under way: an administrator, a migration, other tools."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.aftermath import manifests
+from lab.backups import leftovers, try_backup
+from lab.disks import MIB, Disk, create, pattern
+from lab.proxy import Place, Proxy
+from lab.qemu import Qemu
+
+VM, STORAGE = 6, 7
+SIZE = 16 * MIB
+StartQemu = Callable[..., Qemu]
+
+
+def one_disk(start_qemu: StartQemu, folder: Path) -> Qemu:
+    """A VM with one disk."""
+    image = create(folder / "vda.qcow2", SIZE, contents=pattern(SIZE, 3))
+    return start_qemu([Disk("vda", image)])
+
+
+def back_up_while(
+    vm: Qemu, target: Path, before: str, act: Callable[[], object], level: str = "auto"
+) -> cli.Result:
+    """Run a backup; something happens before it first sends a certain command."""
+    done: list[object] = []
+
+    def hook(_proxy: Proxy, at: Place) -> None:
+        if at.command == before and at.when == "before" and not done:
+            done.append(act())
+
+    arguments = ("backup", "--level", level, "--target", target)
+    with Proxy(vm.folder / "proxy", vm.socket, hook) as proxy:
+        # One socket name for all runs, because a target belongs to one VM.
+        result = cli.run("--socket", proxy.path, *arguments)
+    assert done, f"the run sent no {before}:\n{result}"
+    return result
+
+
+def migrate(vm: Qemu) -> None:
+    """Migrate the VM away."""
+    vm.qmp("migrate", uri="exec:cat >/dev/null")
+    vm.qmp.poll(lambda: vm.qmp("query-migrate").get("status") == "completed")
+
+
+@pytest.mark.parametrize("before", ["blockdev-create", "object-add"])
+def test_a_vm_paused_meanwhile_stays_paused(
+    before: str, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    target = tmp_path / "target"
+    result = back_up_while(vm, target, before, lambda: vm.qmp("stop")).check(VM)
+    assert "Somebody else stopped the VM" in result.err
+    assert vm.qmp("query-status")["status"] == "paused"
+    assert leftovers(vm) == []
+    assert manifests(target) == []
+
+
+@pytest.mark.parametrize("before", ["blockdev-create", "qom-set"])
+def test_a_vm_continued_meanwhile_makes_no_point(
+    before: str, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    vm.qmp("stop")
+    target = tmp_path / "target"
+    result = back_up_while(vm, target, before, lambda: vm.qmp("cont")).check(VM)
+    assert "Somebody else let the VM run" in result.err
+    assert vm.qmp("query-status")["running"]
+    assert leftovers(vm) == []
+    assert manifests(target) == []
+
+
+def test_a_vm_continued_in_our_pause_makes_no_point(tmp_path: Path, start_qemu: StartQemu) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    target = tmp_path / "target"
+    result = back_up_while(vm, target, "qom-set", lambda: vm.qmp("cont")).check(VM)
+    assert "Somebody else let the VM run" in result.err
+    assert vm.qmp("query-status")["running"]
+    assert manifests(target) == []
+
+
+@pytest.mark.parametrize("before", ["blockdev-create", "object-add", "blockdev-backup"])
+def test_a_vm_that_is_migrated_away_never_runs_here_again(
+    before: str, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    """It would write to the disks beside the destination."""
+    vm = one_disk(start_qemu, tmp_path)
+    target = tmp_path / "target"
+    result = back_up_while(vm, target, before, lambda: migrate(vm))
+    assert result.code in {VM, STORAGE}, str(result)
+    assert "migrated away" in result.err or "Block node is read-only" in result.err
+    assert vm.qmp("query-status")["status"] == "postmigrate"
+    assert leftovers(vm) == []
+    assert manifests(target) == []
+
+
+def test_a_vm_that_is_migrated_away_during_the_copy(tmp_path: Path, start_qemu: StartQemu) -> None:
+    """What the destination writes is not kept from the rest of the copy."""
+    vm = one_disk(start_qemu, tmp_path)
+    target = tmp_path / "target"
+    arguments = ("backup", "--level", "full", "--target", target, "--speed-limit", "8M")
+    with cli.start("--socket", vm.socket, *arguments) as running:
+        vm.qmp.poll(lambda: [job for job in vm.qmp("query-jobs") if job["type"] == "backup"])
+        migrate(vm)
+        result = running.wait().check(VM)
+    assert "migrated away" in result.err
+    assert vm.qmp("query-status")["status"] == "postmigrate"
+    assert leftovers(vm) == []
+    assert manifests(target) == []
+
+
+def test_a_vm_that_was_migrated_away_is_not_backed_up_here(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    migrate(vm)
+    refused = try_backup(vm, tmp_path / "target").check(VM)
+    assert "migrated away" in refused.err
+    assert not (tmp_path / "target").exists()
