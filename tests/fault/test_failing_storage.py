@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage that hangs or answers with I/O errors: the guest goes on, the run fails in order."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.backups import assert_restores, back_up, leftovers, levels
+from lab.disks import MIB, Disk, create, pattern
+from lab.qemu import Qemu
+
+SIZE = 32 * MIB
+StartQemu = Callable[..., Qemu]
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount file systems")
+
+
+@contextmanager
+def mounted(image: Path, folder: Path) -> Iterator[Path]:
+    """An ext4 file system in an image, mounted."""
+    folder.mkdir()
+    _run("mkfs.ext4", "-q", "-F", str(image))
+    done = subprocess.run(
+        ["mount", "-o", "loop", str(image), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no loop device can be had here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        _run("umount", str(folder))
+
+
+@contextmanager
+def hanging(folder: Path) -> Iterator[None]:
+    """Every write to this file system waits."""
+    _run("fsfreeze", "--freeze", str(folder))
+    try:
+        yield
+    finally:
+        _run("fsfreeze", "--unfreeze", str(folder))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def _wait_for_filter(vm: Qemu) -> None:
+    deadline = time.monotonic() + 30
+    while not vm.qmp("query-block")[0]["inserted"]["node-name"].startswith("qmpbackup-"):
+        assert time.monotonic() < deadline, "no filter came"
+        time.sleep(0.01)
+
+
+def test_a_target_that_hangs_holds_up_nobody_but_the_backup(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=pattern(SIZE, 1)))])
+    disk = create(tmp_path / "target.img", 256 * MIB, "raw")
+    with mounted(disk, tmp_path / "mnt") as mount:
+        target = mount / "target"
+        slow = ("--level", "full", "--target", target, "--speed-limit", "8M")
+        with cli.start("--socket", vm.socket, "backup", *slow) as running:
+            _wait_for_filter(vm)
+            with hanging(mount):
+                for block in range(16):
+                    vm.write("vda", block * MIB, 65536, block + 1)
+                assert running.process.poll() is None
+            running.wait().check()
+        point = back_up(vm, target, "inc")
+        assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
+    assert leftovers(vm) == []
+
+
+def test_a_target_with_io_errors_costs_the_run_and_nothing_else(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=pattern(SIZE, 2)))])
+    good = tmp_path / "good"
+    back_up(vm, good)
+    thin = tmp_path / "thin"
+    thin.mkdir()
+    # A loop device on a full tmpfs answers writes with EIO.
+    _run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(thin))
+    try:
+        image = thin / "image"
+        with image.open("wb") as file:
+            file.truncate(256 * MIB)
+        with mounted(image, tmp_path / "mnt") as mount:
+            arguments = ("backup", "--level", "full", "--target", mount / "target")
+            result = cli.run("--socket", vm.socket, *arguments).check(7)
+            assert "Traceback" not in result.err
+            vm.write("vda", 0, MIB, 5)
+    finally:
+        _run("umount", str(thin))
+    assert leftovers(vm) == []
+    point = back_up(vm, good, "inc")
+    assert levels(point) == {"vda": "inc"}
+    assert_restores(good, point["id"], {"vda": vm.contents("vda")}, tmp_path)
