@@ -97,6 +97,8 @@ def restore(request: Request) -> Outcome:
         point = find_point(target, inventory, request.point)
         disks = _chosen(point, request)
         outputs = [_output(request, disk) for disk in disks]
+        for path in outputs:
+            _refuse_harm(target, path)
         sources = [
             _Source(disk, stack.enter_context(chains.opened(target, inventory.points, point, disk)))
             for disk in disks
@@ -145,6 +147,20 @@ def _output(request: Request, disk: StoredDisk) -> Path:
     if path.is_dir():
         raise UsageError(f"{path} is a folder.", "Use --output for folders.")
     return path
+
+
+def _refuse_harm(target: DirectoryTarget, path: Path) -> None:
+    """What `--force` does not mean either: a place in the backup itself, an image in use."""
+    where = path.parent.resolve()
+    if where == target.path or target.path in where.parents:
+        raise UsageError(
+            f"{path} lies in the target itself, where only backups go.", "Choose another place."
+        )
+    if images.in_use(path):
+        raise UsageError(
+            f"{path} is in use, most likely by a VM that runs.",
+            "Shut that VM down first, or choose another place.",
+        )
 
 
 def _is_device(path: Path) -> bool:
