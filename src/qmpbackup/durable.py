@@ -22,6 +22,7 @@ _HINTS = {
     errno.EROFS: "The file system is mounted read-only.",
     errno.EACCES: "Run as a user who may, or change the permissions.",
     errno.EPERM: "Run as a user who may, or change the permissions.",
+    errno.ENOTDIR: "Something on the path is a file, not a folder.",
     errno.EIO: "Look at the storage itself: the kernel's log says more.",
 }
 

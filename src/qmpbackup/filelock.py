@@ -65,8 +65,15 @@ def _runtime_folder() -> Path:
         folder = Path(base) / "qmpbackup"
     else:
         folder = Path(f"/tmp/qmpbackup-{os.geteuid()}")  # noqa: S108 - checked below
-    folder.mkdir(mode=0o700, exist_ok=True)
-    state = folder.lstat()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+    except OSError as error:
+        raise StorageError(
+            f"Cannot make the folder for locks, {folder}: {error.strerror}.",
+            f"See that {folder.parent} is there and can be written to"
+            + (", or unset XDG_RUNTIME_DIR." if folder.parent == Path(base) else "."),
+        ) from error
     if folder.is_symlink() or state.st_uid != os.geteuid() or state.st_mode & 0o022:
         raise StorageError(
             f"The folder for locks, {folder}, is not ours alone.",

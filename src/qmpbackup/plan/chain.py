@@ -126,7 +126,10 @@ def _moment(text: str) -> datetime | None:
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return moment + _precision(text) - timedelta(microseconds=1)
+    try:
+        return (moment + _precision(text) - timedelta(microseconds=1)).astimezone(UTC)
+    except OverflowError:  # beyond the years that there are
+        return datetime.max.replace(tzinfo=UTC) if moment.year > 1 else moment
 
 
 def _precision(text: str) -> timedelta:

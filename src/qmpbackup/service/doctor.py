@@ -196,6 +196,10 @@ def _agent(address: str) -> Finding:
 def _target(vm: Vm, path: Path) -> Iterator[Finding]:
     from qmpbackup.target.directory import DirectoryTarget
 
+    if path.exists() and not path.is_dir():
+        todo = "Choose another path for the target."
+        yield Finding("target", Health.PROBLEM, f"{path} is not a folder", todo)
+        return
     try:
         target = DirectoryTarget.open(path)
     except NoSuchTarget:

@@ -8,6 +8,7 @@
 Knows manifests and folders; must not know QEMU, nor what is inside the images.
 """
 
+import errno
 import logging
 import os
 import secrets
@@ -390,6 +391,9 @@ def _describe(identity: VmIdentity) -> str:
 
 def _make_folder(path: Path) -> Path:
     """Make the target's folder, durably, where it is missing; return where it really is."""
+    if path.parent.exists() and not path.parent.is_dir():
+        # mkdir(2) says no more than that something is there already.
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
