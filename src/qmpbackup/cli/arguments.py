@@ -2,24 +2,85 @@
 """Pieces that several command lines share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.sizes import parse_size
+
+_LARGEST_SIZE = 2**63 - 1
+"""QEMU counts in signed 64-bit numbers."""
+
+_SHARED = ("--socket", "--agent-socket", "--debug", "--logfile", "-L", "--syslog")
+
+
+class Parser(argparse.ArgumentParser):
+    """The library's parser, whose errors say what to do, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2: how to call the command, what is wrong, what to do."""
+        said, _, rest = message.partition("unrecognized arguments: ")
+        hint = f"`{self.prog} --help` lists commands and options."
+        if rest and not said and any(word.split("=")[0] in _SHARED for word in rest.split()):
+            hint = "Options that all commands share, like --socket, stand before the command."
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog}: error: {hint}\n")
 
 
 def size(text: str) -> int:
     """An `argparse` type for sizes."""
     try:
-        return parse_size(text)
+        value = parse_size(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if value > _LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than QEMU can count.")
+    return value
 
 
-def names(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Names from an option that may be repeated and may hold several, separated by commas."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return tuple(part for part in parts if part)
+def seconds(text: str) -> float:
+    """An `argparse` type for times to wait; `inf` is for ever."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # also what is no number
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds.")
+    return value
+
+
+def path(text: str) -> Path:
+    """An `argparse` type for paths. An empty one, such as an unset variable of a script leaves, is
+    never taken for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty.")
+    return Path(text)
+
+
+def disks(text: str) -> tuple[str, ...]:
+    """An `argparse` type for names of disks, separated by commas; at least one."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise argparse.ArgumentTypeError(f"{text!r} names no disk.")
+    return parts
+
+
+def names(values: Sequence[tuple[str, ...]] | None) -> tuple[str, ...]:
+    """All names from an option of the type `disks` that may be repeated."""
+    return tuple(name for value in values or () for name in value)
+
+
+def add_lock_wait(parser: argparse.ArgumentParser, of: str = "target") -> None:
+    """The option for waiting for other runs."""
+    parser.add_argument(
+        "--lock-wait",
+        type=seconds,
+        default=0.0,
+        metavar="S",
+        help=f"seconds to wait for another run of the same {of} (default: 0, which ends in exit 11)",
+    )
 
 
 def require_socket(arguments: argparse.Namespace) -> str:

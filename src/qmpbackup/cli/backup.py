@@ -3,17 +3,21 @@
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import names, require_socket, size
-from qmpbackup.model import Level, Quiesce
+from qmpbackup.cli.arguments import add_lock_wait, disks, names, path, require_socket, size
+from qmpbackup.cli.printing import printable, say
+from qmpbackup.errors import StorageError
+from qmpbackup.model import Level, Quiesce, StoredDisk
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.service.backup import Outcome, Plan, Request
+
+log = logging.getLogger(__name__)
 
 DEGRADED = 3
 
@@ -35,15 +39,23 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "possible. diff: changes since the last full. auto: inc where possible, else full, for each "
         "disk. copy: a full outside every chain, which leaves no trace in the VM",
     )
-    add("-t", "--target", required=True, type=Path, metavar="DIR", help="where the points live")
+    add("-t", "--target", required=True, type=path, metavar="DIR", help="where the points live")
     add(
         "-i",
         "--include",
         action="append",
+        type=disks,
         metavar="DISK",
         help="take only these disks: disk id, node, drive or device; repeat, or separate by commas",
     )
-    add("-e", "--exclude", action="append", metavar="DISK", help="leave these disks out")
+    add(
+        "-e",
+        "--exclude",
+        action="append",
+        type=disks,
+        metavar="DISK",
+        help="leave these disks out; likewise",
+    )
     add(
         "--quiesce",
         "--quisce",
@@ -74,26 +86,82 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--uuid", default="", help="name under which a new target marks its bitmaps in the VM")
     add(
         "--scratch",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="where what the guest overwrites is kept meanwhile (default: beside each disk)",
     )
-    add(
-        "--lock-wait",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="seconds to wait for another run of the same VM or target (default: 0, exit 11)",
-    )
+    add_lock_wait(parser, "VM or target")
     add("--dry-run", action="store_true", help="say what would be done, and change nothing")
     add("--json", action="store_true", help="print the result as one JSON object")
-    for ignored in _IGNORED:
-        add(ignored, action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
+    _add_options_of_the_original(parser)
+    parser.set_defaults(run=run, without_effect=[])
 
 
-_IGNORED = ("--include-raw", "--no-symlink")
+_ALWAYS = ("--include-raw", "--no-symlink")
 """Options of the original that say what we always do."""
+
+_WITHOUT_EFFECT = (
+    ("--progress-interval", 1),
+    ("--remove-delay", 1),
+    ("--blockdev-aio", 1),
+    ("--blockdev-disable-cache", 0),
+)
+"""Those that tune what works differently here, and how many values each has."""
+
+_REFUSED = {
+    "--no-subdir": "each disk has a folder of its own in the target.",
+    "--no-timestamp": "a backup file is never written over, so each has its time in its name.",
+}
+"""Those that ask for what would put backups at risk."""
+
+_CBW_TIMEOUT = "45"
+"""Seconds; the original's default is what `qemu.view` uses."""
+
+
+def _add_options_of_the_original(parser: argparse.ArgumentParser) -> None:
+    for name in _ALWAYS:
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    for name, values in _WITHOUT_EFFECT:
+        parser.add_argument(
+            name, nargs=values, action=_WithoutEffect, dest="without_effect", help=argparse.SUPPRESS
+        )
+    for name in _REFUSED:
+        parser.add_argument(name, nargs=0, action=_Refused, help=argparse.SUPPRESS)
+    parser.add_argument("--cbw-timeout", type=_cbw_timeout, help=argparse.SUPPRESS)
+
+
+class _WithoutEffect(argparse.Action):
+    """Notes that an option was given which does nothing here."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        del parser, values
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), option_string])
+
+
+class _Refused(argparse.Action):
+    """Refuses an option whose meaning would be lost."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        del namespace, values
+        parser.error(f"{option_string} is not supported: {_REFUSED[option_string or '']}")
+
+
+def _cbw_timeout(text: str) -> str:
+    if text != _CBW_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"it is always {_CBW_TIMEOUT} seconds here; leave it out.")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,15 +169,23 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpbackup.service.backup import back_up, dry_run
 
     request = _request(arguments)
+    for option in arguments.without_effect:
+        log.info("%s has no effect here.", option)
     if arguments.dry_run:
         plan = dry_run(request)
-        print(_plan_json(plan) if arguments.json else "\n".join(_plan_lines(plan)))
+        say(*[_plan_json(plan)] if arguments.json else map(printable, _plan_lines(plan)))
         return 0
     from qmpbackup.cli.progress import Progress
 
     with Progress(sys.stderr) as progress:
         outcome = back_up(request, progress.show)
-    print(_outcome_json(outcome) if arguments.json else "\n".join(_outcome_lines(outcome)))
+    try:
+        say(
+            *[_outcome_json(outcome)] if arguments.json else map(printable, _outcome_lines(outcome))
+        )
+    except (StorageError, BrokenPipeError) as error:
+        log.warning("Point %s is complete, but: %s", outcome.point.id, error)
+        return DEGRADED
     return DEGRADED if outcome.degraded else 0
 
 
@@ -139,11 +215,15 @@ def _outcome_lines(outcome: "Outcome") -> Iterable[str]:
     for disk in point.disks:
         yield f"{disk.id:<20} {disk.level:<4}  {human(disk.file_size):>10}  {disk.file}"
     yield (
-        f"Point {point.id}: {point.level}, {len(point.disks)} disks, {human(point.size)}, "
+        f"Point {point.id}: {point.level}, {_count(point.disks)}, {human(point.size)}, "
         f"{point.consistency}-consistent, VM stopped for {point.pause * 1000:.1f} ms."
     )
     for complaint in outcome.degraded:
         yield f"Degraded: {complaint}"
+
+
+def _count(disks: "Sequence[StoredDisk]") -> str:
+    return "1 disk" if len(disks) == 1 else f"{len(disks)} disks"
 
 
 def _outcome_json(outcome: "Outcome") -> str:

@@ -4,9 +4,9 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from qmpbackup.cli.arguments import require_socket
+from qmpbackup.cli.arguments import path, require_socket
+from qmpbackup.cli.printing import printable, say
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,8 +18,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "and say in one sentence each what to do. Changes nothing. Exit code 1 if something would "
         "keep a backup from working.",
     )
-    parser.add_argument("-t", "--target", type=Path, metavar="DIR", help="also look at this target")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="as in backup")
+    parser.add_argument("-t", "--target", type=path, metavar="DIR", help="also look at this target")
+    parser.add_argument(
+        "--scratch", type=path, metavar="DIR", help="look for room there, as in backup"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a finding")
     parser.set_defaults(run=run)
 
@@ -34,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in findings:
         worst = max(worst, int(finding.health is Health.PROBLEM))
         if arguments.json:
-            print(json.dumps({"schema": 1, "type": "finding", **asdict(finding)}))
+            say(json.dumps({"schema": 1, "type": "finding", **asdict(finding)}))
         else:
-            print(f"{finding.health:<8} {finding.about}: {finding.text}")
+            say(printable(f"{finding.health:<8} {finding.about}: {finding.text}"))
             if finding.todo:
-                print(f"{'':<8} → {finding.todo}")
+                say(printable(f"{'':<8} → {finding.todo}"))
     return worst

@@ -4,9 +4,9 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from qmpbackup.cli.arguments import require_socket
+from qmpbackup.cli.arguments import add_lock_wait, path, require_socket
+from qmpbackup.cli.printing import printable, say
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,7 +32,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="say that this is what you want",
     )
     cleanup.add_argument("--uuid", default="", help="only those of the target with this id")
-    cleanup.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(cleanup, "VM")
     cleanup.set_defaults(run=clean_up)
     recover = commands.add_parser(
         "recover",
@@ -40,9 +40,9 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Let a VM run again that a dead run had stopped, thaw its guest, and remove the "
         "dead run's jobs, nodes and descriptors. Each backup does this first by itself.",
     )
-    recover.add_argument("-t", "--target", type=Path, metavar="DIR", help="clean up there, too")
+    recover.add_argument("-t", "--target", type=path, metavar="DIR", help="clean up there, too")
     recover.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    recover.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(recover, "VM")
     recover.set_defaults(run=recover_vm)
 
 
@@ -56,10 +56,10 @@ def show(arguments: argparse.Namespace) -> int:
         shown = asdict(disk)
         if arguments.show == "bitmaps":
             shown = {"disk": disk.id, "node": disk.format_node, "bitmaps": shown["bitmaps"]}
-        print(json.dumps(shown, indent=4))
+        say(json.dumps(shown, indent=4))
     if arguments.show == "blockdev":
         for skipped in vm.skipped:
-            print(json.dumps({"skipped": skipped.name, "reason": skipped.reason}, indent=4))
+            say(json.dumps({"skipped": skipped.name, "reason": skipped.reason}, indent=4))
     return 0
 
 
@@ -68,10 +68,8 @@ def clean_up(arguments: argparse.Namespace) -> int:
     from qmpbackup.service.bitmaps import remove_bitmaps
 
     removed = remove_bitmaps(require_socket(arguments), arguments.uuid, arguments.lock_wait)
-    for name in removed:
-        print(f"Removing bitmap: {name}")
-    if not removed:
-        print("There was no bitmap of ours to remove.")
+    removed = [printable(f"Removing bitmap: {name}") for name in removed]
+    say(*removed or ["There was no bitmap of ours to remove."])
     return 0
 
 
@@ -86,5 +84,5 @@ def recover_vm(arguments: argparse.Namespace) -> int:
         dry_run=arguments.dry_run,
         lock_wait=arguments.lock_wait,
     )
-    print("\n".join(done) if done else "Nothing is left of an earlier run.")
+    say(*map(printable, done or ["Nothing is left of an earlier run."]))
     return 0

@@ -5,9 +5,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.printing import printable, say
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="List the restore points of a target, oldest first. Exit code 8 if a manifest "
         "is damaged; the others are listed all the same.",
     )
-    parser.add_argument("-t", "--target", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a point")
-    parser.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(parser)
     parser.set_defaults(run=run)
 
 
@@ -38,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     inventory = show.inventory(arguments.target, arguments.lock_wait)
     lines = map(_json_line, inventory.points) if arguments.json else table(inventory.points)
-    for line in lines:
-        print(line)
+    say(*lines)
     if not (inventory.points or inventory.damaged or arguments.json):
         print("There is no restore point yet.", file=sys.stderr)
     return warn(inventory.damaged)
@@ -99,8 +101,3 @@ def _row(point: "Point") -> tuple[str, ...]:
         human(point.size),
         point.parent or "-",
     )
-
-
-def printable(text: str) -> str:
-    """Text from a manifest without anything that a terminal would obey."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

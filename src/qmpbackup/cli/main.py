@@ -8,11 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
 from qmpbackup import __version__
-from qmpbackup.cli.arguments import add_shared_options
+from qmpbackup.cli.arguments import Parser, add_shared_options
+from qmpbackup.cli.printing import drop_output, printable
 from qmpbackup.errors import Interrupted, QmpBackupError
 
 Run = Callable[[argparse.Namespace], int]
@@ -35,26 +37,32 @@ examples:
 
 def qmpbackup() -> NoReturn:
     """Entry point of `qmpbackup`."""
-    sys.exit(run(_parser(sys.argv[1:]), sys.argv[1:]))
+    sys.exit(run(lambda: _parser(sys.argv[1:]), sys.argv[1:]))
 
 
 def qmprebase() -> NoReturn:
     """Entry point of `qmprebase`."""
     from qmpbackup.cli.rebase import qmprebase_parser
 
-    sys.exit(run(qmprebase_parser(), sys.argv[1:]))
+    sys.exit(run(qmprebase_parser, sys.argv[1:]))
 
 
 def qmprestore() -> NoReturn:
     """Entry point of `qmprestore`."""
     from qmpbackup.cli.rebase import qmprestore_parser
 
-    sys.exit(run(qmprestore_parser(), sys.argv[1:]))
+    sys.exit(run(qmprestore_parser, sys.argv[1:]))
 
 
-def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> int:
     """Parse and carry out one command line; return its exit code."""
-    arguments = parser.parse_args(argv)
+    _mend_streams()
+    try:
+        arguments = parser().parse_args(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # help that nobody reads to its end
+        drop_output()
+        return 1
     debug = bool(getattr(arguments, "debug", False))
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -62,15 +70,12 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         _set_up_logging(arguments, debug)
         command: Run = arguments.run
         code = command(arguments)
-        sys.stdout.flush()
     except Interrupted as error:
         return _report(error, error.exit_status, debug)
     except QmpBackupError as error:
         return _report(error, error.exit_code, debug)
     except BrokenPipeError:
-        # Whoever read our output has gone; keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # whoever read our output has gone
     except Exception as error:  # noqa: BLE001 - the last resort: one sentence instead of a traceback
         unexpected = QmpBackupError(
             f"Unexpected {type(error).__name__}: {error}.",
@@ -78,6 +83,25 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         )
         return _report(unexpected, unexpected.exit_code, debug, error)
     return code
+
+
+def _mend_streams() -> None:
+    """Make standard streams usable whatever they are.
+
+    Where one was closed, the next file that we open would get its number, and what is printed would
+    go into a backup. Letters that an encoding does not know are no reason to fail.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(fd, True)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - stays open
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -94,20 +118,29 @@ def _report(error: QmpBackupError, code: int, debug: bool, cause: Exception | No
 
 
 def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    handlers[0].setFormatter(_Plain())
-    logfile = getattr(arguments, "logfile", None)
-    if logfile:
-        handlers.append(_file_handler(logfile))
-    if getattr(arguments, "syslog", False):
-        handlers.append(_syslog_handler())
+    logging.raiseExceptions = False  # a log that cannot be written must not end a backup
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(_Plain())
     log = logging.getLogger("qmpbackup")
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
-    log.handlers[:] = handlers
+    log.handlers[:] = [terminal]
+    logfile = getattr(arguments, "logfile", None)
+    if logfile:
+        log.addHandler(_file_handler(logfile))
+    if getattr(arguments, "syslog", False):
+        log.addHandler(_syslog_handler())
 
 
-class _Plain(logging.Formatter):
+class _OneLine(logging.Formatter):
+    """Keeps each message on its line, whatever names are in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+class _Plain(_OneLine):
     """`warning: …` and `error: …`; plain sentences for what is only information."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -115,16 +148,31 @@ class _Plain(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
+class _LogFile(logging.FileHandler):
+    """Says once that it cannot be written, and lets the run go on."""
+
+    _complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        del record
+        if not self._complained:
+            self._complained = True
+            reason = sys.exc_info()[1]
+            logging.getLogger("qmpbackup").warning(
+                "The log file %s cannot be written: %s", self.baseFilename, reason
+            )
+
+
 def _file_handler(path: str) -> logging.Handler:
     from qmpbackup.errors import StorageError
 
     try:
-        handler = logging.FileHandler(path)
+        handler = _LogFile(path)
     except OSError as error:
         raise StorageError(
             f"Cannot write the log file {path}: {error.strerror}.", "Check --logfile."
         ) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
@@ -136,7 +184,7 @@ def _syslog_handler() -> logging.Handler:
     if not os.path.exists("/dev/log"):  # noqa: PTH110 - one test, no pathlib at start-up
         raise UsageError("There is no syslog socket /dev/log.", "Leave out --syslog.")
     handler = SysLogHandler(address="/dev/log")
-    handler.setFormatter(logging.Formatter("qmpbackup: %(message)s"))
+    handler.setFormatter(_OneLine("qmpbackup: %(message)s"))
     return handler
 
 
@@ -160,7 +208,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     Building the parsers of all commands takes longer than all the rest of a small run.
     """
     named = [module for command, module in COMMANDS.items() if command in argv]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qmpbackup",
         description="Live full and incremental backups of running QEMU virtual machines.",
         epilog=f"{EXAMPLES}\n{EXIT_CODES}",

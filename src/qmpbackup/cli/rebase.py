@@ -2,11 +2,11 @@
 """`qmprebase` and `qmprestore`: the original tool's commands on the folder of one disk."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpbackup import __version__
-from qmpbackup.cli.arguments import add_shared_options, size
+from qmpbackup.cli.arguments import Parser, add_lock_wait, add_shared_options, path, size
+from qmpbackup.cli.printing import printable, say
 
 if TYPE_CHECKING:
     from qmpbackup.plan.merge import Operation
@@ -69,7 +69,7 @@ def qmprestore_parser() -> argparse.ArgumentParser:
     )
     _add_folder(command)
     command.add_argument(
-        "--targetfile", required=True, type=Path, metavar="F", help="the file to write"
+        "--targetfile", required=True, type=path, metavar="F", help="the file to write"
     )
     _add_rate(command)
     command.set_defaults(run=_export)
@@ -87,8 +87,7 @@ def qmprestore_parser() -> argparse.ArgumentParser:
 
 
 def _parser(program: str, description: str) -> argparse.ArgumentParser:
-
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=description,
         epilog=_EPILOG,
@@ -111,7 +110,7 @@ def _add_skip_check(parser: argparse.ArgumentParser, *, default: bool | str) -> 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dir", required=True, type=Path, metavar="DIR", help="folder with the images of a disk"
+        "--dir", required=True, type=path, metavar="DIR", help="folder with the images of a disk"
     )
     parser.add_argument(
         "--until", default="", metavar="F", help="the image whose state is meant (default: newest)"
@@ -122,9 +121,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="only images whose name contains this, where several disks share a folder",
     )
-    parser.add_argument(
-        "--lock-wait", type=float, default=0.0, metavar="S", help="seconds to wait for another run"
-    )
+    add_lock_wait(parser)
     # Before the command or behind it: a default here would undo what stood before.
     _add_skip_check(parser, default=argparse.SUPPRESS)
 
@@ -194,6 +191,5 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _print(lines: "list[str] | tuple[str, ...]") -> int:
-    for line in lines:
-        print(line)
+    say(*map(printable, lines))
     return 0

@@ -3,11 +3,10 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import names
-from qmpbackup.cli.listing import printable
+from qmpbackup.cli.arguments import add_lock_wait, disks, names, path
+from qmpbackup.cli.printing import printable, say
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
@@ -25,15 +24,22 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "file gets its name, and before a device is written to.",
     )
     add = parser.add_argument
-    add("-t", "--target", required=True, type=Path, metavar="DIR", help="where the points live")
+    add("-t", "--target", required=True, type=path, metavar="DIR", help="where the points live")
     add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
-    add("-d", "--disk", action="append", metavar="ID", help="only this disk; may be repeated")
+    add(
+        "-d",
+        "--disk",
+        action="append",
+        type=disks,
+        metavar="ID",
+        help="only these disks; repeat, or separate by commas",
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="folder; each disk becomes DIR/DISK.FORMAT"
+        "-o", "--output", type=path, metavar="DIR", help="folder; each disk becomes DIR/DISK.FORMAT"
     )
     place.add_argument(
-        "--output-file", type=Path, metavar="FILE", help="file or block device, for one disk"
+        "--output-file", type=path, metavar="FILE", help="file or block device, for one disk"
     )
     add(
         "-f",
@@ -44,7 +50,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     add("--force", action="store_true", help="replace files that exist")
     add("--json", action="store_true", help="print the result as one JSON object")
-    add("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,15 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(outcome: "Outcome", as_json: bool) -> None:
     if as_json:
-        disks = [
+        restored = [
             {"id": each.disk_id, "file": str(each.path), "size": each.size}
             for each in outcome.disks
         ]
-        print(
-            json.dumps({"schema": 1, "type": "restore", "point": outcome.point.id, "disks": disks})
-        )
+        result = {"schema": 1, "type": "restore", "point": outcome.point.id, "disks": restored}
+        say(json.dumps(result))
         return
     for each in outcome.disks:
-        print(printable(f"{each.disk_id:<20} {human(each.size):>10}  {each.path}"))
+        say(printable(f"{each.disk_id:<20} {human(each.size):>10}  {each.path}"))
     point = outcome.point
-    print(f"Restored point {point.id} of {point.time:%Y-%m-%d %H:%M:%S} UTC.")
+    say(f"Restored point {point.id} of {point.time:%Y-%m-%d %H:%M:%S} UTC.")

@@ -4,10 +4,10 @@
 import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.listing import printable
+from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.printing import printable, say
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="show one restore point in full",
         description="Show everything that is recorded about one restore point.",
     )
-    parser.add_argument("-t", "--target", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
+    )
     parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
-    parser.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,10 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         from qmpbackup.target.manifest import point_to_json
 
-        print(json.dumps({**point_to_json(point), "type": "point", "size": point.size}))
+        say(json.dumps({**point_to_json(point), "type": "point", "size": point.size}))
         return 0
-    for line in _lines(point):
-        print(printable(line))
+    say(*map(printable, _lines(point)))
     return 0
 
 

@@ -4,10 +4,10 @@
 import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.listing import printable
+from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.printing import printable, say
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
@@ -24,10 +24,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "metadata of all restore points, or of one. Each file is read once. Exit code 8 if anything "
         "is damaged, or if there are backup files that belong to no point.",
     )
-    parser.add_argument("-t", "--target", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
+    )
     parser.add_argument("-p", "--point", default="", metavar="POINT", help=f"only this; {_ONE}")
     parser.add_argument("--json", action="store_true", help="print one JSON object a point")
-    parser.add_argument("--lock-wait", type=float, default=0.0, metavar="S", help="as in backup")
+    add_lock_wait(parser)
     parser.set_defaults(run=run)
 
 
@@ -40,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpbackup.service.verify import Request, verify
 
     report = verify(Request(arguments.target, arguments.point, arguments.lock_wait))
-    for line in _json_lines(report) if arguments.json else _lines(report):
-        print(line)
+    say(*(_json_lines(report) if arguments.json else _lines(report)))
     return 0 if report.whole else DamagedError.exit_code
 
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on standard output."""
+
+import sys
+
+from qmpbackup.errors import StorageError
+
+
+def say(*lines: str) -> None:
+    """Print lines, and see that they have left.
+
+    Raises:
+        StorageError: they could not be written.
+        BrokenPipeError: whoever read them has gone.
+    """
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        raise
+    except OSError as error:
+        drop_output()
+        raise StorageError(
+            f"Cannot write to standard output: {error.strerror}.", "Look at where it leads."
+        ) from error
+
+
+def drop_output() -> None:
+    """Keep Python from trying once more at exit, and complaining then."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without anything that a terminal would obey, on one line."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
