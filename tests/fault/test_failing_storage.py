@@ -106,3 +106,44 @@ def test_a_target_with_io_errors_costs_the_run_and_nothing_else(
     point = back_up(vm, good, "inc")
     assert levels(point) == {"vda": "inc"}
     assert_restores(good, point["id"], {"vda": vm.contents("vda")}, tmp_path)
+
+
+def test_full_storage_of_the_vms_own_images_is_pointed_out(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small))
+    try:
+        vm = start_qemu([Disk("vda", create(small / "a.qcow2", SIZE))])
+        target = tmp_path / "target"
+        scratch = ("--scratch", tmp_path)
+        arguments = ("backup", "--level", "full", "--target", target, *scratch)
+        result = cli.run("--socket", vm.socket, *arguments).check()
+        assert "no room" in result.err
+        assert "vda" in result.err
+        vm.quit()
+    finally:
+        _run("umount", str(small))
+
+
+@pytest.mark.slow  # the guest's write waits for the time limit of the filter
+def test_a_scratch_that_hangs_holds_up_a_guest_write_for_a_bounded_time(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=pattern(SIZE, 3)))])
+    disk = create(tmp_path / "scratch.img", 256 * MIB, "raw")
+    target = tmp_path / "target"
+    back_up(vm, target)
+    with mounted(disk, tmp_path / "mnt") as mount:
+        slow = ("--level", "full", "--target", target, "--speed-limit", "1M", "--scratch", mount)
+        with cli.start("--socket", vm.socket, "backup", *slow) as running:
+            _wait_for_filter(vm)
+            with hanging(mount):
+                # Returns after `cbw-timeout`, or the test's own limit ends it.
+                vm.write("vda", 20 * MIB, 65536, 7)
+            result = running.wait(180)
+        assert result.code == 6, str(result)
+    point = back_up(vm, target, "inc")
+    assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
+    assert leftovers(vm) == []

@@ -24,6 +24,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UsageError, VmError
 from qmpbackup.model import (
     Consistency,
+    Disk,
     Level,
     Point,
     Quiesce,
@@ -108,6 +109,9 @@ class Outcome:
 
 
 Watch = jobs.Watch
+
+LEAST_FOR_BITMAPS = 16 * 1024 * 1024
+"""Bytes that should be free beside an image: a bitmap of 1 TiB takes 2 MiB, of 4 TiB 8 MiB."""
 
 
 def back_up(request: Request, watch: Watch | None = None) -> Outcome:
@@ -214,6 +218,18 @@ def _seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> list[Sea
     ]
 
 
+def _warn_of_full_storage(disk: Disk) -> None:
+    """QEMU stores change bitmaps in the image when it ends, and drops them where there is no room."""
+    folder = Path(disk.filename).parent
+    if disk.can_persist and folder.is_dir() and scratch.free_bytes(folder) < LEAST_FOR_BITMAPS:
+        log.warning(
+            "There is next to no room in %s: when the VM ends, the change bitmap of %s may be lost, "
+            "and the next backup of it is a full.",
+            folder,
+            disk.id,
+        )
+
+
 class _Run:
     """One run from its plan to its committed point."""
 
@@ -247,6 +263,7 @@ class _Run:
         """All steps; on any failure everything is undone and the failure raised."""
         for plan in self._plan.disks:
             log.info("Disk %s: %s (%s)", plan.disk.id, plan.level, plan.reason)
+            _warn_of_full_storage(plan.disk)
         try:
             pending, images = self._prepare()
             instant, consistency = self._take()
