@@ -200,7 +200,7 @@ def test_two_targets_are_independent_and_other_tools_bitmaps_stay(
     vm.write("vda", MIB, MIB, 2)
     for target in (one, two):
         point = back_up(vm, target, "inc")
-        assert_restores(target, point["id"], live(vm), tmp_path / target.name)
+        assert_restores(target, point["id"], live(vm), tmp_path / f"{target.name}-restored")
     assert ("node-vda", "somebody-elses") in bitmaps(vm)
     removed = cli.run("--socket", vm.socket, "cleanup", "--remove-bitmaps").check()
     assert "Removing bitmap: qmpbackup" in removed.out
