@@ -216,12 +216,15 @@ def test_the_manifest_says_how_the_vm_was_started_but_no_secrets(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     image = create(tmp_path / "a.qcow2", SIZE)
-    hidden = "secret,id=s0,data=hunter2"
-    vm = start_qemu([Disk("vda", image)], args=("-object", hidden), name="web")
+    hidden = ("-object", "secret,id=s0,data=hunter2")
+    hidden += ("-object", '{"qom-type": "secret", "id": "s1", "data": "hunt\\"er2"}')
+    hidden += ("-fw_cfg", "name=opt/com.example/url,string=https://me:hunter2@example.com/")
+    vm = start_qemu([Disk("vda", image)], args=hidden, name="web")
     point = back_up(vm, tmp_path / "target")
     assert point["vm"]["name"] == "web"
     assert "-machine" in point["vm"]["command_line"]
-    assert "hunter2" not in json.dumps(point)
+    assert "https://***@example.com/" in " ".join(point["vm"]["command_line"])
+    assert "er2" not in json.dumps(point)
 
 
 def _nodes(vm: Qemu) -> list[dict[str, Any]]:

@@ -323,11 +323,23 @@ def _command_line(pid: int | None) -> tuple[str, ...]:
     except OSError:
         return ()
     words = (word.decode(errors="replace") for word in raw.split(b"\0") if word)
-    return tuple(_SECRET.sub(r"\1=***", word) for word in words)
+    return tuple(_masked(word) for word in words)
 
 
-_SECRET = re.compile(r"\b(data|password|passphrase|passwd|key)=[^,]*")
-"""Options of QEMU that carry a secret in the open (`-object secret,data=…`)."""
+def _masked(word: str) -> str:
+    for secret in _SECRETS:
+        word = secret.sub(r"\1***", word)
+    return word
+
+
+_NAMES = "(?:data|password|passphrase|passwd|key)"
+_SECRETS = (
+    re.compile(rf"(\b{_NAMES}=)(?:[^,]|,,)*"),
+    re.compile(rf'("{_NAMES}"\s*:\s*)"(?:[^"\\]|\\.)*"'),
+    re.compile(r"(://)[^/@\s]*(?=@)"),
+)
+"""Where QEMU's command line carries a secret in the open: `-object secret,data=…`, the same as JSON,
+and the user's part of an address."""
 
 
 def has_tpm(monitor: Monitor) -> bool:
