@@ -8,8 +8,8 @@ import pytest
 
 from lab import cli
 from lab.aftermath import manifests
-from lab.backups import leftovers, try_backup
-from lab.disks import MIB, Disk, create, pattern
+from lab.backups import assert_restores, back_up, leftovers, try_backup
+from lab.disks import MIB, Disk, contents, create, first_difference, pattern
 from lab.proxy import Place, Proxy
 from lab.qemu import Qemu
 
@@ -122,3 +122,56 @@ def test_a_vm_that_was_migrated_away_is_not_backed_up_here(
     refused = try_backup(vm, tmp_path / "target").check(VM)
     assert "migrated away" in refused.err
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+def test_a_mirror_of_another_program_stays_whole(
+    mode: str, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    """A mirror sees the guest's writes through a filter that a moved device would go past."""
+    vm = one_disk(start_qemu, tmp_path)
+    copy = start_mirror(vm, tmp_path, mode)
+    vm.qmp.poll(lambda: vm.qmp("query-block-jobs")[0]["ready"])
+    refused = try_backup(vm, tmp_path / "target").check(VM)
+    assert "job of another program" in refused.err
+    assert leftovers(vm) == []
+    assert_mirror_whole(vm, copy)
+    point = back_up(vm, tmp_path / "target")
+    assert_restores(tmp_path / "target", point["id"], {"vda": contents(copy)}, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+def test_a_mirror_that_begins_during_a_run_stays_whole(
+    mode: str, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    copies = []
+
+    def mirror() -> None:
+        copies.append(start_mirror(vm, tmp_path, mode))
+        vm.qmp.poll(lambda: vm.qmp("query-block-jobs")[0]["ready"])
+
+    back_up_while(vm, tmp_path / "target", "blockdev-backup", mirror)
+    assert leftovers(vm) == []
+    assert_mirror_whole(vm, copies[0])
+
+
+def start_mirror(vm: Qemu, folder: Path, mode: str) -> Path:
+    """Begin to mirror the disk; the image that becomes its copy."""
+    copy = create(folder / "copy.qcow2", SIZE)
+    file = {"driver": "file", "filename": str(copy)}
+    vm.qmp("blockdev-add", **{"driver": "qcow2", "node-name": "copy", "file": file})
+    job = {"job-id": "theirs", "device": "node-vda", "target": "copy", "sync": "full"}
+    vm.qmp("blockdev-mirror", **job, **{"copy-mode": mode})
+    return copy
+
+
+def assert_mirror_whole(vm: Qemu, copy: Path) -> None:
+    """The guest writes, the VM moves to the copy, and the copy has what was written."""
+    vm.write("vda", 8 * MIB, MIB, 9)
+    vm.qmp("block-job-complete", device="theirs")
+    vm.qmp.poll(lambda: not vm.qmp("query-block-jobs"))
+    vm.flush("vda")
+    expected = bytearray(pattern(SIZE, 3))
+    expected[8 * MIB : 9 * MIB] = bytes([9]) * MIB
+    assert not first_difference(contents(copy), bytes(expected))

@@ -61,7 +61,7 @@ def leftovers(vm: Qemu) -> list[str]:
 def bitmaps(vm: Qemu) -> set[tuple[str, str]]:
     """All bitmaps of the VM, as (node, name)."""
     return {
-        (node["node-name"], bitmap["name"])
+        (node["node-name"], bitmap.get("name", ""))
         for node in vm.qmp("query-named-block-nodes", flat=True)
         for bitmap in node.get("dirty-bitmaps", [])
     }

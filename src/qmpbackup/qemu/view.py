@@ -38,10 +38,10 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import END, STOPPED_MARKER, RunNames
+from qmpbackup.qemu.graph import active_nodes, children
 from qmpbackup.qemu.handover import hand_over
-from qmpbackup.qemu.inventory import device_path
 from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.reply import Reply, objects
+from qmpbackup.qemu.reply import Reply
 from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.undo import UndoStack
@@ -140,6 +140,7 @@ class View:
         Raises:
             VmError: some step failed; what was done is on the undo stack and the VM runs again.
         """
+        self._require_places()
         taken = time.time()
         with self._standstill(watchdog, running) as pause:
             self._start_bitmaps()
@@ -150,6 +151,18 @@ class View:
             )
         self._copy_marks()
         return Instant(taken, pause[0])
+
+    def _require_places(self) -> None:
+        """Moving a device past what somebody put above its node would cut that out for good: an
+        overlay, or the filter with which a mirror sees the guest's writes."""
+        places = active_nodes(self._monitor)
+        for seat in self._seats:
+            if places.get(seat.disk.qom_path) != seat.disk.node:
+                raise VmError(
+                    f"Disk {seat.disk.id} does not sit on its node {seat.disk.node}: a snapshot or "
+                    "job of another program came between, or it was removed.",
+                    "If the VM has a job such as a mirror, wait for its end; then run again.",
+                )
 
     @staticmethod
     def transaction(seats: Sequence[Seat], names: RunNames) -> tuple[Command, ...]:
@@ -220,7 +233,9 @@ class View:
         if self._places is None:
             self._places = active_nodes(self._monitor)
         if self._places.get(disk.qom_path) == cbw:
-            self._monitor.execute(commands.attach(disk.qom_path, disk.node))
+            # Another program's job may have put a filter of its own below ours.
+            below = children(self._monitor).get(cbw, disk.node)
+            self._monitor.execute(commands.attach(disk.qom_path, below))
             return
         from qmpbackup.qemu import overlays
 
@@ -324,13 +339,3 @@ def _let_run(monitor: Monitor) -> str:
     if status not in GONE:
         monitor.execute(Command("cont"))
     return status
-
-
-def active_nodes(monitor: Monitor) -> dict[str, str]:
-    """The node that each guest device sits on, by the device's QOM path."""
-    drives = objects(monitor.execute(Command("query-block")), "query-block")
-    return {
-        device_path(drive.text("qdev")): inserted.text("node-name")
-        for drive in drives
-        if "qdev" in drive and (inserted := drive.optional("inserted")) is not None
-    }
