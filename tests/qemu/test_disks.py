@@ -216,9 +216,9 @@ def test_the_manifest_says_how_the_vm_was_started_but_no_secrets(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     image = create(tmp_path / "a.qcow2", SIZE)
-    hidden = ("-object", "secret,id=s0,data=hunter2")
-    hidden += ("-object", '{"qom-type": "secret", "id": "s1", "data": "hunt\\"er2"}')
-    hidden += ("-fw_cfg", "name=opt/com.example/url,string=https://me:hunter2@example.com/")
+    hidden = ["-object", "secret,id=s0,data=hunter2"]
+    hidden += ["-object", '{"qom-type": "secret", "id": "s1", "data": "hunt\\"er2"}']
+    hidden += ["-fw_cfg", "name=opt/com.example/url,string=https://me:hunter2@example.com/"]
     vm = start_qemu([Disk("vda", image)], args=hidden, name="web")
     point = back_up(vm, tmp_path / "target")
     assert point["vm"]["name"] == "web"
