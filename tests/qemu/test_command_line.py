@@ -16,6 +16,7 @@ from lab import cli
 from lab.disks import MIB, Disk, contents, create
 from lab.qemu import Qemu
 from qmpbackup.model import Level
+from qmpbackup.qemu.view import CBW_TIMEOUT_SECONDS
 from stored import Stored, Write
 
 StartQemu = Callable[..., Qemu]
@@ -125,7 +126,13 @@ class TestWrongArguments:
 
 def test_options_of_the_original_that_change_nothing_here(vm: Qemu, tmp_path: Path) -> None:
     more = ["--include-raw", "--no-symlink", "--progress-interval", "5", "--remove-delay", "3"]
-    more += ("--blockdev-disable-cache", "--blockdev-aio", "io_uring", "--cbw-timeout", "45")
+    more += (
+        "--blockdev-disable-cache",
+        "--blockdev-aio",
+        "io_uring",
+        "--cbw-timeout",
+        str(CBW_TIMEOUT_SECONDS),
+    )
     done = cli.run(*backup(vm, tmp_path / "target", *more)).check()
     assert "--blockdev-aio" in done.err, "it says what has no effect"
 
