@@ -179,6 +179,7 @@ class World:
 
     def snapshot(self, disk: str) -> None:
         """Put an overlay on top of a disk."""
+        self.recover()
         self._overlays += 1
         name = f"over{self._overlays}-{disk}"
         overlay = self._folder / name
@@ -199,6 +200,7 @@ class World:
 
     def commit(self, disk: str) -> None:
         """Merge the overlays of a disk into its lowest image, and go on with that."""
+        self.recover()
         top = self._active(disk)
         self.vm.qmp("block-commit", device=top, job_id="commit")
         self.vm.qmp.poll(lambda: self._job("commit") == "ready")
@@ -232,6 +234,7 @@ class World:
 
     def unplug(self) -> None:
         """Remove the disk vdc."""
+        self.recover()
         node = self._active("vdc")
         self.vm.qmp("device_del", id="vdc")
         self.vm.qmp.poll(
@@ -251,6 +254,13 @@ class World:
             self.vm.qmp("blockdev-del", node_name=node)
             return True
         return False
+
+    def recover(self) -> None:
+        """Clear up after a run that died, as one does before one changes what it left in place."""
+        if leftovers(self.vm):
+            cli.run("--socket", self.vm.socket, "recover").check()
+            left = leftovers(self.vm)
+            assert not left, f"recovery left {left}"
 
     def restart(self, source: Path | None = None, destination: Path | None = None) -> None:
         """End QEMU in order and start it again; in between, perhaps, copy a file."""
