@@ -89,7 +89,8 @@ class Guest(Qemu):
         built = system()
         asked = f"lab.modules={','.join(modules)}" if modules else ""
         command_line = (
-            f"console=ttyS0 quiet panic=-1 {_BOOT_ARGUMENT[boot].format(device=root)} {asked}"
+            # Without no_timer_check a guest on an overloaded host can take its own timer for broken.
+            f"console=ttyS0 quiet panic=-1 no_timer_check {_BOOT_ARGUMENT[boot].format(device=root)} {asked}"
         )
         options["accelerators"] = options.get("accelerators") or accelerators()
         super().__init__(disks, memory=memory, firmware=None, **options)
