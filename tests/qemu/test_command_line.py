@@ -4,6 +4,7 @@ code, never a traceback, nothing left behind and nothing lost."""
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -262,6 +263,33 @@ class TestSurroundings:
         assert done.returncode == 7
         assert "Unexpected" not in done.stderr
         assert "/run/qmpbackup" in done.stderr
+
+
+def test_over_tcp_paths_are_ours_and_not_relative_to_qemu(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    port = free_port()
+    monitor = ("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off")
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", MIB))], args=monitor)
+    arguments = ("--socket", f"tcp:127.0.0.1:{port}", "backup", "--level", "auto")
+    (tmp_path / "scratch").mkdir()
+    paths = ("--target", "target", "--scratch", "scratch")
+    cli.run(*arguments, *paths, cwd=tmp_path).check()
+    cli.run("verify", "--target", tmp_path / "target").check()
+    assert not list((tmp_path / "scratch").iterdir())
+    # QMP is UTF-8 throughout.
+    for option in ("--target", "--scratch"):
+        paths = ("--target", str(tmp_path / "target"), option, os.fsdecode(b"\xff"))
+        (tmp_path / os.fsdecode(b"\xff")).mkdir(exist_ok=True)
+        said = cli.run(*arguments, *paths, cwd=tmp_path).check(2)
+        assert "UTF-8" in said.err
+    assert vm.running
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize("program", ["qmpbackup", "qmprebase", "qmprestore"])

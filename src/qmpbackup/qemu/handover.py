@@ -6,8 +6,10 @@ what is at a path later on does not matter any more (QMP `add-fd`, file names `/
 TCP no descriptor can be passed; QEMU then opens the path itself.
 """
 
+import os
 from pathlib import Path
 
+from qmpbackup.errors import UsageError
 from qmpbackup.plan.commands import Command
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply
@@ -18,9 +20,13 @@ def hand_over(monitor: Monitor, fd: int, path: Path, name: str, undo: UndoStack)
     """Give QEMU an open file; return the file name under which it opens it.
 
     `name` marks the descriptor set as ours, for the recovery after a crash.
+
+    Raises:
+        UsageError: QEMU has to open the path itself, and the path is no UTF-8.
+        VmError: QEMU refused.
     """
     if not monitor.passes_descriptors:
-        return str(path)
+        return _absolute(path)
     answer = monitor.send_descriptor(fd, Command("add-fd", {"opaque": name}))
     number = Reply(answer, "add-fd").integer("fdset-id")
     undo.push(
@@ -28,3 +34,16 @@ def hand_over(monitor: Monitor, fd: int, path: Path, name: str, undo: UndoStack)
         lambda: monitor.execute(Command("remove-fd", {"fdset-id": number})),
     )
     return f"/dev/fdset/{number}"
+
+
+def _absolute(path: Path) -> str:
+    """The path as QEMU finds it, which runs in a folder of its own."""
+    text = os.path.abspath(path)  # noqa: PTH100 - must not follow links
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"The path {text} is no UTF-8, and QMP is nothing else.",
+            "Choose another path, or a unix socket, over which files are handed to QEMU by descriptor.",
+        ) from None
+    return text
