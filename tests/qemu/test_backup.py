@@ -18,7 +18,8 @@ from lab.backups import (
     restored,
     try_backup,
 )
-from lab.disks import MIB, Disk, create, pattern
+from lab.disks import MIB, Disk, create, first_difference, pattern
+from lab.disks import contents as image_contents
 from lab.load import Writer, instants
 from lab.qemu import Qemu
 
@@ -77,6 +78,19 @@ def test_levels_build_on_what_they_say(tmp_path: Path, start_qemu: StartQemu) ->
         assert_restores(target, point_id, expected, tmp_path)
     names = sorted(path.name.partition("-")[0] for path in (target / "vda").iterdir())
     assert names == ["COPY", "DIFF", "DIFF", "FULL", "INC", "INC"]
+
+
+def test_qemu_img_alone_restores_every_point(tmp_path: Path, start_qemu: StartQemu) -> None:
+    vm = start_qemu([disk(tmp_path, "vda")])
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    expected = {}
+    for number, level in enumerate(("full", "inc", "diff", "inc")):
+        vm.write("vda", number * MIB, 2 * MIB, number + 1)
+        point = back_up(vm, target, level)
+        expected[point["disks"][0]["file"]] = live(vm)["vda"]
+    target.rename(elsewhere)
+    for file, contents in expected.items():
+        assert not first_difference(image_contents(elsewhere / file, "qcow2"), contents), file
 
 
 def test_a_copy_leaves_no_trace(tmp_path: Path, start_qemu: StartQemu) -> None:
