@@ -198,7 +198,7 @@ def run(folder: Path, chosen: int, examples: int, steps: int) -> None:
 
 
 def test_a_few_lives(tmp_path: Path) -> None:
-    run(tmp_path, 1, examples=3, steps=18)
+    run(tmp_path, 1, examples=5, steps=16)
 
 
 @pytest.mark.skipif(not MINUTES, reason="make soak MINUTES=n")
