@@ -47,7 +47,8 @@ COUNTER = """
 number=0
 while [ ! -e /run/over ]; do
     number=$((number + 1))
-    printf '%08d' $number >/run/number
+    printf '%08d' $number >/run/number.new
+    mv /run/number.new /run/number
     for disk in vda vdb vdc; do
         dd if=/run/number of=/dev/$disk bs=512 count=1 conv=sync,notrunc,fsync \
             2>/dev/null || echo counter >>/run/failed
