@@ -127,7 +127,7 @@ class Storage(ABC):
             Missing: there is no such file.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Let go of connections; nothing may be called afterwards."""
 
     def __enter__(self) -> Self:
