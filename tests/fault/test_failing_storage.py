@@ -61,6 +61,13 @@ def _wait_for_filter(vm: Qemu) -> None:
         time.sleep(0.01)
 
 
+def _wait_for(log: Path, words: str) -> None:
+    deadline = time.monotonic() + 60
+    while not (log.exists() and words in log.read_text()):
+        assert time.monotonic() < deadline, f"the log does not say {words!r}"
+        time.sleep(0.01)
+
+
 def test_a_target_that_hangs_holds_up_nobody_but_the_backup(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:
@@ -136,11 +143,15 @@ def test_a_scratch_that_hangs_holds_up_a_guest_write_for_a_bounded_time(
     back_up(vm, target)
     with mounted(disk, tmp_path / "mnt") as mount:
         slow = ("--level", "full", "--target", target, "--speed-limit", "1M", "--scratch", mount)
-        with cli.start("--socket", vm.socket, "backup", *slow) as running:
-            _wait_for_filter(vm)
+        log = tmp_path / "log"
+        with cli.start("--socket", vm.socket, "--logfile", log, "backup", *slow) as running:
+            _wait_for(log, "The VM stood still")
             with hanging(mount):
                 # Returns, or the limit of the test's monitor (30 s) ends the test.
                 vm.write("vda", 20 * MIB, 65536, 7)
+                _wait_for(log, "hangs; the views stay")
+                # A view taken down now would make QEMU, and with it the guest, wait for the scratch.
+                vm.write("vda", 21 * MIB, 65536, 8)
             result = running.wait(180)
         assert result.code == 6, str(result)
     point = back_up(vm, target, "inc")

@@ -160,7 +160,7 @@ class _Refused(argparse.Action):
 
 def _cbw_timeout(text: str) -> str:
     if text != _CBW_TIMEOUT:
-        raise argparse.ArgumentTypeError(f"it is always {_CBW_TIMEOUT} seconds here; leave it out.")
+        raise argparse.ArgumentTypeError(f"it is {_CBW_TIMEOUT} seconds here where QEMU can count so far; leave it out.")
     return text
 
 

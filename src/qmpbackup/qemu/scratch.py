@@ -5,18 +5,26 @@ Where QEMU takes descriptors, the file never has a name (open(2), O_TMPFILE), so
 left behind, whoever dies. Else it has a name with our prefix and goes with the teardown.
 """
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 
+from qmpbackup import interrupt
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Disk
 from qmpbackup.plan.sizes import human
 from qmpbackup.undo import UndoStack
 
+log = logging.getLogger(__name__)
+
 FALLBACK = Path("/var/tmp")  # noqa: S108 - the place for large temporary files (FHS 5.15)
 LEAST_FREE = 64 * 1024 * 1024
 """Bytes that must be free for a scratch, unless less than that will be copied at all."""
+
+
+_PATIENCE = 2.0
+"""Seconds after which a write that has not come back is called hanging."""
 
 
 def folder_for(disk: Disk, chosen: Path | None) -> Path:
@@ -59,6 +67,32 @@ def create(
             "Choose a folder on local storage with --scratch DIR.",
         ) from error
     return fd, path
+
+
+def await_answer(fd: int, path: Path) -> None:
+    """Return once the storage of a scratch takes writes again, or refuses them.
+
+    Removing a view whose scratch hangs makes QEMU wait for that scratch with its main loop, and so
+    with the guest (seen with 7.2). The view itself does no harm for as long: it is broken, and guest
+    writes pass it by. The byte that is written here nobody reads any more.
+
+    Raises:
+        Interrupted: a signal came first.
+    """
+    import threading
+
+    def write() -> None:
+        with suppress(OSError):
+            os.pwrite(fd, b"\0", max(os.fstat(fd).st_size - 1, 0))
+
+    writer = threading.Thread(target=write, name="scratch", daemon=True)
+    writer.start()
+    writer.join(_PATIENCE)
+    if writer.is_alive():
+        log.warning("The storage of the scratch %s hangs; the views stay until it answers.", path)
+    while writer.is_alive():
+        interrupt.check()
+        writer.join(_PATIENCE)
 
 
 def _discard(fd: int) -> None:

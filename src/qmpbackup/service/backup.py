@@ -255,6 +255,7 @@ class _Run:
         self._images_open = UndoStack()
         self._rollback = UndoStack()
         self._degraded: list[str] = []
+        self._scratches: list[tuple[int, Path]] = []
         self._view = View(
             monitor, self._seats, self._names, teardown=self._teardown, rollback=self._rollback
         )
@@ -291,9 +292,9 @@ class _Run:
             self._image(number, plan, pending) for number, plan in enumerate(self._plan.disks)
         ]
         copy.create_images(self._monitor, images, self._names, self._options, self._images_open)
-        self._view.prepare(
-            [self._scratch(*each) for each in zip(self._seats, self._plan.disks, strict=True)]
-        )
+        for seat, plan in zip(self._seats, self._plan.disks, strict=True):
+            self._scratches.append(self._scratch(seat, plan))
+        self._view.prepare(self._scratches)
         interrupt.check()
         return pending, images
 
@@ -331,6 +332,7 @@ class _Run:
 
     def _dismantle(self) -> None:
         """Take the views down; leftovers degrade the run and are the next run's to remove."""
+        self._await_scratches()
         self._degraded += self._teardown.run()
 
     def _commit(self, pending: Pending, instant: Instant, consistency: Consistency) -> Point:
@@ -390,7 +392,12 @@ class _Run:
                 except VmError as error:
                     log.warning("Bitmap %s is superfluous but stays for now: %s", name, error)
 
+    def _await_scratches(self) -> None:
+        for fd, path in self._scratches:
+            scratch.await_answer(fd, path)
+
     def _undo(self) -> None:
+        self._await_scratches()
         for stack in (self._teardown, self._images_open, self._rollback):
             for failure in stack.run():
                 log.warning("%s", failure)
