@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs: many sealed blobs in one file, with a sealed header at its end that says what is in it.
+
+    blob ‖ … ‖ blob ‖ header, sealed ‖ length of the sealed header (4, little-endian)
+
+One entry of the header: type (1), length of the sealed blob (4), for compressed types the length of
+the plaintext (4), SHA-256 of the plaintext (32); restic, doc/design.rst ("Pack Format"). Knows
+nothing of indexes, nor of what the blobs mean.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from qmpbackup.errors import DamagedError
+from qmpbackup.restic.crypto import OVERHEAD, Buffer, Key, seal, unseal
+from qmpbackup.restic.storage.interface import File, Kind, Storage
+
+LARGEST_HEADER: Final = 16 << 20
+"""Bytes of a sealed header that restic still reads."""
+
+LARGEST_PACK: Final = 0xFFFF_FFFF
+"""Offsets in indexes have 32 bits in every reader."""
+
+_LENGTH = struct.Struct("<I")
+_PLAIN = struct.Struct("<BI32s")
+_COMPRESSED = struct.Struct("<BII32s")
+_COMPRESSED_BIT = 2
+_ENTRIES_AT_ONCE = 64
+_UNKNOWN_SIZE = frozenset({-1, (1 << 64) - 1})
+
+
+class BlobType(IntEnum):
+    """What a blob is: a piece of a file, or a folder's listing."""
+
+    DATA = 0
+    TREE = 1
+
+
+LARGEST_BLOB: Final = {BlobType.DATA: 128 << 20, BlobType.TREE: 2 << 30}
+"""Bytes of plaintext that are believed. Restic's own chunks end at 8 MiB and its packs at 128; the
+tree with a large disk's list of chunks takes 64 MiB a million."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlob:
+    """A blob in a pack: where its sealed form lies there, and what it opens to.
+
+    `id` is the SHA-256 of the plaintext, `raw_length` the plaintext's length where the blob is
+    compressed and 0 where it is not.
+    """
+
+    type: BlobType
+    id: bytes
+    offset: int
+    length: int
+    raw_length: int = 0
+
+    @property
+    def plain_length(self) -> int:
+        """Bytes of plaintext."""
+        return self.raw_length or self.length - OVERHEAD
+
+    def __str__(self) -> str:
+        return f"{self.type.name.lower()} blob {self.id.hex()}"
+
+
+def seal_blob(key: Key, plain: Buffer, level: int | None = 1) -> tuple[bytes, int]:
+    """Compress and seal; returns the sealed blob and what its entry has as `raw_length`.
+
+    What zstd does not make smaller is kept as it is. `level` is zstd's, None for repositories of
+    version 1, which know no compression. Releases the GIL for the work; a context of zstd costs
+    nothing measurable beside a blob, so each call has its own and any thread may call.
+    """
+    if level is None or not plain:
+        return seal(key, plain), 0
+    import zstandard
+
+    compressed = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(plain)
+    if len(compressed) >= len(plain):
+        return seal(key, plain), 0
+    return seal(key, compressed), len(plain)
+
+
+def open_blob(key: Key, sealed: Buffer, blob: PackedBlob) -> bytes:
+    """Check and decrypt a sealed blob, decompress it within its bounds, and check its hash.
+
+    Raises:
+        DamagedError: it is not the blob that `blob` says.
+    """
+    if len(sealed) != blob.length or blob.plain_length > LARGEST_BLOB[blob.type]:
+        raise DamagedError(f"The {blob} is damaged: its length is wrong.")
+    plain = unseal(key, sealed, f"The {blob}")
+    if blob.raw_length:
+        plain = _decompress(plain, blob)
+    if hashlib.sha256(plain).digest() != blob.id:
+        raise DamagedError(f"The {blob} is damaged: its content is another.")
+    return plain
+
+
+def _decompress(compressed: bytes, blob: PackedBlob) -> bytes:
+    import zstandard
+
+    # The frame's own word on its size would decide how much memory is taken: it is read first.
+    try:
+        size = zstandard.get_frame_parameters(compressed).content_size
+        if size not in _UNKNOWN_SIZE and size != blob.raw_length:
+            raise DamagedError(f"The {blob} is damaged: its compressed form has another length.")
+        return zstandard.ZstdDecompressor().decompress(
+            compressed, max_output_size=blob.raw_length, allow_extra_data=False
+        )
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise DamagedError(f"The {blob} is damaged: it cannot be decompressed.") from error
+
+
+class PackBuilder:
+    """Collects sealed blobs, without copying them, until they are a pack. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._parts: list[Buffer] = []
+        self._blobs: list[PackedBlob] = []
+        self._body = 0
+        self._header = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that the pack would have now."""
+        return self._body + self._header + OVERHEAD + _LENGTH.size
+
+    @property
+    def count(self) -> int:
+        """Blobs in it."""
+        return len(self._blobs)
+
+    @property
+    def full(self) -> bool:
+        """Whether its header has no room for a further blob."""
+        return self._header + _COMPRESSED.size + OVERHEAD > LARGEST_HEADER
+
+    def add(self, type_: BlobType, id_: bytes, sealed: Buffer, raw_length: int) -> None:
+        """Take a sealed blob; it must not be changed until the pack is stored."""
+        if self.full or self.size + len(sealed) + _COMPRESSED.size > LARGEST_PACK:
+            raise ValueError("the pack is full")
+        self._blobs.append(PackedBlob(type_, id_, self._body, len(sealed), raw_length))
+        self._parts.append(sealed)
+        self._body += len(sealed)
+        self._header += (_COMPRESSED if raw_length else _PLAIN).size
+
+    def finish(self, key: Key) -> tuple[str, list[Buffer], tuple[PackedBlob, ...]]:
+        """The pack's name, the parts it is made of, and its blobs.
+
+        Hashes the whole pack, with the GIL released. The header is opened once more before it may
+        go anywhere, as restic does: a bit that fell over in memory shows here.
+        """
+        blobs = tuple(self._blobs)
+        header = encode_header(key, blobs)
+        if parse_header(key, header, self.size, "The new pack") != blobs:
+            raise DamagedError("The header of a new pack is not what went into it.")
+        parts = [*self._parts, header]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest(), parts, blobs
+
+
+def encode_header(key: Key, blobs: tuple[PackedBlob, ...]) -> bytes:
+    """The sealed header with its length behind it."""
+    entries = (
+        _COMPRESSED.pack(b.type | _COMPRESSED_BIT, b.length, b.raw_length, b.id)
+        if b.raw_length
+        else _PLAIN.pack(b.type, b.length, b.id)
+        for b in blobs
+    )
+    sealed = seal(key, b"".join(entries))
+    return sealed + _LENGTH.pack(len(sealed))
+
+
+def trailer_size(tail: Buffer, pack_size: int, what: str) -> int:
+    """The length of a pack's header, with the four bytes that say it, by the pack's last bytes.
+
+    Raises:
+        DamagedError: a pack of this size has no such header.
+    """
+    if len(tail) < _LENGTH.size:
+        raise DamagedError(f"{what} is damaged: it is too short.")
+    (length,) = _LENGTH.unpack(memoryview(tail)[-_LENGTH.size :])
+    if not OVERHEAD + _PLAIN.size <= length <= min(LARGEST_HEADER, pack_size - _LENGTH.size):
+        raise DamagedError(f"{what} is damaged: its header cannot have {length} bytes.")
+    return int(length) + _LENGTH.size
+
+
+def parse_header(
+    key: Key, tail: Buffer, pack_size: int, what: str = "A pack"
+) -> tuple[PackedBlob, ...]:
+    """The blobs of a pack in their order; `tail` is its end, at least from the header on.
+
+    Raises:
+        DamagedError: this is no header of a pack of that size.
+    """
+    size = trailer_size(tail, pack_size, what)
+    if size > len(tail):
+        raise DamagedError(f"{what} is damaged: it is too short.")
+    sealed = memoryview(tail)[len(tail) - size : len(tail) - _LENGTH.size]
+    entries = unseal(key, sealed, f"{what}'s header")
+    blobs = tuple(_entries(entries, what))
+    if blobs[-1].offset + blobs[-1].length != pack_size - size:
+        raise DamagedError(f"{what} is damaged: its header does not fit its size.")
+    return blobs
+
+
+def _entries(data: bytes, what: str) -> Iterator[PackedBlob]:
+    position = offset = 0
+    while position < len(data):
+        kind = data[position]
+        form = _COMPRESSED if kind & _COMPRESSED_BIT else _PLAIN
+        if kind > (BlobType.TREE | _COMPRESSED_BIT) or len(data) - position < form.size:
+            raise DamagedError(f"{what} is damaged: its header has an unknown entry.")
+        _, length, *raw, id_ = form.unpack_from(data, position)
+        blob = PackedBlob(BlobType(kind & 1), id_, offset, length, *raw)
+        check_blob(blob, what, compressed=bool(raw))
+        yield blob
+        position += form.size
+        offset += length
+
+
+def check_blob(blob: PackedBlob, what: str, *, compressed: bool) -> None:
+    """Refuse a place where no blob can be.
+
+    Raises:
+        DamagedError: a length is out of its range, or the end is beyond what a pack can have.
+    """
+    fits = 0 <= blob.offset <= blob.offset + blob.length <= LARGEST_PACK
+    if compressed:
+        lengths = blob.length > OVERHEAD and 0 < blob.raw_length <= LARGEST_BLOB[blob.type]
+    else:
+        lengths = blob.length >= OVERHEAD and blob.plain_length <= LARGEST_BLOB[blob.type]
+    if not (fits and lengths):
+        raise DamagedError(f"{what} is damaged: it says impossible lengths of a {blob}.")
+
+
+def read_header(storage: Storage, key: Key, name: str, size: int) -> tuple[PackedBlob, ...]:
+    """Load and parse the header of a stored pack: one request, or two where it has many blobs.
+
+    Raises:
+        DamagedError: it has none.
+        StorageError: it cannot be read.
+    """
+    what = f"The pack {name}"
+    if size <= _LENGTH.size:
+        raise DamagedError(f"{what} is damaged: it is too short.")
+    file = File(Kind.DATA, name)
+    wanted = min(size, OVERHEAD + _LENGTH.size + _ENTRIES_AT_ONCE * _COMPRESSED.size)
+    tail = storage.load(file, size - wanted, wanted)
+    needed = trailer_size(tail, size, what)
+    if needed > wanted:
+        tail = storage.load(file, size - needed, needed)
+    return parse_header(key, tail, size, what)
