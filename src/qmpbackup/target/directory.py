@@ -27,6 +27,7 @@ from qmpbackup.plan.chain import chain, ordered
 from qmpbackup.plan.names import TARGET_ID
 from qmpbackup.target import manifest, pending
 from qmpbackup.target.folder import Folder
+from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
 from qmpbackup.target.names import (
     MANIFEST,
     POINTS,
@@ -45,22 +46,6 @@ log = logging.getLogger(__name__)
 
 _LARGEST_VM_FILE = 64 * 1024
 _CREATION_WAIT = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Something in a target that is not as it was written; `path` is relative to the target."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """All points of a target in the order of their commits, and what could not be read."""
-
-    points: tuple[Point, ...] = ()
-    damaged: tuple[Damage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +186,8 @@ class DirectoryTarget:
             )
         if not same_vm(self.owner.vm, identity):
             raise UsageError(
-                f"The target {self.path} belongs to another VM ({_describe(self.owner.vm)}; this "
-                f"one is {_describe(identity)}).",
+                f"The target {self.path} belongs to another VM ({describe(self.owner.vm)}; this "
+                f"one is {describe(identity)}).",
                 "Use one folder for each VM.",
             )
         if uuid and uuid != self.id:
@@ -373,20 +358,6 @@ class DirectoryTarget:
         ):
             points.remove(point_id + MANIFEST)
             points.sync()
-
-
-def same_vm(one: VmIdentity, other: VmIdentity) -> bool:
-    """Whether two descriptions mean one VM: by UUID, else by name, else by address."""
-    if one.uuid and other.uuid:
-        return one.uuid.lower() == other.uuid.lower()
-    if one.name and other.name:
-        return one.name == other.name
-    return one.address == other.address
-
-
-def _describe(identity: VmIdentity) -> str:
-    parts = (identity.name, identity.uuid, identity.address)
-    return ", ".join(part for part in parts if part) or "nameless"
 
 
 def _make_folder(path: Path) -> Path:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What any target holds: points, damage, and whose VM's they are. Pure."""
+
+from dataclasses import dataclass
+
+from qmpbackup.model import Point, VmIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in a target that is not as it was written; `path` is relative to the target."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All points of a target in the order of their commits, and what could not be read."""
+
+    points: tuple[Point, ...] = ()
+    damaged: tuple[Damage, ...] = ()
+
+
+def same_vm(one: VmIdentity, other: VmIdentity) -> bool:
+    """Whether two descriptions mean one VM: by UUID, else by name, else by address."""
+    if one.uuid and other.uuid:
+        return one.uuid.lower() == other.uuid.lower()
+    if one.name and other.name:
+        return one.name == other.name
+    return one.address == other.address
+
+
+def describe(identity: VmIdentity) -> str:
+    """A VM in a few words, for messages."""
+    parts = (identity.name, identity.uuid, identity.address)
+    return ", ".join(part for part in parts if part) or "nameless"
