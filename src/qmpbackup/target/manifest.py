@@ -103,17 +103,19 @@ def encode(point: Point) -> bytes:
     return data
 
 
-Placed = Callable[[StoredDisk], bool]
-"""Says whether the `file` of a disk's record can be where such a target keeps that disk."""
+Misplaced = Callable[[StoredDisk], str]
+"""Says why the `file` of a disk's record cannot be where such a target keeps that disk, or nothing."""
 
 
-def in_its_folder(disk: StoredDisk) -> bool:
-    """Whether the file is one that a directory target has for this disk."""
+def outside_its_folder(disk: StoredDisk) -> str:
+    """Why the file is none that a directory target has for this disk."""
     file = parse_file(disk.file)
-    return file is not None and file.folder == folder_name(disk.id)
+    if file is None or file.folder != folder_name(disk.id):
+        return "is not a backup file in that disk's folder"
+    return ""
 
 
-def decode(data: bytes, name: str, placed: Placed = in_its_folder) -> Point:
+def decode(data: bytes, name: str, misplaced: Misplaced = outside_its_folder) -> Point:
     """Parse a manifest; `name` is what messages call it.
 
     Raises:
@@ -127,7 +129,7 @@ def decode(data: bytes, name: str, placed: Placed = in_its_folder) -> Point:
     if digest != _digest(content):
         raise DamagedError(f"{name} was changed after it was written.", RESTORE_HINT)
     point = _point(reader)
-    _check_point(point, name, placed)
+    _check_point(point, name, misplaced)
     return point
 
 
@@ -346,14 +348,13 @@ def _disk(reader: Reader) -> StoredDisk:
     )
 
 
-def _check_point(point: Point, name: str, placed: Placed) -> None:
+def _check_point(point: Point, name: str, misplaced: Misplaced) -> None:
     """What no single member can say: levels that were made, distinct disks, files in their place."""
     if Level.AUTO in {point.level, *(disk.level for disk in point.disks)}:
         raise DamagedError(f"{name}: 'level' is not one that a point can have.", RESTORE_HINT)
     if len({disk.id for disk in point.disks}) != len(point.disks):
         raise DamagedError(f"{name} names a disk twice.", RESTORE_HINT)
     for disk in point.disks:
-        if not placed(disk):
-            raise DamagedError(
-                f"{name}: 'file' of disk {disk.id!r} is not a backup of that disk.", RESTORE_HINT
-            )
+        fault = misplaced(disk)
+        if fault:
+            raise DamagedError(f"{name}: 'file' of disk {disk.id!r} {fault}.", RESTORE_HINT)
