@@ -8,6 +8,7 @@ times are aware datetimes in UTC.
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 
 
 class Level(StrEnum):
@@ -93,6 +94,20 @@ class VmIdentity:
     uuid: str = ""
     name: str = ""
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a restic repository lies, in restic's words (empty: as the environment says)."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"restic:{self.text}"
+
+
+Place = Path | Location
+"""Where a target is: a folder, or a restic repository."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from qmpbackup.errors import UsageError
+from qmpbackup.model import Location, Place
 from qmpbackup.plan.sizes import parse_size
+
+_RESTIC = "restic:"
 
 _LARGEST_SIZE = 2**63 - 1
 """QEMU counts in signed 64-bit numbers."""
@@ -57,6 +60,37 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty.")
     return Path(text)
+
+
+def place(text: str) -> Place:
+    """An `argparse` type for targets: a folder, or `restic:` and where a repository lies."""
+    if text.startswith(_RESTIC):
+        return Location(text.removeprefix(_RESTIC))
+    return path(text)
+
+
+def add_target(
+    parser: argparse.ArgumentParser, what: str = "where the points live", *, required: bool = True
+) -> None:
+    """The option that names the target, as a folder or as a repository."""
+    parser.add_argument(
+        "-t",
+        "--target",
+        required=required,
+        type=place,
+        metavar="TARGET",
+        help=f"{what}: a folder, or restic:LOCATION for a restic repository",
+    )
+
+
+def add_vm(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses one of the VMs whose points a repository holds."""
+    parser.add_argument(
+        "--vm",
+        default="",
+        metavar="NAME",
+        help="in a repository with points of several VMs: the one that is meant",
+    )
 
 
 def disks(text: str) -> tuple[str, ...]:

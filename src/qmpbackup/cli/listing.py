@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
 from qmpbackup.cli.printing import printable, say
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.model import Point
-    from qmpbackup.target.directory import Damage
+    from qmpbackup.target.inventory import Damage
 
 _HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT")
 _RIGHT = {"SIZE"}
@@ -27,9 +27,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="List the restore points of a target, oldest first. Exit code 8 if a manifest "
         "is damaged; the others are listed all the same.",
     )
-    parser.add_argument(
-        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
-    )
+    add_target(parser)
+    add_vm(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a point")
     add_lock_wait(parser)
     parser.set_defaults(run=run)
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the points."""
     from qmpbackup.service import show
 
-    inventory = show.inventory(arguments.target, arguments.lock_wait)
+    inventory = show.inventory(arguments.target, arguments.lock_wait, arguments.vm)
     lines = map(_json_line, inventory.points) if arguments.json else table(inventory.points)
     say(*lines)
     if not (inventory.points or inventory.damaged or arguments.json):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
 from qmpbackup.cli.printing import printable, say
 from qmpbackup.plan.sizes import human
 
@@ -26,9 +26,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="show one restore point in full",
         description="Show everything that is recorded about one restore point.",
     )
-    parser.add_argument(
-        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
-    )
+    add_target(parser)
+    add_vm(parser)
     parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     add_lock_wait(parser)
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the point."""
     from qmpbackup.service import show
 
-    point = show.point(arguments.target, arguments.point, arguments.lock_wait)
+    point = show.point(arguments.target, arguments.point, arguments.lock_wait, arguments.vm)
     if arguments.json:
         from qmpbackup.target.manifest import point_to_json
 

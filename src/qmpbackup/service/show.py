@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at the points of a target; what `list` and `show` print, and how a point is found."""
 
-from pathlib import Path
-
 from qmpbackup.errors import DamagedError, NoSuchTarget
-from qmpbackup.model import Point
+from qmpbackup.model import Place, Point
 from qmpbackup.plan.chain import LATEST, find
-from qmpbackup.target.directory import DirectoryTarget, Inventory
+from qmpbackup.service.targets import Target, opened
+from qmpbackup.target.inventory import Inventory
 
 
-def inventory(path: Path, lock_wait: float = 0.0) -> Inventory:
+def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
     """All points of a target, oldest first, and what is damaged.
 
     Raises:
@@ -17,26 +16,25 @@ def inventory(path: Path, lock_wait: float = 0.0) -> Inventory:
         Locked: points are being removed or changed.
         StorageError: it cannot be read.
     """
-    target = DirectoryTarget.open(path)
-    with target.lock(wait=lock_wait):
-        found = target.load()
-    _require_own_points(target, found)
-    return found
+    with opened(place, vm) as target:
+        with target.lock(wait=lock_wait):
+            found = target.load()
+        _require_own_points(target, found)
+        return found
 
 
-def point(path: Path, wanted: str = LATEST, lock_wait: float = 0.0) -> Point:
+def point(place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = "") -> Point:
     """One point of a target.
 
     Raises:
         NoSuchTarget: there is no such target or point.
         UsageError: several points could be meant.
     """
-    target = DirectoryTarget.open(path)
-    with target.lock(wait=lock_wait):
+    with opened(place, vm) as target, target.lock(wait=lock_wait):
         return find_point(target, target.load(), wanted)
 
 
-def find_point(target: DirectoryTarget, found: Inventory, wanted: str) -> Point:
+def find_point(target: Target, found: Inventory, wanted: str) -> Point:
     """The point that a user means.
 
     Raises:
@@ -57,12 +55,9 @@ def find_point(target: DirectoryTarget, found: Inventory, wanted: str) -> Point:
     )
 
 
-def _require_own_points(target: DirectoryTarget, found: Inventory) -> None:
+def _require_own_points(target: Target, found: Inventory) -> None:
     if found.points or found.damaged:
         return
-    months = target.months()
-    if months:
-        raise NoSuchTarget(
-            f"{target.path} holds no point itself; each of its months is a target.",
-            f"Use --target {target.path / months[-1]}.",
-        )
+    elsewhere = target.elsewhere()
+    if elsewhere:
+        raise NoSuchTarget(f"{target.name} holds no point itself.", elsewhere)

@@ -94,6 +94,11 @@ class DirectoryTarget:
         """The target's id, part of the names of its change bitmaps; empty if `vm.json` is lost."""
         return self.owner.id if self.owner else ""
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
     @classmethod
     def open(cls, path: Path) -> "DirectoryTarget":
         """Open a target to read from it. One whose `vm.json` is damaged opens too.
@@ -303,6 +308,11 @@ class DirectoryTarget:
     def unfinished_files(self) -> tuple[str, ...]:
         """Files of points in the making, or of runs that died: the next backup clears up."""
         return pending.unfinished_files(self.path)
+
+    def elsewhere(self) -> str:
+        """Where points are that this target does not hold itself, as a sentence; empty: nowhere."""
+        months = self.months()
+        return f"Each of its months is a target: {self.path / months[-1]}." if months else ""
 
     def months(self) -> tuple[str, ...]:
         """Folders like `2026-11` that `--monthly` made and that are targets of their own."""

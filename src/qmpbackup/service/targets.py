@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kind of target a place is, opened to be read; what use cases ask of any kind."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from qmpbackup.errors import UsageError
+from qmpbackup.model import Location, Place
+from qmpbackup.target.inventory import Inventory
+
+if TYPE_CHECKING:
+    from qmpbackup.restic.repository import Repository
+    from qmpbackup.target.directory import DirectoryTarget
+    from qmpbackup.target.repository import RepositoryTarget
+
+
+class Target(Protocol):
+    """What both kinds of target have: their points, and a lock."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def load(self) -> Inventory:
+        """All points, and what could not be read."""
+
+    def lock(
+        self, *, write: bool = False, remove: bool = False, wait: float = 0.0
+    ) -> AbstractContextManager[None]:
+        """Hold the target for the block."""
+
+    def elsewhere(self) -> str:
+        """Where points are that this target does not hold itself, as a sentence."""
+
+
+@contextmanager
+def opened(place: Place, vm: str = "") -> "Iterator[DirectoryTarget | RepositoryTarget]":
+    """Open a target to read from; in a repository the named VM's, or that of the only one.
+
+    Raises:
+        NoSuchTarget: there is none.
+        UsageError: a repository holds several VMs and none was named, or a folder and one was.
+        WrongPassword: it does not open the repository.
+    """
+    if isinstance(place, Location):
+        from qmpbackup.target.repository import RepositoryTarget
+
+        with repository(place) as found:
+            yield RepositoryTarget.only(found, vm)
+        return
+    from qmpbackup.target.directory import DirectoryTarget
+
+    if vm:
+        raise UsageError("A folder holds the points of one VM.", "Leave --vm out.")
+    yield DirectoryTarget.open(place)
+
+
+@contextmanager
+def repository(place: Location) -> "Iterator[Repository]":
+    """Open a restic repository, with location and password as restic takes them.
+
+    Raises:
+        NoSuchTarget: there is no repository.
+        WrongPassword: the password does not open it.
+        UsageError: no password can be had, or the location is none.
+    """
+    import os
+
+    from qmpbackup.restic import password
+    from qmpbackup.restic.repository import Repository
+    from qmpbackup.restic.storage.location import connect
+
+    with connect(place.text, os.environ) as storage:
+        yield Repository.open(storage, password.read(os.environ))
