@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restic repository as a target: one snapshot is one point of one VM.
+
+    snapshot   tags qmpbackup, vm=<vm>, point=<id>
+      /<vm>/<disk>.raw       the whole disk: a list of chunks of fixed size, most of them the parent's
+      /<vm>/manifest.json    the point, as in a directory
+
+Every point is complete in itself: any may be forgotten. A repository may hold many VMs; this is the
+view of one of them. Knows manifests and the repository format; must not know QEMU.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Self
+
+from qmpbackup import __version__
+from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError, StorageError, UsageError
+from qmpbackup.model import Point, StoredDisk, VmIdentity
+from qmpbackup.plan.chain import ordered
+from qmpbackup.restic.pack import BlobType
+from qmpbackup.restic.repository import Repository
+from qmpbackup.restic.snapshot import Snapshot
+from qmpbackup.restic.tree import Node
+from qmpbackup.restic.tree import encode as encode_tree
+from qmpbackup.restic.writer import Writer
+from qmpbackup.target import manifest
+from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
+from qmpbackup.target.names import folder_name
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1024 * 1024
+"""Bytes of a chunk, aligned. docs/explanation/restic.md says why, with the measurements."""
+
+ID = 32
+"""Bytes of a chunk's id."""
+
+MANIFEST = "manifest.json"
+RAW = ".raw"
+TAG = "qmpbackup"
+_VM_TAG = "vm="
+_POINT_TAG = "point="
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A disk in a repository: its size, and the ids of its chunks one after the other."""
+
+    size: int
+    chunks: bytes
+
+    @property
+    def digest(self) -> str:
+        """What a manifest says of it: the hash of its list of chunks."""
+        from blake3 import blake3
+
+        return f"blake3:{blake3(self.chunks).hexdigest()}"
+
+
+def count_chunks(size: int) -> int:
+    """How many chunks a disk of so many bytes has; the last may be short."""
+    return -(-size // CHUNK)
+
+
+class RepositoryTarget:
+    """The points of one VM in an open repository."""
+
+    def __init__(self, repository: Repository, vm: str) -> None:
+        self.repository = repository
+        self.vm = vm
+        self._snapshots: dict[str, Snapshot] = {}
+        self._contents: dict[tuple[str, str], Contents] = {}
+
+    @classmethod
+    def of(cls, repository: Repository, identity: VmIdentity) -> Self:
+        """The target of a VM, whether or not it has points there."""
+        return cls(repository, folder_name(identity.name or identity.uuid or identity.address))
+
+    @classmethod
+    def only(cls, repository: Repository, vm: str = "") -> Self:
+        """The target of the named VM, or of the only one there is.
+
+        Raises:
+            NoSuchTarget: there is no point of it, or of any VM.
+            UsageError: there are several, and none was named.
+        """
+        known = vms(repository)
+        if vm:
+            wanted = [each for each in known if each in {vm, folder_name(vm)}]
+            if not wanted:
+                raise NoSuchTarget(
+                    f"{repository.storage.name} holds no point of a VM {vm!r}.",
+                    f"It holds: {', '.join(known)}." if known else "",
+                )
+            return cls(repository, wanted[0])
+        if not known:
+            raise NoSuchTarget(
+                f"{repository.storage.name} holds no restore point.", "Make one: backup."
+            )
+        if len(known) > 1:
+            raise UsageError(
+                f"{repository.storage.name} holds several VMs: {', '.join(known)}.",
+                "Choose one with --vm.",
+            )
+        return cls(repository, known[0])
+
+    @property
+    def id(self) -> str:
+        """The target's id, part of the names of its change bitmaps."""
+        return self.repository.config.id[:16]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.repository.storage.name
+
+    def elsewhere(self) -> str:
+        """Where points are that this target does not hold itself: nowhere."""
+        return ""
+
+    def require(self, identity: VmIdentity, stored: Inventory) -> None:
+        """Refuse to mix the points of two VMs of one name.
+
+        Raises:
+            UsageError: the points here are another VM's.
+        """
+        other = next((p.vm.identity for p in reversed(stored.points)), identity)
+        if not same_vm(other, identity):
+            raise UsageError(
+                f"{self.name} holds points of another VM called {self.vm} ({describe(other)}; this "
+                f"one is {describe(identity)}).",
+                "Give the VM a name of its own (qemu -name), or use another repository.",
+            )
+
+    def load(self) -> Inventory:
+        """Read all manifests; what cannot be read is listed as damage and left out.
+
+        Raises:
+            StorageError: the repository cannot be read.
+        """
+        self.repository.load_index()
+        points: dict[str, Point] = {}
+        damaged: list[Damage] = []
+        for snapshot in self.repository.snapshots():
+            if not _is_ours(snapshot, self.vm):
+                continue
+            try:
+                point = self._point(snapshot)
+            except StorageError:
+                raise
+            except QmpBackupError as error:
+                damaged.append(Damage(f"snapshots/{snapshot.id}", error.message))
+                continue
+            points[point.id] = point
+            self._snapshots[point.id] = snapshot
+        return Inventory(ordered(points.values()), tuple(damaged))
+
+    def _point(self, snapshot: Snapshot) -> Point:
+        """The point that a snapshot holds; kept in the cache, as its tree can be large."""
+        cached = self.repository.cached(f"point-{snapshot.tree.hex()}")
+        what = f"The manifest in snapshot {snapshot.id[:8]}"
+        if cached is not None:
+            try:
+                return manifest.decode(cached, what, _misplaced)
+            except QmpBackupError:
+                log.debug("The cached manifest of snapshot %s is damaged.", snapshot.id)
+        node = self._nodes(snapshot).get(MANIFEST)
+        if node is None or len(node.content) % ID or node.size > manifest.LARGEST:
+            raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no manifest.")
+        ids = [node.content[at : at + ID] for at in range(0, len(node.content), ID)]
+        data = b"".join(self.repository.load_blob(BlobType.DATA, each) for each in ids)
+        point = manifest.decode(data, what, _misplaced)
+        self.repository.cache(f"point-{snapshot.tree.hex()}", data)
+        return point
+
+    def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
+        root = {node.name: node for node in self.repository.load_tree(snapshot.tree)}
+        folder = root.get(self.vm)
+        if folder is None or folder.subtree is None:
+            raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no folder {self.vm}.")
+        return {node.name: node for node in self.repository.load_tree(folder.subtree)}
+
+    def snapshot_of(self, point: Point) -> Snapshot:
+        """The snapshot that holds a point which `load` has found."""
+        return self._snapshots[point.id]
+
+    def contents(self, point: Point, disk: StoredDisk) -> Contents:
+        """The list of chunks of a disk of a point.
+
+        Raises:
+            DamagedError: it is missing, or not what the manifest says.
+        """
+        key = (point.id, disk.id)
+        if key not in self._contents:
+            snapshot = self.snapshot_of(point)
+            node = self._nodes(snapshot).get(disk.file.rpartition("/")[2])
+            what = f"Disk {disk.id} of point {point.id}"
+            if node is None:
+                raise DamagedError(f"{what} is missing in snapshot {snapshot.id[:8]}.")
+            found = Contents(node.size, node.content)
+            whole = len(node.content) == ID * count_chunks(node.size)
+            if node.size != disk.size or not whole or found.digest != disk.digest:
+                raise DamagedError(f"{what} is not what its manifest says.")
+            self._contents[key] = found
+        return self._contents[key]
+
+    def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
+        """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
+        del points  # each stands for itself
+        disk = point.disk(disk_id)
+        if disk is None:
+            return "it does not hold the disk"
+        try:
+            missing = self.missing_chunks(self.contents(point, disk))
+        except QmpBackupError as error:
+            return error.message
+        return f"{missing} of its chunks are missing in the repository" if missing else ""
+
+    def missing_chunks(self, contents: Contents) -> int:
+        """How many different chunks of a disk no index names."""
+        chunks = contents.chunks
+        wanted = {chunks[at : at + ID] for at in range(0, len(chunks), ID)}
+        return sum(1 for each in wanted if not self.repository.index.has(BlobType.DATA, each))
+
+    def commit(self, writer: Writer, point: Point, disks: Mapping[str, Contents]) -> Point:
+        """Make a point appear: trees, packs, indexes, and last of all its snapshot.
+
+        Raises:
+            QmpBackupError: there is no such point, and nothing refers to what was written.
+        """
+        parent = self._snapshots.get(point.parent or "")
+        data = manifest.encode(point)
+        manifest_id = writer.add_now(BlobType.DATA, data)
+        nodes = [_file(MANIFEST, len(data), manifest_id, point.time)]
+        for disk in point.disks:
+            contents = disks[disk.id]
+            name = disk.file.rpartition("/")[2]
+            nodes.append(_file(name, contents.size, contents.chunks, point.time))
+        folder = writer.add_now(BlobType.TREE, encode_tree(nodes))
+        root = writer.add_now(BlobType.TREE, encode_tree([_folder(self.vm, folder, point.time)]))
+        writer.flush()
+        self.repository.save_snapshot(
+            Snapshot(
+                time=point.time,
+                tree=root,
+                paths=(f"/{self.vm}",),
+                hostname=socket.gethostname(),
+                username=_user(),
+                uid=os.geteuid(),
+                gid=os.getegid(),
+                tags=(TAG, _VM_TAG + self.vm, _POINT_TAG + point.id),
+                parent=parent.id if parent else None,
+                program_version=f"qmpbackup {__version__}",
+                summary=_summary(point, disks, writer, is_first=parent is None),
+            )
+        )
+        self.repository.cache(f"point-{root.hex()}", data)
+        return point
+
+    @contextmanager
+    def lock(
+        self, *, write: bool = False, remove: bool = False, wait: float = 0.0
+    ) -> Iterator[None]:
+        """Hold the repository for the block, as restic does: removers alone, all others together.
+
+        Raises:
+            Locked: somebody else held it for all of `wait` seconds.
+        """
+        del write
+        with self.repository.lock(exclusive=remove, wait=wait):
+            yield
+
+
+def disk_file(vm: str, disk_id: str) -> str:
+    """Where a snapshot has a disk: `<vm>/<disk>.raw`."""
+    return f"{vm}/{folder_name(disk_id)}{RAW}"
+
+
+def vms(repository: Repository) -> list[str]:
+    """The names of the VMs of which a repository holds points."""
+    found = {
+        tag.removeprefix(_VM_TAG)
+        for snapshot in repository.snapshots()
+        if TAG in snapshot.tags
+        for tag in snapshot.tags
+        if tag.startswith(_VM_TAG)
+    }
+    return sorted(found)
+
+
+def _is_ours(snapshot: Snapshot, vm: str) -> bool:
+    return TAG in snapshot.tags and _VM_TAG + vm in snapshot.tags
+
+
+def _misplaced(disk: StoredDisk) -> str:
+    name = folder_name(disk.id) + RAW
+    return "" if disk.file.rpartition("/")[2] == name else f"is not called {name}"
+
+
+def _file(name: str, size: int, content: bytes, time: datetime) -> Node:
+    return replace(_node(name, time), type="file", mode=0o600, size=size, content=content)
+
+
+def _folder(name: str, subtree: bytes, time: datetime) -> Node:
+    # Go's os.FileMode has the bit of folders at the top (io/fs, ModeDir).
+    return replace(_node(name, time), type="dir", mode=(1 << 31) | 0o700, subtree=subtree)
+
+
+def _node(name: str, time: datetime) -> Node:
+    return Node(
+        name=name,
+        type="file",
+        mode=0o600,
+        mtime=time,
+        atime=time,
+        ctime=time,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        user=_user(),
+        group="",
+        inode=0,
+        device_id=0,
+        links=1,
+        size=0,
+        content=b"",
+        subtree=None,
+    )
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
+
+
+def _summary(
+    point: Point, disks: Mapping[str, Contents], writer: Writer, *, is_first: bool
+) -> dict[str, object]:
+    """What restic 0.17 and later show of a snapshot (doc/design.rst, "Snapshots")."""
+    files = len(disks) + 1
+    return {
+        "backup_start": point.time,
+        "backup_end": datetime.now(point.time.tzinfo),
+        "files_new": files if is_first else 0,
+        "files_changed": 0 if is_first else files,
+        "files_unmodified": 0,
+        "dirs_new": 1 if is_first else 0,
+        "dirs_changed": 0 if is_first else 1,
+        "dirs_unmodified": 0,
+        "data_blobs": writer.new_blobs,
+        "tree_blobs": 2,
+        "data_added": writer.new_bytes,
+        "data_added_packed": writer.stored,
+        "total_files_processed": files,
+        "total_bytes_processed": sum(each.size for each in disks.values()),
+    }
