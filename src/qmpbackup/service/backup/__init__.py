@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a restore point of a running VM.
+
+    connect, lock the VM ─ what is there, what did a dead run leave ─ open and lock the target
+    plan the level of each disk (pure)                                    --dry-run ends here
+    prepare: what receives the copy, scratch images, watchdog
+    [freeze] ─ the instant ─ [thaw]
+    copy all views ─ dismantle the views ─ commit the point
+    remove the change bitmaps that the new point has made superfluous
+
+Whatever fails before the commit is undone; the change bitmap of the last point is never touched
+until the new point is durable, so a failed run costs nothing but itself.
+
+    request      what is asked for, what is planned, what came out
+    run          one run from its plan to its committed point
+    way          what a run asks of the way into a target
+    directory    QEMU writes the views into files itself
+    repository   we read the views over NBD, and store what changed
+"""
+
+import secrets
+from contextlib import AbstractContextManager, ExitStack
+from datetime import UTC, datetime
+
+from qmpbackup import interrupt
+from qmpbackup.errors import QuiesceError, UsageError
+from qmpbackup.model import Location, Point, Quiesce, Vm
+from qmpbackup.plan.levels import plan_disks
+from qmpbackup.plan.names import RunNames
+from qmpbackup.qemu.view import View, require_present
+from qmpbackup.service import session
+from qmpbackup.service.backup import directory
+from qmpbackup.service.backup.request import Outcome, Plan, Request
+from qmpbackup.service.backup.run import Run, log
+from qmpbackup.service.backup.way import Destination, Watch, seats
+from qmpbackup.service.quiesce import Guest
+
+__all__ = ["Outcome", "Plan", "Request", "back_up", "dry_run"]
+
+
+def back_up(request: Request, watch: Watch | None = None) -> Outcome:
+    """Make a point.
+
+    Raises:
+        QmpBackupError: no point was made, and what was begun has been undone.
+    """
+    with interrupt.held(), ExitStack() as stack:
+        opened = session.opened(request.address, lock_wait=request.lock_wait, recover=True)
+        vm = stack.enter_context(opened)
+        _heal(request, vm)
+        destination = stack.enter_context(_destination(request, vm.vm))
+        plan = _plan(request, vm.vm, destination)
+        return Run(request, vm.monitor, destination, plan, watch).execute()
+
+
+def dry_run(request: Request) -> Plan:
+    """Decide what a run would do, and change nothing anywhere.
+
+    Raises:
+        QmpBackupError: as the run itself would.
+    """
+    with (
+        interrupt.held(),
+        session.opened(request.address, lock_wait=request.lock_wait) as vm,
+        _destination(request, vm.vm, look_only=True) as destination,
+    ):
+        return _plan(request, vm.vm, destination)
+
+
+def _heal(request: Request, vm: session.Session) -> None:
+    """Thaw a guest that a run that died left frozen, if we can reach its agent."""
+    if not vm.found.was_frozen:
+        return
+    try:
+        for done in Guest(vm.monitor, request.agent_address, Quiesce.TRY).heal():
+            log.warning("Cleaned up after a run that died: %s.", done)
+    except QuiesceError as error:
+        log.warning("A run that died may have left the guest frozen: %s", error)
+
+
+def _destination(
+    request: Request, vm: Vm, *, look_only: bool = False
+) -> AbstractContextManager[Destination]:
+    """The target, opened and locked; with `look_only` as it is, neither made nor changed."""
+    if isinstance(request.target, Location):
+        from qmpbackup.service.backup import repository
+
+        return repository.opened(request, request.target, vm)
+    if look_only:
+        return directory.looked_at(request, request.target)
+    # What is impossible leaves no empty target.
+    return directory.opened(request, request.target, vm, lambda each: _plan(request, vm, each))
+
+
+def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
+    require_present(vm.status)
+    chosen, skipped = request.selection.apply(vm.disks)
+    if not chosen:
+        raise UsageError(
+            "There is no disk to back up.",
+            "`qmpbackup … info --show blockdev` lists the disks and why others are skipped.",
+        )
+    points: tuple[Point, ...] = destination.stored.points
+    plans = plan_disks(chosen, request.level, points, destination.obstacle)
+    now = datetime.now(UTC)
+    point_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    return Plan(
+        vm=vm,
+        target=destination.place,
+        target_id=destination.id,
+        point_id=point_id,
+        disks=plans,
+        skipped=(*vm.skipped, *skipped),
+        transaction=View.transaction(seats(plans, destination.id, point_id), RunNames("000000")),
+    )

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user asks of a backup, what is planned, and what came out, as values."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qmpbackup.model import Level, Place, Point, Quiesce, Skipped, Vm
+from qmpbackup.plan.commands import Command
+from qmpbackup.plan.levels import DiskPlan, effective_level
+from qmpbackup.plan.selection import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks of a run. `speed` is bytes a second for each disk (0: no limit)."""
+
+    address: str
+    target: Place
+    level: Level
+    agent_address: str = ""
+    selection: Selection = field(default_factory=Selection)
+    quiesce: Quiesce = Quiesce.NO
+    pause: bool = False
+    compress: bool = False
+    speed: int = 0
+    monthly: bool = False
+    uuid: str = ""
+    scratch: Path | None = None
+    lock_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is going to do, as a value that `--dry-run` prints."""
+
+    vm: Vm
+    target: str
+    target_id: str
+    point_id: str
+    disks: tuple[DiskPlan, ...]
+    skipped: tuple[Skipped, ...]
+    transaction: tuple[Command, ...]
+
+    @property
+    def level(self) -> Level:
+        """The level of the point as a whole."""
+        return effective_level(self.disks)
+
+    @property
+    def parent(self) -> str | None:
+        """The newest of the points that the disks build on."""
+        bases = [plan.base for plan in self.disks if plan.base is not None]
+        return max(bases, key=lambda point: point.sequence).id if bases else None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A committed point, and what about the run was not as it should be."""
+
+    point: Point
+    degraded: tuple[str, ...] = ()

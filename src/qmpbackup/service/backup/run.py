@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of a backup, from its plan to its committed point."""
+
+import logging
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.errors import VmError
+from qmpbackup.model import Consistency, Disk, Point, StoredDisk
+from qmpbackup.plan import commands
+from qmpbackup.plan.levels import DiskPlan, rubbish
+from qmpbackup.plan.names import RunNames
+from qmpbackup.qemu import scratch
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.view import Instant, Seat, View, require_present, status_of
+from qmpbackup.qemu.watchdog import Watchdog
+from qmpbackup.service.backup.request import Outcome, Plan, Request
+from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way, seats
+from qmpbackup.service.quiesce import Guest
+from qmpbackup.undo import UndoStack
+
+log = logging.getLogger(__name__)
+
+LEAST_FOR_BITMAPS = 16 * 1024 * 1024
+"""Bytes that should be free beside an image: a bitmap of 1 TiB takes 2 MiB, of 4 TiB 8 MiB."""
+
+
+def _warn_of_full_storage(disk: Disk) -> None:
+    """QEMU stores change bitmaps in the image when it ends, and drops them where there is no room."""
+    folder = Path(disk.filename).parent
+    if disk.can_persist and folder.is_dir() and scratch.free_bytes(folder) < LEAST_FOR_BITMAPS:
+        log.warning(
+            "There is next to no room in %s: when the VM ends, the change bitmap of %s may be lost, "
+            "and the next backup of it is a full.",
+            folder,
+            disk.id,
+        )
+
+
+class Run:
+    """One run from its plan to its committed point."""
+
+    def __init__(
+        self,
+        request: Request,
+        monitor: Monitor,
+        destination: Destination,
+        plan: Plan,
+        watch: Watch | None,
+    ) -> None:
+        self._request = request
+        self._monitor = monitor
+        self._destination = destination
+        self._plan = plan
+        self._teardown = UndoStack()
+        self._rollback = UndoStack()
+        self._degraded: list[str] = []
+        self._scratches: list[tuple[int, Path]] = []
+        self._frame = Frame(
+            request=request,
+            monitor=monitor,
+            plan=plan,
+            seats=seats(plan.disks, plan.target_id, plan.point_id),
+            names=RunNames(secrets.token_hex(3)),
+            watch=watch,
+            teardown=self._teardown,
+            rollback=self._rollback,
+        )
+
+    def execute(self) -> Outcome:
+        """All steps; on any failure everything is undone and the failure raised."""
+        for plan in self._plan.disks:
+            log.info("Disk %s: %s (%s)", plan.disk.id, plan.level, plan.reason)
+            _warn_of_full_storage(plan.disk)
+        try:
+            way = self._destination.way(self._frame)
+            self._prepare(way)
+            instant, consistency = self._take(way.view)
+            way.copy()
+            # What a destination writes to the disks, no filter in this QEMU sees.
+            require_present(status_of(self._monitor))
+            self._dismantle()
+            point = self._commit(way, instant, consistency)
+        except BaseException:
+            self._undo()
+            raise
+        self._retire_bitmaps(point)
+        return Outcome(point, tuple(self._degraded))
+
+    def _prepare(self, way: Way) -> None:
+        for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True):
+            self._scratches.append(self._frame.scratch(seat, plan))
+        way.prepare(self._scratches)
+        interrupt.check()
+
+    def _take(self, view: View) -> tuple[Instant, Consistency]:
+        running = self._plan.vm.running
+        still = self._request.pause or not running
+        guest = Guest(self._monitor, self._request.agent_address, self._request.quiesce)
+        with (
+            guest.connected() as agent,
+            Watchdog.start(self._monitor.fileno() if running else None, agent) as watchdog,
+            guest.frozen(watchdog),
+        ):
+            instant = view.take(watchdog, running)
+        self._degraded += guest.complaints
+        log.info("The VM stood still for %.1f ms.", instant.pause * 1000)
+        if guest.was_frozen:
+            return instant, Consistency.AGENT
+        return instant, Consistency.PAUSED if still else Consistency.CRASH
+
+    def _dismantle(self) -> None:
+        """Take the views down; leftovers degrade the run and are the next run's to remove."""
+        self._await_scratches()
+        self._degraded += self._teardown.run()
+
+    def _commit(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
+        way.close()
+        point = self._point(way, instant, consistency)
+        interrupt.check()
+        way.commit(point)
+        self._rollback.forget()
+        return point
+
+    def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
+        stored = self._destination.stored.points
+        return Point(
+            id=self._plan.point_id,
+            sequence=max((point.sequence for point in stored), default=0) + 1,
+            time=datetime.fromtimestamp(instant.time, UTC),
+            level=self._plan.level,
+            parent=self._plan.parent,
+            consistency=consistency,
+            vm=self._plan.vm.config,
+            disks=tuple(
+                _stored_disk(seat, plan, way.stored(plan))
+                for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True)
+            ),
+            skipped=self._plan.skipped,
+            pause=round(instant.pause, 6),
+            notes=tuple(self._degraded),
+        )
+
+    def _retire_bitmaps(self, point: Point) -> None:
+        """Remove change bitmaps that no point needs any more; the next run retries what fails."""
+        points = (*self._destination.stored.points, point)
+        for plan in self._plan.disks:
+            for name in rubbish(plan.disk, points, self._plan.target_id):
+                try:
+                    self._monitor.execute(commands.bitmap_remove(plan.disk.format_node, name))
+                except VmError as error:
+                    log.warning("Bitmap %s is superfluous but stays for now: %s", name, error)
+
+    def _await_scratches(self) -> None:
+        for fd, path in self._scratches:
+            scratch.await_answer(fd, path)
+
+    def _undo(self) -> None:
+        self._await_scratches()
+        for stack in (self._teardown, self._rollback):
+            for failure in stack.run():
+                log.warning("%s", failure)
+
+
+def _stored_disk(seat: Seat, plan: DiskPlan, stored: Stored) -> StoredDisk:
+    base = plan.stored_base
+    return StoredDisk(
+        id=plan.disk.id,
+        level=plan.level,
+        file=stored.file,
+        parent=stored.parent,
+        size=plan.disk.size,
+        file_size=stored.size,
+        digest=stored.digest,
+        source_format=plan.disk.format,
+        source_file=plan.disk.filename,
+        bitmap=seat.new_bitmap,
+        end_mark=seat.new_end_mark or (base.end_mark if base else ""),
+        reason=plan.reason,
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run asks of the way into a target, whichever it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qmpbackup.model import Point
+from qmpbackup.plan.levels import DiskPlan, change_bitmap_name, end_mark_name
+from qmpbackup.plan.names import RunNames
+from qmpbackup.qemu import jobs, scratch
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.view import Seat, View
+from qmpbackup.service.backup.request import Plan, Request
+from qmpbackup.target.inventory import Inventory
+from qmpbackup.undo import UndoStack
+
+Watch = jobs.Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a disk: its file in the target, the point that this builds on, how many bytes
+    were added, and the digest that proves it."""
+
+    file: str
+    parent: str | None
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a run and its way share.
+
+    `teardown` takes what must go in any case, as soon as everything is copied; `rollback` what must
+    go only if the run fails.
+    """
+
+    request: Request
+    monitor: Monitor
+    plan: Plan
+    seats: tuple[Seat, ...]
+    names: RunNames
+    watch: Watch | None
+    teardown: UndoStack
+    rollback: UndoStack
+
+    def scratch(self, seat: Seat, plan: DiskPlan) -> tuple[int, Path]:
+        """Make the scratch file of a disk."""
+        return scratch.create(
+            scratch.folder_for(plan.disk, self.request.scratch),
+            self.names.of("scratch", seat.number),
+            size=plan.disk.size,
+            needed=plan.bytes_to_copy,
+            named=not self.monitor.passes_descriptors,
+            undo=self.teardown,
+        )
+
+
+class Way(Protocol):
+    """How the disks of one run get into a target."""
+
+    @property
+    def view(self) -> View:
+        """The view that is copied."""
+
+    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
+        """Everything that can be done before the instant."""
+
+    def copy(self) -> None:
+        """Copy all disks from the view, which stands."""
+
+    def close(self) -> None:
+        """The view is gone: let go of whatever else in QEMU belongs to the copy."""
+
+    def stored(self, plan: DiskPlan) -> Stored:
+        """What became of a disk."""
+
+    def commit(self, point: Point) -> None:
+        """Make the point appear, durably."""
+
+
+class Destination(Protocol):
+    """An open target, held for the run."""
+
+    @property
+    def id(self) -> str:
+        """The target's id, part of the names of its change bitmaps."""
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+
+    @property
+    def stored(self) -> Inventory:
+        """What it holds."""
+
+    def obstacle(self, point: Point, disk_id: str) -> str:
+        """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
+
+    def way(self, frame: Frame) -> Way:
+        """The way of a run into it."""
+
+
+def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> tuple[Seat, ...]:
+    """The seats in a view that the disks of a plan take."""
+    return tuple(
+        Seat(
+            disk=plan.disk,
+            number=number,
+            new_bitmap=(
+                change_bitmap_name(target_id, point_id, plan.disk.id) if plan.keeps_bitmap else ""
+            ),
+            base_bitmap=plan.base_bitmap,
+            new_end_mark=(
+                end_mark_name(target_id, point_id, plan.disk.id) if plan.needs_end_mark else ""
+            ),
+        )
+        for number, plan in enumerate(plans)
+    )
