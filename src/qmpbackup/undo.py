@@ -29,6 +29,11 @@ class UndoStack:
                 failures.append(f"Could not {what}: {error}")
         return failures
 
+    def move_to(self, other: "UndoStack") -> None:
+        """Hand all steps over to another stack, on top of what that has."""
+        other._steps += self._steps  # noqa: SLF001 - its own class
+        self._steps.clear()
+
     def forget(self) -> None:
         """Keep what was done: nothing registered so far will be undone."""
         self._steps.clear()

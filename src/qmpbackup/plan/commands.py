@@ -27,13 +27,21 @@ class Command:
 
 
 def bitmap_add(
-    node: str, name: str, *, persistent: bool = False, disabled: bool = False
+    node: str,
+    name: str,
+    *,
+    persistent: bool = False,
+    disabled: bool = False,
+    granularity: int = BITMAP_GRANULARITY,
 ) -> Command:
-    """Start a bitmap; `disabled` ones take merges but record no guest write."""
+    """Start a bitmap; `disabled` ones take merges but record no guest write.
+
+    A merge into a bitmap of coarser `granularity` widens the marks to its blocks.
+    """
     arguments: dict[str, Json] = {
         "node": node,
         "name": name,
-        "granularity": BITMAP_GRANULARITY,
+        "granularity": granularity,
         "persistent": persistent,
     }
     if disabled:
@@ -54,6 +62,11 @@ def bitmap_remove(node: str, name: str) -> Command:
     return Command("block-dirty-bitmap-remove", {"node": node, "name": name})
 
 
+def bitmap_disable(node: str, name: str) -> Command:
+    """Have a bitmap record no more."""
+    return Command("block-dirty-bitmap-disable", {"node": node, "name": name})
+
+
 def transaction(commands: Sequence[Command]) -> Command:
     """All of the commands or none of them (QMP `transaction`)."""
     return Command(
@@ -70,6 +83,29 @@ def blockdev_add(node: str, driver: str, **options: Json) -> Command:
 def blockdev_del(node: str) -> Command:
     """Remove a node that nothing uses."""
     return Command("blockdev-del", {"node-name": node})
+
+
+def export_add(
+    name: str,
+    node: str,
+    *,
+    bitmaps: Sequence[str] = (),
+    writable: bool = False,
+    allocation_depth: bool = False,
+) -> Command:
+    """Show a node over NBD, under the name that the export has in QEMU as well."""
+    return Command(
+        "block-export-add",
+        {
+            "type": "nbd",
+            "id": name,
+            "name": name,
+            "node-name": node,
+            "writable": writable,
+            "bitmaps": list(bitmaps),
+            "allocation-depth": allocation_depth,
+        },
+    )
 
 
 def attach(qom_path: str, node: str) -> Command:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 BITMAP_PREFIX = "qmpbackup:"
 RUN_PREFIX = "qmpbackup-"
 END = "end"
-"""What a run calls the bitmap on a scratch image in which the end of the disk is marked."""
+"""What a run calls the bitmap on a ledger in which the end of the disk is marked."""
+
+LEDGER = "ledger"
+"""What a run calls a node as long as a disk that holds bitmaps and no data."""
+
+SAMPLES = "samples"
+"""What a run calls the bitmap on a ledger in which it marks unchanged chunks that it reads as well."""
+
+SERVING = "serving"
+"""What a run calls the object that tells a later run that QEMU's NBD server is ours."""
 
 STOPPED_MARKER = "qmpbackup-stopped"
 FROZEN_MARKER = "qmpbackup-frozen"

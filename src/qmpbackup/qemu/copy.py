@@ -213,12 +213,17 @@ def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
         )
     # Once a view is broken, already the question what there is to read fails, without an event.
     if end.operation == "read" or end.error in _VIEW_BROKEN:
-        return JobError(
-            f"The view of disk {image.disk_id} broke while it was copied: {end.error}.",
-            "Its scratch image was full, failing or too slow (or the disk has read errors): make "
-            "room there or choose another place with --scratch, then run again; nothing was lost.",
-        )
+        return view_broke(image.disk_id, end.error)
     return JobError(
         f"The backup of disk {image.disk_id} failed: {end.error}.",
         "Run again; nothing was lost.",
+    )
+
+
+def view_broke(disk_id: str, reason: str) -> JobError:
+    """The error of a view that can be read no more."""
+    return JobError(
+        f"The view of disk {disk_id} broke while it was copied: {reason}.",
+        "Its scratch image was full, failing or too slow (or the disk has read errors): make "
+        "room there or choose another place with --scratch, then run again; nothing was lost.",
     )

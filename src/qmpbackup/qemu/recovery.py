@@ -15,7 +15,7 @@ from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
-from qmpbackup.qemu import jobs, overlays
+from qmpbackup.qemu import jobs, overlays, serving
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 
@@ -37,6 +37,9 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     if left.jobs:
         jobs.sweep(monitor, left.jobs)
         yield from (f"ended job {job}" for job in left.jobs)
+    serving.end_exports(monitor, left.exports)
+    yield from (f"ended export {export}" for export in left.exports)
+    yield from serving.recover(monitor, left.markers)
     # A view above its filter keeps the device from going back below the filter, so views go first.
     views = [node for node in left.nodes if _VIEW.fullmatch(node)]
     yield from _remove_nodes(monitor, views)

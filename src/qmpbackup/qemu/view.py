@@ -15,6 +15,13 @@ block/snapshot-access.c). If the scratch fails, the view breaks and never the gu
                                               │
                                          format node   (bitmaps live here)
 
+A disk whose changes are read by ourselves over NBD (`Seat.chunk`) needs three things more. The marks
+are widened to whole chunks before the filter gets them, for the filter protects what is marked and
+nothing else. They are kept in a *ledger*, a node as long as the disk that has bitmaps and no data,
+where anybody may look at them and no iothread has a part. And where snapshot-access cannot be read
+(see `pull`), the scratch is a qcow2 image above the active node, which then shows the disk as it was:
+the old contents where they were saved, else what is still there.
+
 All disks are switched while the VM stands still for a few milliseconds, after the new bitmaps were
 started in one transaction. The order inside that transaction matters: first the new bitmaps, then
 the copies of the old ones. An iothread may write between two actions, and must then be in both.
@@ -37,9 +44,9 @@ from qmpbackup.errors import (
 from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.names import END, STOPPED_MARKER, RunNames
+from qmpbackup.plan.names import END, LEDGER, SAMPLES, STOPPED_MARKER, RunNames
+from qmpbackup.qemu import scratch_nodes
 from qmpbackup.qemu.graph import active_nodes, children
-from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply
 from qmpbackup.qemu.steps import Step, carry_out
@@ -69,7 +76,8 @@ class Seat:
     """One disk of a view, with the bitmaps that its copy needs.
 
     `new_bitmap` is the change bitmap to start (empty: none), `base_bitmap` the one whose marks say
-    what to copy (empty: everything), `new_end_mark` the end mark to make (empty: none).
+    what to copy (empty: everything), `new_end_mark` the end mark to make (empty: none). `chunk` is
+    the bytes of a chunk where we read the disk ourselves (0: QEMU copies it).
     """
 
     disk: Disk
@@ -77,6 +85,12 @@ class Seat:
     new_bitmap: str = ""
     base_bitmap: str = ""
     new_end_mark: str = ""
+    chunk: int = 0
+
+    @property
+    def shows_marks(self) -> bool:
+        """Whether the ledger is to show what to read."""
+        return bool(self.chunk and self.base_bitmap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,27 +128,66 @@ class View:
         """The node to read: the disk as it was at the instant."""
         return self._names.of("snap", seat.number)
 
+    def scratch_node(self, seat: Seat) -> str:
+        """The scratch image; prepared `readable`, it shows the disk as well, until the view breaks."""
+        return self._names.of("scratch", seat.number)
+
     def copy_bitmap(self, seat: Seat) -> str:
         """The bitmap on the snapshot node that says what to copy; empty for everything."""
         return self._names.of("inc", seat.number) if seat.base_bitmap else ""
 
-    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
-        """Open the scratch image of each disk: a sparse raw file as long as the disk."""
-        steps = []
-        for seat, (fd, path) in zip(self._seats, scratches, strict=True):
-            name = self._names.of("scratch", seat.number)
-            filename = hand_over(self._monitor, fd, path, name, self._undo)
-            add = commands.blockdev_add(
-                name, "file", filename=filename, discard="unmap", cache={"no-flush": True}
-            )
-            words = f"close the scratch image of {seat.disk.id}"
-            steps.append(Step(add, words, commands.blockdev_del(name)))
-        carry_out(self._monitor, steps, self._undo)
+    def changed_bitmap(self, seat: Seat) -> str:
+        """The bitmap on the ledger that holds what has changed; empty for everything."""
+        return self._names.of("changed", seat.number) if seat.shows_marks else ""
+
+    def read_bitmap(self, seat: Seat) -> str:
+        """The bitmap on the ledger that holds what the view protects: changes and samples."""
+        return self._names.of("read", seat.number) if seat.shows_marks else ""
+
+    def prepare(self, scratches: Sequence[tuple[int, Path]], *, readable: bool = False) -> None:
+        """Open the scratch image and the ledger of each disk, and mark the ends of disks.
+
+        A scratch is a raw file, or, to be `readable` as the disk at the instant, a qcow2 image above
+        the active node.
+
+        Raises:
+            StorageError: a scratch image could not be created.
+            VmError: QEMU refused.
+        """
+        scratch_nodes.open_all(
+            self._monitor,
+            [(seat.number, seat.disk) for seat in self._seats],
+            scratches,
+            self._names,
+            self._undo,
+            readable=readable,
+        )
+        self._open_ledgers([seat for seat in self._seats if seat.new_end_mark or seat.shows_marks])
         ends = [(seat.number, seat.disk.size) for seat in self._seats if seat.new_end_mark]
         if ends:
             from qmpbackup.qemu.end_mark import mark_ends
 
             mark_ends(self._monitor, ends, self._names, self._undo)
+        self._monitor.execute_all(
+            [
+                commands.bitmap_add(
+                    self._names.of(LEDGER, seat.number),
+                    self._names.of(SAMPLES, seat.number),
+                    granularity=seat.chunk,
+                )
+                for seat in self._seats
+                if seat.shows_marks
+            ]
+        )
+
+    def _open_ledgers(self, seats: Sequence[Seat]) -> None:
+        steps = []
+        for seat in seats:
+            name = self._names.of(LEDGER, seat.number)
+            add = commands.blockdev_add(name, "null-co", size=seat.disk.size, read_zeroes=True)
+            words = f"remove the ledger of {seat.disk.id}"
+            steps.append(Step(add, words, commands.blockdev_del(name)))
+        carry_out(self._monitor, steps, self._undo)
 
     def take(self, watchdog: Watchdog, running: bool) -> Instant:
         """Take the instant: new bitmaps and the views of all disks, while the VM stands still.
@@ -180,18 +233,8 @@ class View:
         ]
         copies: list[Command] = []
         for seat in seats:
-            node = seat.disk.format_node
-            if seat.new_end_mark:
-                mark, scratch = seat.new_end_mark, names.of("scratch", seat.number)
-                persistent = seat.disk.can_persist
-                copies.append(commands.bitmap_add(node, mark, persistent=persistent, disabled=True))
-                copies.append(
-                    commands.bitmap_merge(node, mark, scratch, names.of(END, seat.number))
-                )
-            if seat.base_bitmap:
-                name = names.of("inc", seat.number)
-                copies.append(commands.bitmap_add(node, name, disabled=True))
-                copies.append(commands.bitmap_merge(node, name, node, seat.base_bitmap))
+            copies += _end_mark(seat, names)
+            copies += _widened_marks(seat, names) if seat.shows_marks else _marks(seat, names)
         return (*starts, *copies)
 
     def _start_bitmaps(self) -> None:
@@ -309,6 +352,50 @@ class View:
 def cbw_timeout(version: tuple[int, int, int]) -> int:
     """Seconds that a guest write may wait for a scratch that hangs."""
     return CBW_TIMEOUT_SECONDS if version[:2] >= (9, 1) else CBW_TIMEOUT_SECONDS_OF_OLD
+
+
+def _end_mark(seat: Seat, names: RunNames) -> list[Command]:
+    """Give the disk its end mark from the ledger."""
+    if not seat.new_end_mark:
+        return []
+    node, mark, ledger = seat.disk.format_node, seat.new_end_mark, names.of(LEDGER, seat.number)
+    return [
+        commands.bitmap_add(node, mark, persistent=seat.disk.can_persist, disabled=True),
+        commands.bitmap_merge(node, mark, ledger, names.of(END, seat.number)),
+    ]
+
+
+def _marks(seat: Seat, names: RunNames) -> list[Command]:
+    """A copy of the marks as they are at the instant."""
+    if not seat.base_bitmap:
+        return []
+    node, name = seat.disk.format_node, names.of("inc", seat.number)
+    return [
+        commands.bitmap_add(node, name, disabled=True),
+        commands.bitmap_merge(node, name, node, seat.base_bitmap),
+    ]
+
+
+def _widened_marks(seat: Seat, names: RunNames) -> list[Command]:
+    """What changed, in the ledger; with the samples what to read, there and for the filter.
+
+    Each is made from the one before, so that nothing is called changed that is not protected.
+    """
+    node, ledger = seat.disk.format_node, names.of(LEDGER, seat.number)
+    changed, read, inc = (names.of(what, seat.number) for what in ("changed", "read", "inc"))
+    return [
+        _chunk_bitmap(seat, ledger, changed),
+        commands.bitmap_merge(ledger, changed, node, seat.base_bitmap),
+        _chunk_bitmap(seat, ledger, read),
+        commands.bitmap_merge(ledger, read, ledger, changed),
+        commands.bitmap_merge(ledger, read, ledger, names.of(SAMPLES, seat.number)),
+        _chunk_bitmap(seat, node, inc),
+        commands.bitmap_merge(node, inc, ledger, read),
+    ]
+
+
+def _chunk_bitmap(seat: Seat, node: str, name: str) -> Command:
+    return commands.bitmap_add(node, name, disabled=True, granularity=seat.chunk)
 
 
 def require_present(status: str) -> None:
