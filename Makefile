@@ -6,7 +6,7 @@
 #   make check          lint, format, types, layers, unit tests: below a minute
 #   make test           check, and the tests on real QEMU and in a booted guest
 #   make demo           a running VM backed up, restored and compared, in two minutes
-#   make bench          measurements against qemu-img
+#   make bench          measurements against qemu-img, restic and borg
 #   make test-versions  the QEMU tests on QEMU 10.0
 #   make test-all       everything, the slow tests too
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
@@ -67,7 +67,9 @@ demo: setup guest
 	@PYTHONPATH=tests $(BIN)/python scripts/demo.py
 
 bench: setup
-	@$(BIN)/python bench/backup.py
+	@scripts/setup.sh borgbackup
+	@$(BIN)/python -m bench.backup
+	@$(BIN)/python -m bench.repository
 
 format: setup
 	@$(BIN)/ruff check --fix

@@ -13,8 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from qmpbackup.restic import index
 from qmpbackup.restic.blobs import BlobIndex
@@ -23,21 +26,33 @@ from qmpbackup.restic.storage.interface import Kind
 
 _A_FILE = 50_000
 _A_PACK = 40
-_ASKED = 100_000
 
 
 class Synthetic:
-    """A repository that has nothing but index files; each is made when it is asked for."""
+    """A repository that has nothing but index files, which are not encrypted."""
 
-    def __init__(self, files: int) -> None:
-        self.names = [f"{number:064x}" for number in range(files)]
+    def __init__(self, folder: Path, files: int) -> None:
+        self._folder = folder
+        folder.mkdir()
         self.storage: Any = self
+        for number in range(files):
+            self.make(number)
+
+    def make(self, number: int) -> None:
+        """One index file more."""
+        document = b"".join(index.encode(packs(number, _A_FILE)))
+        path = self._folder / f"{number:064x}"
+        path.write_bytes(zstandard.ZstdCompressor(level=1).compress(document))
+
+    def remove(self, number: int) -> None:
+        """One index file less."""
+        (self._folder / f"{number:064x}").unlink()
 
     def list(self, _kind: Kind) -> Iterator[tuple[str, int]]:
-        yield from ((name, 0) for name in self.names)
+        yield from ((path.name, path.stat().st_size) for path in self._folder.iterdir())
 
     def load_unpacked(self, _kind: Kind, name: str) -> bytes:
-        return b"".join(index.encode(packs(int(name, 16), _A_FILE)))
+        return zstandard.ZstdDecompressor().decompress((self._folder / name).read_bytes())
 
 
 def packs(seed: int, blobs: int) -> Iterator[tuple[str, list[PackedBlob]]]:
@@ -58,56 +73,76 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def timed(what: str, start: float, count: int = 0) -> None:
-    took = time.perf_counter() - start
-    each = f", {took / count * 1e6:.2f} µs each" if count else ""
-    print(f"{what}: {took:.2f} s{each}; memory +{(peak() - _BEFORE) / 1024:.0f} MiB", flush=True)
+class Report:
+    """Prints what took how long, and how far memory has grown since this began."""
+
+    def __init__(self) -> None:
+        self._before = peak()
+
+    @contextmanager
+    def timed(self, what: str, count: int = 0) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        took = time.perf_counter() - start
+        each = f", {took / count * 1e6:.2f} µs each" if count else ""
+        print(
+            f"{what}: {took:.2f} s{each}; memory +{(peak() - self._before) >> 10} MiB", flush=True
+        )
+
+
+def made(folder: Path, files: int) -> Synthetic:
+    """Make up the repository in a process of its own, whose memory is not counted."""
+    import multiprocessing
+
+    worker = multiprocessing.get_context("fork").Process(target=Synthetic, args=(folder, files))
+    worker.start()
+    worker.join()
+    repository = Synthetic.__new__(Synthetic)
+    repository.__dict__.update(_folder=folder, storage=repository)
+    return repository
 
 
 def main() -> None:
     blobs = int(float(sys.argv[1] if len(sys.argv) > 1 else "10") * 1e6)
-    repository = Synthetic(blobs // _A_FILE)
-    with tempfile.TemporaryDirectory(prefix="index-") as folder:
-        start = time.perf_counter()
-        for name in repository.names[:20]:
-            document = repository.load_unpacked(Kind.INDEX, name)
-        timed("(making up 1 million blobs)", start)
-        start = time.perf_counter()
-        for _ in range(20):
-            for _each in index.parse(document, "x"):
-                pass
-        timed("(parsing 1 million blobs)", start)
-        start = time.perf_counter()
-        with BlobIndex.open(Path(folder), "00" * 32) as blobs_:
-            blobs_.sync(repository)
-            timed("build", start, len(blobs_))
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.places"))
-        print(f"on disk: {size / 2**20:.0f} MiB")
-        start = time.perf_counter()
-        with BlobIndex.open(Path(folder), "00" * 32) as blobs_:
-            blobs_.sync(repository)
-            timed("open", start)
-            known = [blob.id for _, each in packs(3, _A_FILE) for blob in each]
-            start = time.perf_counter()
-            for id_ in known:
-                if blobs_.find(BlobType.DATA, id_) is None:
-                    raise SystemExit("a blob is missing")
-            timed("find what is there", start, len(known))
-            source = random.Random("other")  # noqa: S311 - no secret
-            start = time.perf_counter()
-            found = sum(blobs_.has(BlobType.DATA, source.randbytes(32)) for _ in range(_ASKED))
-            timed(f"ask for what is not there ({found})", start, _ASKED)
-            repository.names.append(f"{1 << 40:064x}")
-            start = time.perf_counter()
-            blobs_.sync(repository)
-            timed("one index file more", start)
-            del repository.names[0]
-            start = time.perf_counter()
-            blobs_.sync(repository)
-            timed("one index file less", start)
+    with tempfile.TemporaryDirectory(prefix="index-") as temporary:
+        folder, cache = Path(temporary) / "index", Path(temporary) / "cache"
+        repository = made(folder, blobs // _A_FILE)
+        measure(repository, cache, blobs)
 
 
-_BEFORE = peak()
+def measure(repository: Synthetic, cache: Path, blobs: int) -> None:
+    report = Report()
+    with report.timed("parse one index file", _A_FILE):
+        document = repository.load_unpacked(Kind.INDEX, f"{0:064x}")
+        for _each in index.parse(document, "x"):
+            pass
+    with report.timed("build", blobs), BlobIndex.open(cache, "00" * 32) as known:
+        known.sync(repository)
+    size = sum(path.stat().st_size for path in cache.rglob("*.places"))
+    print(f"on disk: {size >> 20} MiB")
+    with BlobIndex.open(cache, "00" * 32) as known:
+        with report.timed("open"):
+            known.sync(repository)
+        ask(known, report)
+        repository.make(1 << 30)
+        with report.timed("one index file more"):
+            known.sync(repository)
+        repository.remove(0)
+        with report.timed("one index file less"):
+            known.sync(repository)
+
+
+def ask(known: BlobIndex, report: Report) -> None:
+    ids = [blob.id for _, each in packs(3, _A_FILE) for blob in each]
+    random.Random(1).shuffle(ids)  # noqa: S311 - no secret
+    with report.timed("find what is there", len(ids)):
+        found = sum(known.find(BlobType.DATA, id_) is not None for id_ in ids)
+    others = [random.Random("other").randbytes(32) for _ in ids]  # noqa: S311 - no secret
+    with report.timed("ask for what is not there", len(ids)):
+        found += sum(known.has(BlobType.DATA, id_) for id_ in others)
+    if found != len(ids):
+        raise SystemExit("the index does not answer right")
+
 
 if __name__ == "__main__":
     main()
