@@ -57,7 +57,7 @@ class Synthetic:
 
 def packs(seed: int, blobs: int) -> Iterator[tuple[str, list[PackedBlob]]]:
     """The same packs for the same seed."""
-    source = random.Random(seed)  # noqa: S311 - no secret
+    source = random.Random(seed)
     for _ in range(blobs // _A_PACK):
         yield (
             source.randbytes(32).hex(),
@@ -134,10 +134,10 @@ def measure(repository: Synthetic, cache: Path, blobs: int) -> None:
 
 def ask(known: BlobIndex, report: Report) -> None:
     ids = [blob.id for _, each in packs(3, _A_FILE) for blob in each]
-    random.Random(1).shuffle(ids)  # noqa: S311 - no secret
+    random.Random(1).shuffle(ids)
     with report.timed("find what is there", len(ids)):
         found = sum(known.find(BlobType.DATA, id_) is not None for id_ in ids)
-    others = [random.Random("other").randbytes(32) for _ in ids]  # noqa: S311 - no secret
+    others = [random.Random("other").randbytes(32) for _ in ids]
     with report.timed("ask for what is not there", len(ids)):
         found += sum(known.has(BlobType.DATA, id_) for id_ in others)
     if found != len(ids):

@@ -16,6 +16,7 @@
     │   └── JobError                   a block job of ours failed
     ├── StorageError                7  target or scratch: no room, no right, I/O error
     ├── DamagedError                8  data is not what its manifest says
+    ├── UnrecordedChanges           9  an audit found changes that no change bitmap had
     ├── NoSuchTarget               10  nothing of ours is there
     ├── Locked                     11  another run holds the VM or the target
     ├── WrongPassword              12
@@ -121,6 +122,19 @@ class DamagedError(QmpBackupError):
     """Stored data is missing or not what its manifest says."""
 
     exit_code = 8
+
+
+class UnrecordedChanges(QmpBackupError):
+    """An audit found disks to have changed where their change bitmaps say that they have not.
+
+    `disks` are their ids.
+    """
+
+    exit_code = 9
+
+    def __init__(self, message: str, hint: str, disks: frozenset[str]) -> None:
+        super().__init__(message, hint)
+        self.disks = disks
 
 
 class NoSuchTarget(QmpBackupError):

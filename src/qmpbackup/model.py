@@ -96,6 +96,10 @@ class VmIdentity:
     address: str = ""
 
 
+AUDIT = 0.001
+"""The share of unchanged chunks that an audit reads again, unless a user wants another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """Where a restic repository lies, in restic's words (empty: as the environment says)."""

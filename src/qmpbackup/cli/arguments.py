@@ -43,6 +43,17 @@ def size(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """An `argparse` type for shares, such as `5%` or `0.1%`; gives 0 to 1."""
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0% and 100%.")
+    return value
+
+
 def seconds(text: str) -> float:
     """An `argparse` type for times to wait; `inf` is for ever."""
     try:

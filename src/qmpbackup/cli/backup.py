@@ -8,10 +8,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, disks, names, path, require_socket, size
+from qmpbackup.cli.arguments import (
+    add_lock_wait,
+    add_target,
+    disks,
+    names,
+    path,
+    require_socket,
+    share,
+    size,
+)
 from qmpbackup.cli.printing import printable, say
-from qmpbackup.errors import StorageError
-from qmpbackup.model import Level, Quiesce, StoredDisk
+from qmpbackup.errors import StorageError, UnrecordedChanges
+from qmpbackup.model import AUDIT, Level, Quiesce, StoredDisk
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -39,7 +48,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "possible. diff: changes since the last full. auto: inc where possible, else full, for each "
         "disk. copy: a full outside every chain, which leaves no trace in the VM",
     )
-    add("-t", "--target", required=True, type=path, metavar="DIR", help="where the points live")
+    add_target(parser, "where the points live; a folder is made where it is missing")
     add(
         "-i",
         "--include",
@@ -89,6 +98,19 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         type=path,
         metavar="DIR",
         help="where what the guest overwrites is kept meanwhile (default: beside each disk)",
+    )
+    add(
+        "--audit",
+        type=share,
+        default=AUDIT,
+        metavar="P%",
+        help="(repositories) share of unchanged chunks that an incremental reads again and compares, "
+        "against lost changes (default: 0.1%%; 0 for none); exit 9 where one differs",
+    )
+    add(
+        "--check-written",
+        action="store_true",
+        help="(repositories) open all data again before it is stored, against faulty memory",
     )
     add_lock_wait(parser, "VM or target")
     add("--dry-run", action="store_true", help="say what would be done, and change nothing")
@@ -160,7 +182,9 @@ class _Refused(argparse.Action):
 
 def _cbw_timeout(text: str) -> str:
     if text != _CBW_TIMEOUT:
-        raise argparse.ArgumentTypeError(f"it is {_CBW_TIMEOUT} seconds here where QEMU can count so far; leave it out.")
+        raise argparse.ArgumentTypeError(
+            f"it is {_CBW_TIMEOUT} seconds here where QEMU can count so far; leave it out."
+        )
     return text
 
 
@@ -186,6 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (StorageError, BrokenPipeError) as error:
         log.warning("Point %s is complete, but: %s", outcome.point.id, error)
         return DEGRADED
+    if outcome.alarm:
+        return UnrecordedChanges.exit_code
     return DEGRADED if outcome.degraded else 0
 
 
@@ -207,6 +233,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
         uuid=arguments.uuid,
         scratch=arguments.scratch,
         lock_wait=arguments.lock_wait,
+        audit=arguments.audit,
+        check=arguments.check_written,
     )
 
 
@@ -220,6 +248,8 @@ def _outcome_lines(outcome: "Outcome") -> Iterable[str]:
     )
     for complaint in outcome.degraded:
         yield f"Degraded: {complaint}"
+    if outcome.alarm:
+        yield f"Alarm: {outcome.alarm}"
 
 
 def _count(disks: "Sequence[StoredDisk]") -> str:
@@ -235,6 +265,7 @@ def _outcome_json(outcome: "Outcome") -> str:
             "type": "backup",
             "point": point_to_json(outcome.point),
             "degraded": list(outcome.degraded),
+            "alarm": outcome.alarm,
         }
     )
 
@@ -258,7 +289,7 @@ def _plan_json(plan: "Plan") -> str:
         {
             "schema": 1,
             "type": "plan",
-            "target": str(plan.target),
+            "target": plan.target,
             "level": plan.level,
             "parent": plan.parent,
             "disks": [

@@ -18,8 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from qmpbackup import interrupt
 from qmpbackup.restic import index
@@ -45,7 +44,7 @@ _INDEX_BLOBS = 50_000
 
 
 class Writer:
-    """Stores blobs in a repository. Use as a context manager; leave it by `flush`, or all is void."""
+    """Stores blobs in a repository. `stop` ends it; what `flush` has not made durable is void."""
 
     def __init__(
         self, repository: "Repository", *, workers: int = 0, level: int = LEVEL, check: bool = False
@@ -73,17 +72,9 @@ class Writer:
         self.new_bytes = 0
         """Their bytes before compression."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._fail(error)
+    def stop(self) -> None:
+        """End all stages; what is under way is given up. Harmless when repeated."""
+        self._fail(RuntimeError("the writer was stopped"))
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._uploaders.shutdown(wait=True, cancel_futures=True)
 

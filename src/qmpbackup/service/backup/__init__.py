@@ -20,12 +20,14 @@ until the new point is durable, so a failed run costs nothing but itself.
 
 import secrets
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from qmpbackup import interrupt
-from qmpbackup.errors import QuiesceError, UsageError
-from qmpbackup.model import Location, Point, Quiesce, Vm
-from qmpbackup.plan.levels import plan_disks
+from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError
+from qmpbackup.model import Level, Location, Point, Quiesce, Vm
+from qmpbackup.plan import commands
+from qmpbackup.plan.levels import plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu.view import View, require_present
 from qmpbackup.service import session
@@ -49,8 +51,31 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
         vm = stack.enter_context(opened)
         _heal(request, vm)
         destination = stack.enter_context(_destination(request, vm.vm))
-        plan = _plan(request, vm.vm, destination)
-        return Run(request, vm.monitor, destination, plan, watch).execute()
+        try:
+            return _run(request, vm, destination, watch)
+        except UnrecordedChanges as alarm:
+            _drop_bitmaps(vm, destination, alarm.disks)
+            if request.level is not Level.AUTO:
+                raise
+            log.error("%s The disks concerned are now read whole.", alarm.message)
+            destination.distrust(alarm.disks)
+            outcome = _run(request, vm, destination, watch)
+            return replace(outcome, alarm=alarm.message)
+
+
+def _run(
+    request: Request, vm: session.Session, destination: Destination, watch: Watch | None
+) -> Outcome:
+    plan = _plan(request, vm.vm, destination)
+    return Run(request, vm.monitor, destination, plan, watch).execute()
+
+
+def _drop_bitmaps(vm: session.Session, destination: Destination, disks: frozenset[str]) -> None:
+    """Remove change bitmaps that are not to be trusted, so that no later run does."""
+    for disk in vm.vm.disks:
+        if disk.id in disks:
+            for name in rubbish(disk, (), destination.id):
+                vm.monitor.execute(commands.bitmap_remove(disk.format_node, name))
 
 
 def dry_run(request: Request) -> Plan:
@@ -111,5 +136,7 @@ def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
         point_id=point_id,
         disks=plans,
         skipped=(*vm.skipped, *skipped),
-        transaction=View.transaction(seats(plans, destination.id, point_id), RunNames("000000")),
+        transaction=View.transaction(
+            seats(plans, destination.id, point_id, destination.chunk), RunNames("000000")
+        ),
     )

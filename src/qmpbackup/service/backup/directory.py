@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class Directory:
     """A directory target that is there or, for a plan, could be."""
 
+    chunk = 0
+
     def __init__(
         self, path: Path, target: DirectoryTarget | None, stored: Inventory, uuid: str
     ) -> None:
@@ -40,6 +42,10 @@ class Directory:
         if self._target is None:
             return ""
         return self._target.quick_check(point, disk_id, self.stored.points)
+
+    def distrust(self, disks: frozenset[str]) -> None:
+        """QEMU copies; there is nothing to audit."""
+        raise NotImplementedError(disks)
 
     def way(self, frame: Frame) -> "IntoDirectory":
         """The way of a run into it."""

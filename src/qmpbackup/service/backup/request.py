@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmpbackup.model import Level, Place, Point, Quiesce, Skipped, Vm
+from qmpbackup.model import AUDIT, Level, Place, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan, effective_level
 from qmpbackup.plan.selection import Selection
@@ -12,7 +12,12 @@ from qmpbackup.plan.selection import Selection
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a user asks of a run. `speed` is bytes a second for each disk (0: no limit)."""
+    """What a user asks of a run.
+
+    `speed` is bytes a second for each disk (0: no limit). `audit` is the share of unchanged chunks
+    that an incremental into a repository reads again. With `check`, what goes into a repository is
+    opened again before it is stored.
+    """
 
     address: str
     target: Place
@@ -27,6 +32,8 @@ class Request:
     uuid: str = ""
     scratch: Path | None = None
     lock_wait: float = 0.0
+    audit: float = AUDIT
+    check: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A committed point, and what about the run was not as it should be."""
+    """A committed point, and what about the run was not as it should be.
+
+    `alarm` says of which disks an audit found unrecorded changes; they were read whole instead.
+    """
 
     point: Point
     degraded: tuple[str, ...] = ()
+    alarm: str = ""

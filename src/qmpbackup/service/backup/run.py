@@ -62,7 +62,7 @@ class Run:
             request=request,
             monitor=monitor,
             plan=plan,
-            seats=seats(plan.disks, plan.target_id, plan.point_id),
+            seats=seats(plan.disks, plan.target_id, plan.point_id, destination.chunk),
             names=RunNames(secrets.token_hex(3)),
             watch=watch,
             teardown=self._teardown,

@@ -97,14 +97,21 @@ class Destination(Protocol):
     def stored(self) -> Inventory:
         """What it holds."""
 
+    @property
+    def chunk(self) -> int:
+        """Bytes of a chunk, where disks are read in chunks (0: QEMU copies them)."""
+
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
+
+    def distrust(self, disks: frozenset[str]) -> None:
+        """From now on, nothing can be built upon these disks."""
 
     def way(self, frame: Frame) -> Way:
         """The way of a run into it."""
 
 
-def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> tuple[Seat, ...]:
+def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str, chunk: int) -> tuple[Seat, ...]:
     """The seats in a view that the disks of a plan take."""
     return tuple(
         Seat(
@@ -117,6 +124,7 @@ def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str) -> tuple[Sea
             new_end_mark=(
                 end_mark_name(target_id, point_id, plan.disk.id) if plan.needs_end_mark else ""
             ),
+            chunk=chunk,
         )
         for number, plan in enumerate(plans)
     )
