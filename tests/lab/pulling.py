@@ -103,7 +103,9 @@ class Puller:
     def take(self, samples: Mapping[int, Sequence[int]] | None = None) -> Instant:
         """Everything up to the instant and the exports."""
         self.pull.start()
-        self.pull.prepare([self._scratch(seat, "scratch") for seat in self.seats], samples)
+        scratches = [self._scratch(seat, "scratch") for seat in self.seats]
+        staged = self.seats if self.pull.way is Way.STAGED else []
+        self.pull.prepare(scratches, samples, [self._scratch(seat, "stage") for seat in staged])
         running = self.vm.running
         with Watchdog.start(self._monitor.fileno() if running else None, None) as watchdog:
             instant = self.view.take(watchdog, running)

@@ -121,6 +121,12 @@ class Monitor(JsonSocket):
         """Keep events."""
         self.events.append(message)
 
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version."""
+        qemu = self.greeting["QMP"]["version"]["qemu"]
+        return qemu["major"], qemu["minor"], qemu["micro"]
+
     def hmp(self, line: str) -> str:
         """Carry out a line of the human monitor and return what it printed."""
         return str(self.command("human-monitor-command", {"command-line": line}))

@@ -34,16 +34,21 @@ def snapshot(layer: Layer, name: str) -> Iterator[str]:
         arguments += ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
         image = images.spelled_out([layer])
         with Child([*arguments, image], pass_fds=[layer.fd]) as child:
-            _wait(child, started, layer.name, name)
+            await_start(child, started, f"open snapshot {name} of {layer.name}")
             yield f"nbd+unix:///?socket={socket}"
 
 
-def _wait(child: Child, started: Path, image: str, name: str) -> None:
-    """qemu-nbd writes its process id once it listens."""
+def await_start(child: Child, started: Path, action: str) -> None:
+    """Wait until qemu-nbd listens: then it writes its process id to the file `started`.
+
+    Raises:
+        QmpBackupError: it does not; `action` says what it was to do.
+        Interrupted: a signal is waiting.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while not (started.exists() and started.stat().st_size):
         interrupt.check()
         if child.failed or time.monotonic() > deadline:
             child.kill()
-            raise images.failure(child.wait(), f"open snapshot {name} of {image}")
+            raise images.failure(child.wait(), action)
         time.sleep(_POLL_SECONDS)

@@ -24,9 +24,10 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -43,7 +44,9 @@ _STATUS_BYTES = 2 << 30
 """Length of one question for block status. The field has 32 bits, and some servers take them as
 signed."""
 
+_CONNECT_SECONDS = 60.0
 _POLL_SECONDS = 0.2
+_LOST = "the connection was lost"
 
 Statuses = dict[str, list[tuple[int, int]]]
 """For each context the (length, flags) of neighbouring extents."""
@@ -105,7 +108,10 @@ class Chunk:
 
 
 class Connection:
-    """A connection to one export. Use as a context manager."""
+    """A connection to one export. Use as a context manager.
+
+    Every wait looks at signals. How long a request takes is the storage's business.
+    """
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -123,11 +129,12 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye and disconnect; never raises."""
+        """Say goodbye unless a request is still under way, and disconnect; never raises or waits."""
         from nbd import Error
 
         with suppress(Error):
-            self.handle.shutdown()
+            if not self.handle.aio_in_flight():
+                self.handle.aio_disconnect()
         self.handle = None
 
     @property
@@ -141,25 +148,24 @@ class Connection:
         Raises:
             NbdError: the server refused, or the connection failed.
         """
-        from nbd import Error
+        from nbd import Buffer
 
-        try:
-            return bytes(self.handle.pread(length, offset))
-        except Error as error:
-            raise _failure(error, self.handle) from error
+        found = bytearray(length)
+        shared = Buffer.from_buffer(found)
+        self._carry_out(lambda: self.handle.aio_pread(shared, offset))
+        return bytes(found)
 
-    def zero(self, offset: int, length: int) -> None:
-        """Write zeroes.
+    def zero(self, places: Iterable[int], length: int) -> None:
+        """Write zeroes of some length at each of these offsets.
 
         Raises:
             NbdError: the server refused, or the connection failed.
         """
-        from nbd import Error
+        from nbd import Buffer
 
-        try:
-            self.handle.pwrite(bytes(length), offset)
-        except Error as error:
-            raise _failure(error, self.handle) from error
+        zeroes = Buffer.from_buffer(bytearray(length))
+        for offset in places:
+            self._carry_out(partial(self.handle.aio_pwrite, zeroes, offset))
 
     def marked(self, context: str, chunk: int) -> bytearray:
         """The map of chunks of which something is marked in a context (a bitmap).
@@ -191,26 +197,31 @@ class Connection:
 
     def _ask(self, start: int, end: int) -> Iterator[tuple[int, Statuses]]:
         """Ask for the status of an area, in pieces that every context covers."""
-        from nbd import Error
-
         while start < end:
-            interrupt.check()
             statuses: Statuses = {}
 
             def note(context: str, _at: int, entries: list[int], _error: object) -> int:
                 statuses[context] = list(zip(entries[::2], entries[1::2], strict=True))  # noqa: B023
                 return 0
 
-            try:
-                self.handle.block_status(min(end - start, _STATUS_BYTES), start, note)
-            except Error as error:
-                raise _failure(error, self.handle) from error
+            length = min(end - start, _STATUS_BYTES)
+            self._carry_out(partial(self.handle.aio_block_status, length, start, note))
             known = [sum(length for length, _ in extents) for extents in statuses.values()]
             if not known or not min(known):
                 raise NbdError(0, "the server does not tell the status of the export")
             length = min(*known, end - start)
             yield start, {context: _cut(each, length) for context, each in statuses.items()}
             start += length
+
+    def _carry_out(self, send: Callable[[], int]) -> None:
+        from nbd import Error
+
+        try:
+            cookie = send()
+            while not self.handle.aio_command_completed(cookie):
+                _turn(self.handle)
+        except Error as error:
+            raise _failure(error, self.handle) from error
 
 
 def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:
@@ -227,13 +238,26 @@ def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:
         for context in contexts:
             handle.add_meta_context(context)
         handle.set_pread_initialize(False)
-        handle.connect_unix(path)
+        handle.aio_connect_unix(path)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while not handle.aio_is_ready():
+            _turn(handle)
+            if time.monotonic() > deadline:
+                raise NbdError(0, "the server does not answer")
         missing = [each for each in contexts if not handle.can_meta_context(each)]
     except nbd.Error as error:
         raise _failure(error, handle) from error
     if missing:
         raise NbdError(0, f"the export has no {missing[0]}")
     return Connection(handle)
+
+
+def _turn(handle: Any) -> None:
+    """Let a connection do what it can; look at signals and at its health."""
+    interrupt.check()
+    if handle.aio_is_dead() or handle.aio_is_closed():
+        raise NbdError(0, _LOST)
+    handle.poll(int(_POLL_SECONDS * 1000))
 
 
 def runs(chunks: bytes | bytearray, value: int) -> Iterator[tuple[int, int]]:
@@ -288,14 +312,13 @@ class Reader:
         """Deliver every wanted chunk once.
 
         Raises:
-            NbdError: a request failed; nothing is in flight any more.
+            NbdError: a request failed.
             Interrupted: a signal is waiting.
         """
         try:
             yield from self._deliver()
         finally:
-            for line in self._connections:
-                line.drain()
+            # What is still under way goes with its connection, and nothing else turns its wheels.
             self._pool.close()
 
     def _deliver(self) -> Iterator[Chunk]:
@@ -375,14 +398,14 @@ class _Line:
     """One connection with what is in flight on it."""
 
     def __init__(self, connection: Connection) -> None:
-        self._handle = connection.handle
+        self._connection = connection
         self.waiting: dict[int, tuple[Chunk, bytearray]] = {}
 
     def fileno(self) -> int:
-        return int(self._handle.aio_get_fd())
+        return int(self._connection.handle.aio_get_fd())
 
     def events(self) -> int:
-        direction = self._handle.aio_get_direction()
+        direction = self._connection.handle.aio_get_direction()
         readable = select.POLLIN if direction & _READ else 0
         return readable | (select.POLLOUT if direction & _WRITE else 0)
 
@@ -391,51 +414,39 @@ class _Line:
 
         shared = Buffer.from_buffer(memoryview(buffer)[: chunk.length])
         try:
-            self.waiting[self._handle.aio_pread(shared, chunk.offset)] = chunk, buffer
+            self.waiting[self._connection.handle.aio_pread(shared, chunk.offset)] = chunk, buffer
         except Error as error:
-            raise _failure(error, self._handle) from error
+            raise _failure(error, self._connection.handle) from error
 
     def serve(self, ready: int) -> None:
         from nbd import Error
 
-        direction = self._handle.aio_get_direction()
+        direction = self._connection.handle.aio_get_direction()
         try:
             if direction & _READ and ready & ~select.POLLOUT:
-                self._handle.aio_notify_read()
+                self._connection.handle.aio_notify_read()
             elif direction & _WRITE and ready & select.POLLOUT:
-                self._handle.aio_notify_write()
+                self._connection.handle.aio_notify_write()
         except Error as error:
-            raise _failure(error, self._handle) from error
+            raise _failure(error, self._connection.handle) from error
 
     def arrived(self) -> Iterator[tuple[Chunk, bytearray]]:
         from nbd import Error
 
         while self.waiting:
             try:
-                cookie = self._handle.aio_peek_command_completed()
+                cookie = self._connection.handle.aio_peek_command_completed()
                 if not cookie:
                     break
                 chunk, buffer = self.waiting.pop(cookie)
-                self._handle.aio_command_completed(cookie)
+                self._connection.handle.aio_command_completed(cookie)
             except Error as error:
-                raise _failure(error, self._handle) from error
+                raise _failure(error, self._connection.handle) from error
             yield chunk, buffer
-        if self.waiting and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
-            raise NbdError(0, "the connection was lost")
-
-    def drain(self) -> None:
-        """Wait for what is in flight: it would be written into buffers that are in use again."""
-        from nbd import Error
-
-        with suppress(Error):
-            while self.waiting and not (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
-                cookie = self._handle.aio_peek_command_completed()
-                if not cookie:
-                    self._handle.poll(-1)
-                    continue
-                self.waiting.pop(cookie)
-                with suppress(Error):
-                    self._handle.aio_command_completed(cookie)
+        if self.waiting and (
+            self._connection.handle.aio_is_dead() or self._connection.handle.aio_is_closed()
+        ):
+            raise NbdError(0, _LOST)
 
 
 _READ, _WRITE = 1, 2

@@ -16,9 +16,10 @@ that the view protects them like the others, and are as right as these.
     view = View(monitor, seats, names, teardown=teardown, rollback=rollback)
     pull = Pull(monitor, view, seats, names, method(vm), teardown=teardown)
     pull.start()                                         # now pull.way is certain
-    pull.prepare([scratch.create(…) for …], samples={0: [5, 17]})
+    pull.prepare([scratch.create(…) for …], samples={0: [5, 17]},
+                 stages=[scratch.create(…) for …] if pull.way is Way.STAGED else [])
     instant = view.take(watchdog, running)
-    pull.serve()
+    pull.serve(watch)                                    # takes its time where it is STAGED
     for seat in seats:
         with pull.open(seat, Flow(speed=…)) as disk:
             disk.changed                                 # one byte a chunk: 1 where something changed
@@ -33,19 +34,23 @@ Nothing here knows what becomes of the chunks.
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError
 from qmpbackup.model import Vm
 from qmpbackup.plan import commands
+from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import LEDGER, RunNames
-from qmpbackup.qemu import nbd, serving
+from qmpbackup.qemu import nbd, serving, staging
 from qmpbackup.qemu.copy import view_broke
+from qmpbackup.qemu.jobs import Watch
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.nbd import Chunk, Flow, NbdError
 from qmpbackup.qemu.serving import Server
+from qmpbackup.qemu.staging import Stage, Staging
 from qmpbackup.qemu.view import Seat, View
 from qmpbackup.undo import UndoStack
 
@@ -133,6 +138,7 @@ class Pull:
         self._names = names
         self._undo = teardown
         self._server: Server | None = None
+        self._staging: Staging | None = None
 
     def start(self) -> None:
         """Start QEMU's NBD server; where somebody else has it, the way is `STAGED` from here on.
@@ -149,11 +155,16 @@ class Pull:
         self,
         scratches: Sequence[tuple[int, Path]],
         samples: Mapping[int, Sequence[int]] | None = None,
+        stages: Sequence[tuple[int, Path]] = (),
     ) -> None:
         """Open scratch images and ledgers, and mark samples (chunks by the number of their disk).
 
+        `scratches`, and `stages` if the way is `STAGED`, are new files, one a disk. Of a disk that is
+        read whole samples mean nothing. Where QEMU's NBD server is somebody else's, none can be
+        marked: what is read is in `PulledDisk.wanted`.
+
         Raises:
-            StorageError: a scratch image could not be created.
+            StorageError: an image could not be created.
             VmError: QEMU refused.
         """
         self._view.prepare(scratches, readable=self.way is Way.V2)
@@ -161,27 +172,35 @@ class Pull:
             chosen = (samples or {}).get(seat.number, ())
             if chosen and seat.shows_marks and self._server:
                 self._mark(self._server, seat, chosen)
+        if self.way is Way.STAGED:
+            opened = [Stage(seat, *each) for seat, each in zip(self._seats, stages, strict=True)]
+            self._staging = Staging(self._monitor, self._view, opened, self._names)
+            self._staging.prepare(self._undo)
 
-    def serve(self) -> None:
-        """Show the views over NBD.
+    def serve(self, watch: Watch | None = None, speed: int = 0) -> None:
+        """Make the views readable. `STAGED`, QEMU copies them now, with `speed` as a limit in bytes a
+        second for each disk (0: none); from then on nothing is read from QEMU any more.
 
         Raises:
+            StorageError: a local image could not be written.
+            JobError: a view broke.
             VmError: QEMU refused.
         """
-        if self._server is None:
-            return
-        exports = []
+        if self._staging:
+            self._staging.fill(speed, watch)
+        elif self._server:
+            self._server.export(list(self._exports()))
+
+    def _exports(self) -> Iterator[Command]:
         for seat in self._seats:
             bitmaps = [self._view.changed_bitmap(seat), self._view.read_bitmap(seat)]
             if seat.shows_marks:
                 ledger = self._names.of(LEDGER, seat.number)
-                exports.append(commands.export_add(self._marks(seat), ledger, bitmaps=bitmaps))
-            snapshot, scratch = self._view.snapshot_node(seat), self._view.scratch_node(seat)
-            exports.append(commands.export_add(self._snapshot(seat), snapshot))
+                yield commands.export_add(self._marks(seat), ledger, bitmaps=bitmaps)
+            yield commands.export_add(self._snapshot(seat), self._view.snapshot_node(seat))
             if self.way is Way.V2:
-                add = commands.export_add(self._disk(seat), scratch, allocation_depth=True)
-                exports.append(add)
-        self._server.export(exports)
+                scratch = self._view.scratch_node(seat)
+                yield commands.export_add(self._disk(seat), scratch, allocation_depth=True)
 
     @contextmanager
     def open(self, seat: Seat, flow: Flow | None = None) -> Iterator[PulledDisk]:
@@ -191,24 +210,18 @@ class Pull:
             JobError: the view broke.
             ConnectionLost: QEMU went away.
         """
-        flow = flow or Flow()
-        connections: list[nbd.Connection] = []
-        try:
-            with _explained(seat):
-                changed, wanted = self._maps(seat)
-                export, contexts = self._disk(seat), [nbd.ALLOCATION]
-                if self.way is Way.V2:
-                    contexts.append(nbd.DEPTH)
-                path = self._path
-                connections.append(nbd.connect(path, export, contexts))
-                if connections[0].shares:
-                    connections.append(nbd.connect(path, export))
-                data = connections[0].with_data(wanted, seat.chunk)
-            reader = nbd.Reader(connections, seat.chunk, wanted, data, flow)
+        with ExitStack() as stack:
+            stack.enter_context(_explained(seat))
+            place = self._place(seat, stack)
+            changed, wanted = _maps(seat, place)
+            contexts = [nbd.ALLOCATION, *((nbd.DEPTH,) if self.way is Way.V2 else ())]
+            first = stack.enter_context(nbd.connect(place.path, place.export, contexts))
+            connections = [first]
+            if first.shares:
+                connections.append(stack.enter_context(nbd.connect(place.path, place.export)))
+            data = first.with_data(wanted, seat.chunk)
+            reader = nbd.Reader(connections, seat.chunk, wanted, data, flow or Flow())
             yield PulledDisk(seat, changed, wanted, reader)
-        finally:
-            for connection in connections:
-                connection.close()
 
     def finish(self) -> None:
         """Make sure that what was read is right: no view may have broken until now.
@@ -220,23 +233,21 @@ class Pull:
         if self.way is not Way.V2:
             return
         for seat in self._seats:
-            with _explained(seat):
-                _, wanted = self._maps(seat)
+            with _explained(seat), ExitStack() as stack:
+                _, wanted = _maps(seat, self._place(seat, stack))
                 first = wanted.find(1)
                 if first >= 0:
                     # A broken view gives nothing from here on; the scratch goes on as if it knew.
                     with nbd.connect(self._path, self._snapshot(seat)) as connection:
                         connection.read(first * seat.chunk, _SECTOR)
 
-    def _maps(self, seat: Seat) -> tuple[bytes | bytearray, bytes | bytearray]:
-        """What has changed and what to read."""
-        if not seat.shows_marks:
-            whole = b"\1" * -(-seat.disk.size // seat.chunk)
-            return whole, whole
-        bitmaps = (self._view.changed_bitmap(seat), self._view.read_bitmap(seat))
-        changed, read = map(nbd.bitmap_context, bitmaps)
-        with nbd.connect(self._path, self._marks(seat), [changed, read]) as ledger:
-            return ledger.marked(changed, seat.chunk), ledger.marked(read, seat.chunk)
+    def _place(self, seat: Seat, stack: ExitStack) -> "_Place":
+        """Where a disk is read, and where it is told what has changed of it and what to read."""
+        changed, read = self._view.changed_bitmap(seat), self._view.read_bitmap(seat)
+        if self._staging:
+            path = stack.enter_context(self._staging.served(seat))
+            return _Place(path, staging.EXPORT, staging.EXPORT, changed, read)
+        return _Place(self._path, self._disk(seat), self._marks(seat), changed, read)
 
     def _mark(self, server: Server, seat: Seat, samples: Sequence[int]) -> None:
         """Mark chunks in the ledger by writing to it."""
@@ -246,8 +257,8 @@ class Pull:
             ledger = self._names.of(LEDGER, seat.number)
             server.export([commands.export_add(name, ledger, writable=True)], marking)
             with _explained(seat), nbd.connect(self._path, name) as connection:
-                for chunk in samples:
-                    connection.zero(chunk * seat.chunk, _SECTOR)
+                connection.zero((chunk * seat.chunk for chunk in samples), _SECTOR)
+                marking.run()
         finally:
             marking.run()
 
@@ -263,6 +274,27 @@ class Pull:
 
     def _disk(self, seat: Seat) -> str:
         return self._names.of("disk", seat.number) if self.way is Way.V2 else self._snapshot(seat)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A socket, with an export that shows a disk and one that shows two bitmaps of it."""
+
+    path: str
+    export: str
+    marks: str
+    changed: str
+    read: str
+
+
+def _maps(seat: Seat, place: _Place) -> tuple[bytes | bytearray, bytes | bytearray]:
+    """What has changed, and what to read."""
+    if not seat.shows_marks:
+        whole = b"\1" * -(-seat.disk.size // seat.chunk)
+        return whole, whole
+    changed, read = nbd.bitmap_context(place.changed), nbd.bitmap_context(place.read)
+    with nbd.connect(place.path, place.marks, [changed, read]) as ledger:
+        return ledger.marked(changed, seat.chunk), ledger.marked(read, seat.chunk)
 
 
 @contextmanager
