@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import path, require_socket
+from qmpbackup.cli.arguments import add_target, path, require_socket
 from qmpbackup.cli.printing import printable, say
 
 
@@ -18,7 +18,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "and say in one sentence each what to do. Changes nothing. Exit code 1 if something would "
         "keep a backup from working.",
     )
-    parser.add_argument("-t", "--target", type=path, metavar="DIR", help="also look at this target")
+    add_target(parser, "also look at this target", required=False)
     parser.add_argument(
         "--scratch", type=path, metavar="DIR", help="look for room there, as in backup"
     )

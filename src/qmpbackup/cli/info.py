@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import add_lock_wait, path, require_socket
+from qmpbackup.cli.arguments import add_lock_wait, add_target, require_socket
 from qmpbackup.cli.printing import printable, say
 
 
@@ -40,7 +40,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Let a VM run again that a dead run had stopped, thaw its guest, and remove the "
         "dead run's jobs, nodes and descriptors. Each backup does this first by itself.",
     )
-    recover.add_argument("-t", "--target", type=path, metavar="DIR", help="clean up there, too")
+    add_target(recover, "clean up for this target, too", required=False)
     recover.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add_lock_wait(recover, "VM")
     recover.set_defaults(run=recover_vm)

@@ -7,13 +7,14 @@ from enum import StrEnum
 from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
-from qmpbackup.model import Bitmap, Disk, Vm
+from qmpbackup.model import Bitmap, Disk, Location, Place, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.qemu import copy, inventory, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
+from qmpbackup.target.inventory import Inventory
 
 FIRST_WITHOUT_EXPORT_BUG = (8, 2)
 
@@ -39,7 +40,7 @@ class Finding:
 def examine(
     address: str,
     agent_address: str = "",
-    target: Path | None = None,
+    target: Place | None = None,
     scratch_dir: Path | None = None,
 ) -> Iterator[Finding]:
     """Findings one by one, from the VM outwards.
@@ -68,8 +69,10 @@ def examine(
     for skipped in vm.skipped:
         yield Finding(skipped.name, Health.FINE, f"skipped: {skipped.reason}")
     yield _agent(agent_address)
-    if target is not None:
-        yield from _target(vm, target)
+    if isinstance(target, Location):
+        yield from _repository(vm, target)
+    elif target is not None:
+        yield from _folder(vm, target)
 
 
 def _qemu(vm: Vm) -> Iterator[Finding]:
@@ -193,7 +196,7 @@ def _agent(address: str) -> Finding:
     return Finding("guest agent", Health.FINE, "answers, file systems are not frozen")
 
 
-def _target(vm: Vm, path: Path) -> Iterator[Finding]:
+def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
     from qmpbackup.target.directory import DirectoryTarget
 
     if path.exists() and not path.is_dir():
@@ -218,6 +221,63 @@ def _target(vm: Vm, path: Path) -> Iterator[Finding]:
         Health.FINE,
         f"{path} holds {len(stored.points)} points, {human(scratch.free_bytes(path))} free",
     )
+    yield from _next_backup(vm, stored, str(path))
+
+
+def _repository(vm: Vm, place: Location) -> Iterator[Finding]:
+    yield from _programs()
+    from qmpbackup.qemu.pull import Way, method
+    from qmpbackup.service import targets
+    from qmpbackup.target.repository import RepositoryTarget
+
+    if method(vm) is Way.STAGED:
+        yield Finding(
+            "reading",
+            Health.ADVICE,
+            "this QEMU with iothreads cannot be read over NBD safely; what changed is copied to the "
+            "scratch's folder first",
+            "QEMU 9.0 or later is read directly.",
+        )
+    try:
+        with targets.repository(place) as repository:
+            target = RepositoryTarget.of(repository, vm.config.identity)
+            with target.lock():
+                stored = target.load()
+            target.require(vm.config.identity, stored)
+    except QmpBackupError as error:
+        yield Finding("target", Health.PROBLEM, error.message, error.hint)
+        return
+    for damage in stored.damaged:
+        todo = "Run `qmpbackup verify`; other points can be restored."
+        yield Finding("target", Health.PROBLEM, f"{damage.path}: {damage.reason}", todo)
+    count = len(stored.points)
+    yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
+    yield from _next_backup(vm, stored, target.name)
+
+
+def _programs() -> Iterator[Finding]:
+    """What a repository needs besides QEMU."""
+    import shutil
+    from importlib.util import find_spec
+
+    if find_spec("nbd") is None:
+        yield Finding(
+            "libnbd",
+            Health.PROBLEM,
+            "libnbd's module for Python is not installed",
+            "On Debian and Ubuntu: apt install python3-libnbd.",
+        )
+    if shutil.which("restic") is None:
+        yield Finding(
+            "restic",
+            Health.ADVICE,
+            "the program restic is not installed; only `prune` needs it",
+            "On Debian and Ubuntu: apt install restic.",
+        )
+
+
+def _next_backup(vm: Vm, stored: Inventory, place: str) -> Iterator[Finding]:
+    """Disks of which the next backup cannot be an incremental."""
     for disk in vm.disks:
         base = last_point(stored.points, disk.id)
         stored_base = base.disk(disk.id) if base else None
@@ -227,6 +287,6 @@ def _target(vm: Vm, path: Path) -> Iterator[Finding]:
                 yield Finding(
                     disk.id,
                     Health.ADVICE,
-                    f"the next backup into {path} is a full: {obstacle}",
+                    f"the next backup into {place} is a full: {obstacle}",
                     "Nothing to do; `--level auto` sees to it.",
                 )

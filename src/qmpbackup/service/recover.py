@@ -2,10 +2,9 @@
 """Clean up in a VM what a run of ours left when it died. Each backup does this first by itself."""
 
 import logging
-from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.model import Quiesce
+from qmpbackup.model import Location, Place, Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
 from qmpbackup.qemu import recovery
@@ -15,6 +14,7 @@ from qmpbackup.service.quiesce import Guest
 from qmpbackup.service.rebase.settle import settle
 from qmpbackup.service.session import Session
 from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.target.inventory import Inventory as Stored
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def recover(
     address: str,
     *,
     agent_address: str = "",
-    target: Path | None = None,
+    target: Place | None = None,
     dry_run: bool = False,
     lock_wait: float = 0.0,
 ) -> list[str]:
@@ -40,8 +40,10 @@ def recover(
         done = recovery.recover(vm.monitor, vm.found)
         if vm.found.was_frozen:
             done += Guest(vm.monitor, agent_address, Quiesce.TRY).heal()
-        if target is not None:
-            done += _recover_target(vm, DirectoryTarget.open(target), lock_wait)
+        if isinstance(target, Location):
+            done += _recover_repository(vm, target, lock_wait)
+        elif target is not None:
+            done += _recover_folder(vm, DirectoryTarget.open(target), lock_wait)
         return done
 
 
@@ -52,13 +54,28 @@ def _left(found: Inventory) -> list[str]:
     return [f"would remove {name}" for name in (*names, *sets)]
 
 
-def _recover_target(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
+def _recover_folder(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
     settle(target, lock_wait)
     with target.lock(write=True, wait=lock_wait):
         done = target.recover()
-        points = target.load().points
-        for disk in vm.vm.disks:
-            for name in rubbish(disk, points, target.id):
-                vm.monitor.execute(commands.bitmap_remove(disk.format_node, name))
-                done.append(f"removed bitmap {name} of disk {disk.id}")
+        return done + _remove_rubbish(vm, target.load(), target.id)
+
+
+def _recover_repository(vm: Session, place: Location, lock_wait: float) -> list[str]:
+    """What a dead run stored there no snapshot names; `prune` removes it."""
+    from qmpbackup.service import targets
+    from qmpbackup.target.repository import RepositoryTarget
+
+    with targets.repository(place) as repository:
+        target = RepositoryTarget.of(repository, vm.vm.config.identity)
+        with target.lock(wait=lock_wait):
+            return _remove_rubbish(vm, target.load(), target.id)
+
+
+def _remove_rubbish(vm: Session, stored: Stored, target_id: str) -> list[str]:
+    done = []
+    for disk in vm.vm.disks:
+        for name in rubbish(disk, stored.points, target_id):
+            vm.monitor.execute(commands.bitmap_remove(disk.format_node, name))
+            done.append(f"removed bitmap {name} of disk {disk.id}")
     return done
