@@ -45,7 +45,9 @@ _RUN: Final = 131_072
 _MOST_RUNS: Final = 64
 _GROWTH: Final = 3
 """A file stays as it is while it has this many times the records of all smaller ones together."""
-_AHEAD: Final = 2
+_MOST_AHEAD: Final = 8
+_BYTES_AHEAD: Final = 4 << 20
+"""Index files that are loaded while one is parsed, and their bytes before decompression."""
 _LOCK_SECONDS: Final = 10.0
 _ATTEMPTS: Final = 5
 _PAUSE_SECONDS: Final = 0.1
@@ -217,7 +219,7 @@ class BlobIndex:
         *,
         thorough: bool,
     ) -> None:
-        listed = frozenset(bytes.fromhex(name) for name, _ in source.storage.list(Kind.INDEX))
+        listed = {bytes.fromhex(name): size for name, size in source.storage.list(Kind.INDEX)}
         with self._folder.held():
             wanted = {}
             missing = set(listed)
@@ -229,13 +231,13 @@ class BlobIndex:
                     missing -= keep
                 else:
                     self._folder.forget(places)
-            fresh = self._gathered(source, sorted(missing), damaged)
+            fresh = self._gathered(source, [(name, listed[name]) for name in missing], damaged)
             self._files = self._compacted(wanted, fresh)
 
     def _gathered(
         self,
         source: Source,
-        names: list[bytes],
+        names: list[tuple[bytes, int]],
         damaged: Callable[[str, DamagedError], None] | None,
     ) -> list[Places]:
         """What index files say, in temporary files of places."""
@@ -304,20 +306,27 @@ class BlobIndex:
                 self.sync(self._source)
 
 
-def _ahead(source: Source, names: Iterable[bytes]) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
+def _ahead(
+    source: Source, names: Iterable[tuple[bytes, int]]
+) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
     """Names of index files, each with what waits for its content; some are loaded ahead."""
-    with ThreadPoolExecutor(_AHEAD, "index") as threads:
-        waiting = deque[tuple[bytes, Callable[[], bytes]]]()
+    with ThreadPoolExecutor(_MOST_AHEAD, "index") as threads:
+        waiting = deque[tuple[bytes, int, Callable[[], bytes]]]()
+        ahead = 0
         try:
-            for name in names:
+            for name, size in names:
+                while waiting and (ahead + size > _BYTES_AHEAD or len(waiting) >= _MOST_AHEAD):
+                    first, its_size, load = waiting.popleft()
+                    ahead -= its_size
+                    yield first, load
                 future = threads.submit(source.load_unpacked, Kind.INDEX, name.hex())
-                waiting.append((name, future.result))
-                if len(waiting) > _AHEAD:
-                    yield waiting.popleft()
+                waiting.append((name, size, future.result))
+                ahead += size
                 if threading.current_thread() is threading.main_thread():
                     interrupt.check()
             while waiting:
-                yield waiting.popleft()
+                first, _, load = waiting.popleft()
+                yield first, load
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
 

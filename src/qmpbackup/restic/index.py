@@ -9,7 +9,7 @@ an index file is in force as long as it is there. Knows nothing of how index fil
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from json.decoder import JSONDecoder
-from typing import Final
+from typing import Any, Final
 
 from qmpbackup.errors import DamagedError
 from qmpbackup.restic.pack import BlobType, PackedBlob, check_blob
@@ -141,16 +141,16 @@ def _pack(value: object, what: str) -> tuple[str, list[PackedBlob]]:
     return name, [_blob(blob, what) for blob in blobs]
 
 
-def _blob(value: object, what: str) -> PackedBlob:
-    if not isinstance(value, dict):
-        raise ValueError("a blob is no object")  # noqa: TRY004 - as above
-    id_, type_ = value.get("id"), value.get("type")
-    offset, length = value.get("offset"), value.get("length")
-    raw = value.get("uncompressed_length", 0)
-    if not (isinstance(id_, str) and is_name(id_) and isinstance(type_, str) and type_ in _TYPES):
-        raise ValueError("the name or type of a blob is none")
-    if not (type(offset) is type(length) is type(raw) is int):
-        raise ValueError("a length is no whole number")
-    blob = PackedBlob(_TYPES[type_], bytes.fromhex(id_), offset, length, raw)
-    check_blob(blob, what, compressed=bool(raw))
+def _blob(value: Any, what: str) -> PackedBlob:
+    try:
+        id_, type_ = bytes.fromhex(value["id"]), _TYPES[value["type"]]
+        offset, length = value["offset"], value["length"]
+        raw_length = value.get("uncompressed_length", 0)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("a blob has not the members it must have") from error
+    # No bool, no float; and fromhex reads past spaces.
+    if len(id_) != 32 or not (type(offset) is type(length) is type(raw_length) is int):
+        raise ValueError("a member of a blob has a wrong form")
+    blob = PackedBlob(type_, id_, offset, length, raw_length)
+    check_blob(blob, what, compressed=raw_length != 0)
     return blob

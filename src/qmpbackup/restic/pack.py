@@ -11,9 +11,8 @@ nothing of indexes, nor of what the blobs mean.
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from qmpbackup.errors import DamagedError
 from qmpbackup.restic.crypto import OVERHEAD, Buffer, Key, seal, unseal
@@ -45,12 +44,11 @@ LARGEST_BLOB: Final = {BlobType.DATA: 128 << 20, BlobType.TREE: 2 << 30}
 tree with a large disk's list of chunks takes 64 MiB a million."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedBlob:
+class PackedBlob(NamedTuple):
     """A blob in a pack: where its sealed form lies there, and what it opens to.
 
     `id` is the SHA-256 of the plaintext, `raw_length` the plaintext's length where the blob is
-    compressed and 0 where it is not.
+    compressed and 0 where it is not. (A tuple, because a large index has millions of them.)
     """
 
     type: BlobType
@@ -232,12 +230,13 @@ def check_blob(blob: PackedBlob, what: str, *, compressed: bool) -> None:
     Raises:
         DamagedError: a length is out of its range, or the end is beyond what a pack can have.
     """
-    fits = 0 <= blob.offset <= blob.offset + blob.length <= LARGEST_PACK
-    if compressed:
-        lengths = blob.length > OVERHEAD and 0 < blob.raw_length <= LARGEST_BLOB[blob.type]
-    else:
-        lengths = blob.length >= OVERHEAD and blob.plain_length <= LARGEST_BLOB[blob.type]
-    if not (fits and lengths):
+    type_, _, offset, length, raw_length = blob
+    plain_length = raw_length if compressed else length - OVERHEAD
+    if not (
+        0 <= offset <= LARGEST_PACK - length
+        and OVERHEAD + compressed <= length
+        and compressed <= plain_length <= LARGEST_BLOB[type_]
+    ):
         raise DamagedError(f"{what} is damaged: it says impossible lengths of a {blob}.")
 
 

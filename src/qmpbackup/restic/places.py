@@ -20,8 +20,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from qmpbackup.restic.pack import BlobType, PackedBlob
 
@@ -43,8 +42,7 @@ class Unusable(Exception):
     """The file is not what was written, or cannot be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a blob lies: id of the pack, and the place in it as in `PackedBlob`."""
 
     pack: bytes
