@@ -11,6 +11,7 @@ view of one of them. Knows manifests and the repository format; must not know QE
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class RepositoryTarget:
     @classmethod
     def of(cls, repository: Repository, identity: VmIdentity) -> Self:
         """The target of a VM, whether or not it has points there."""
-        return cls(repository, folder_name(identity.name or identity.uuid or identity.address))
+        return cls(repository, vm_name(identity))
 
     @classmethod
     def only(cls, repository: Repository, vm: str = "") -> Self:
@@ -274,6 +275,12 @@ class RepositoryTarget:
         del write
         with self.repository.lock(exclusive=remove, wait=wait):
             yield
+
+
+def vm_name(identity: VmIdentity) -> str:
+    """What a VM is called in paths and tags: by its name, else its UUID, else its socket."""
+    named = identity.name or identity.uuid
+    return folder_name(named or re.sub("[^A-Za-z0-9._-]+", "-", identity.address).strip("-."))
 
 
 def disk_file(vm: str, disk_id: str) -> str:
