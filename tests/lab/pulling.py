@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading views over NBD as a backup does, step by step, so that tests can come between the steps."""
+"""Reading views over NBD as a backup does, step by step, so that tests can come between the steps.
 
+As a program it is one whole run that a test may kill: `python -m lab.pulling` with one JSON object,
+the arguments of `command`.
+"""
+
+import json
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +54,7 @@ class Puller:
 
     def __init__(
         self,
-        vm: Qemu,
+        vm: "Qemu | _Named",
         folder: Path,
         bitmaps: Mapping[str, str] | None = None,
         *,
@@ -156,3 +164,46 @@ def collect(
 
 def _ones(chunks: bytes | bytearray) -> list[int]:
     return [index for index, value in enumerate(chunks) if value]
+
+
+def command(
+    socket: Path,
+    folder: Path,
+    bitmaps: Mapping[str, str],
+    way: Way | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A whole run, with a sample on every disk, as a process of its own."""
+    arguments = [str(socket), str(folder), dict(bitmaps), way.value if way else None]
+    tests = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", "lab.pulling", json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **(env or {}), "PYTHONPATH": f"{tests}:{tests.parent / 'src'}"},
+    )
+
+
+class _Named:
+    """Stands for a VM of which only the socket is known."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+
+def main() -> None:
+    """The whole run; its new bitmaps go as well, as after a failure."""
+    socket, folder, bitmaps, way = json.loads(sys.argv[1])
+    run = Puller(_Named(Path(socket)), Path(folder), bitmaps, way=way and Way(way))
+    with run:
+        run.take(samples={seat.number: [0] for seat in run.seats})
+        run.read()
+        run.pull.finish()
+    complaints = run.complaints
+    assert not complaints, complaints
+
+
+if __name__ == "__main__":
+    main()

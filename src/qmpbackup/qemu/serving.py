@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from qmpbackup.errors import CommandError, CommandTimeout
+from qmpbackup.errors import CommandError, CommandTimeout, VmError
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.names import RUN_PREFIX, SERVING, RunNames
 from qmpbackup.qemu.monitor import Monitor
@@ -68,6 +68,8 @@ class Server:
             steps.run()
             if isinstance(error, CommandError) and _TAKEN in error.description:
                 raise ServerTaken from error
+            if isinstance(error, OSError):
+                raise _no_socket(error) from error
             raise
         steps.move_to(undo)
         undo.push("stop the NBD server", lambda: monitor.execute(Command("nbd-server-stop")))
@@ -85,6 +87,13 @@ class Server:
             for add, name in zip(additions, names, strict=True)
         ]
         carry_out(self._monitor, steps, self._undo if undo is None else undo)
+
+
+def _no_socket(error: OSError) -> VmError:
+    return VmError(
+        f"Cannot make a socket in {tempfile.gettempdir()}: {error.strerror or error}.",
+        "Set TMPDIR to a folder with a short name to which you may write.",
+    )
 
 
 def end_exports(monitor: Monitor, names: Iterable[str]) -> None:
@@ -117,8 +126,9 @@ def recover(monitor: Monitor, markers: Iterable[str]) -> Iterator[str]:
         with suppress(CommandError):
             monitor.execute(_close_socket(names))
         if _is_listening(names.run):
-            monitor.execute(Command("nbd-server-stop"))
-            yield "stopped the NBD server"
+            with suppress(CommandError):  # it waits in a monitor that is not this one
+                monitor.execute(Command("nbd-server-stop"))
+                yield "stopped the NBD server"
         for folder in Path(tempfile.gettempdir()).glob(f"{_folder_prefix(names.run)}*"):
             _remove(folder)
 
