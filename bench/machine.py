@@ -56,7 +56,7 @@ def vm(folder: Path, disks: Sequence[Path]) -> Iterator[Path]:
         drive = {"driver": "qcow2", "node-name": disk.stem, "discard": "unmap", "file": file}
         command += ["-blockdev", json.dumps(drive)]
         command += ["-device", f"virtio-blk-pci,drive={disk.stem},id={disk.stem}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(qmp, process)
         yield qmp

@@ -5,7 +5,8 @@
 
 A disk full of this machine's own files is backed up for the first time, with nothing changed, and
 with 1 % of it overwritten at random, and restored. Ours reads a VM that runs; the peers read the same
-bytes from a raw file, warm in the page cache. Whole processes, ours and the peers in turn; times and
+bytes from a raw file, warm in the page cache, whose time is new each time, as that of a VM that runs
+is. Whole processes, ours and the peers in turn; times and
 memory are medians, CPU is user and system time of the process and its children. QEMU's own CPU, which
 our side needs to read, is the column `QEMU`.
 """
@@ -101,8 +102,8 @@ class _Measurement:
             self._report(
                 "nothing changed",
                 Command("qmpbackup", _nothing, [*ours, "--level", "inc"]),
-                Command("restic", _nothing, restic),
-                Command("borg", _nothing, self._borg_create()),
+                Command("restic", self._raw.touch, restic),
+                Command("borg", self._raw.touch, self._borg_create()),
             )
             self._report(
                 "1 % changed",
