@@ -58,7 +58,7 @@ class Puller:
         folder: Path,
         bitmaps: Mapping[str, str] | None = None,
         *,
-        socket: Path | None = None,
+        socket: "Path | str" = "",
         way: Way | None = None,
         chunk: int = CHUNK,
         end_marks: bool = True,

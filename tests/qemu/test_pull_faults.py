@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading views where something goes wrong: an error, never wrong bytes, and nothing for the guest."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab.backups import leftovers
+from lab.disks import MIB, Disk, create, first_difference, pattern
+from lab.pulling import CHUNK, Puller, collect
+from lab.qemu import Qemu
+from qmpbackup import interrupt
+from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
+from qmpbackup.qemu.nbd import Flow
+from qmpbackup.qemu.pull import Way
+
+StartQemu = Callable[..., Qemu]
+SIZE = 20 * MIB
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+
+
+def one_disk(start_qemu: StartQemu, folder: Path, **options: object) -> Qemu:
+    """A VM with one disk full of data."""
+    image = create(folder / "a", SIZE, contents=pattern(SIZE, 1))
+    return start_qemu([Disk("vda", image)], **options)
+
+
+@contextmanager
+def small(path: Path, size: int) -> Iterator[Path]:
+    """A folder with so little room."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    subprocess.run(mount, check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@needs_root
+def test_a_full_scratch_fails_the_run_and_not_the_guest(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    with small(tmp_path / "small", 4 * MIB) as folder:
+        with Puller(vm, folder) as run:
+            run.take()
+            vm.write("vda", 0, SIZE, 9)
+            with pytest.raises(JobError, match="--scratch"):
+                run.read()
+                run.pull.finish()
+        assert run.complaints == []
+    assert leftovers(vm) == []
+    assert vm.qmp("query-status")["running"]
+    assert vm.contents("vda") == b"\x09" * SIZE
+
+
+@needs_root
+def test_a_scratch_that_fills_up_after_the_last_chunk_is_noticed(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    """What was read may be right, but nobody can tell any more."""
+    vm = one_disk(start_qemu, tmp_path)
+    with small(tmp_path / "small", 4 * MIB) as folder, Puller(vm, folder, way=Way.V2) as run:
+        run.take()
+        run.read()
+        run.pull.finish()
+        vm.write("vda", 0, SIZE, 9)
+        with pytest.raises(JobError):
+            run.pull.finish()
+
+
+@needs_root
+def test_a_full_stage_fails_the_run(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    with small(tmp_path / "small", 4 * MIB) as folder:
+        run = Puller(vm, folder, way=Way.STAGED)
+        with run, pytest.raises(StorageError):
+            run.take()
+        assert run.complaints == []
+    assert leftovers(vm) == []
+
+
+def test_nothing_to_read_is_no_fault(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    with Puller(vm, tmp_path) as first:
+        first.take()
+    with Puller(vm, tmp_path, first.bitmaps) as run:
+        run.take()
+        vm.write("vda", 0, SIZE, 9)
+        found = run.read()
+        run.pull.finish()
+    assert found["vda"].wanted == []
+    assert found["vda"].chunks == {}
+    assert run.complaints == []
+
+
+def test_a_qemu_that_dies_ends_the_reading(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    with Puller(vm, tmp_path) as run:
+        run.take()
+        with pytest.raises(ConnectionLost):
+            run.read(Flow(requests=1, buffers=1), after_each=vm.kill)
+
+
+def test_a_signal_ends_the_reading(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = one_disk(start_qemu, tmp_path)
+    with interrupt.held(), Puller(vm, tmp_path) as run:
+        run.take()
+        with pytest.raises(Interrupted):
+            run.read(
+                Flow(requests=1, buffers=1), after_each=lambda: signal.raise_signal(signal.SIGTERM)
+            )
+    assert run.complaints == []
+    assert leftovers(vm) == []
+
+
+def test_a_qemu_of_another_user_needs_no_right_on_our_files(
+    start_qemu: StartQemu, tmp_path: Path, open_folder: Path
+) -> None:
+    image = create(open_folder / "a", SIZE, contents=pattern(SIZE, 2))
+    image.chmod(0o666)
+    vm = start_qemu([Disk("vda", image)], user="nobody")
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    base = vm.contents("vda")
+    with Puller(vm, private) as run:
+        run.take()
+        vm.write("vda", 0, SIZE, 9)
+        found = run.read()
+        run.pull.finish()
+    assert run.complaints == []
+    assert not first_difference(found["vda"].over(bytes(SIZE)), base)
+    assert leftovers(vm) == []
+
+
+def test_over_tcp_qemu_opens_socket_and_files_itself(start_qemu: StartQemu, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    vm = one_disk(start_qemu, tmp_path, args=("-qmp", f"{address},server=on,wait=off"))
+    base = vm.contents("vda")
+    with Puller(vm, tmp_path, socket=address) as run:
+        run.take(samples={0: [1]})
+        vm.write("vda", 0, SIZE, 9)
+        found = run.read()
+        run.pull.finish()
+    assert run.complaints == []
+    assert not first_difference(found["vda"].over(bytes(SIZE)), base)
+    assert leftovers(vm) == []
+    assert not list(tmp_path.glob(".qmpbackup-*"))
+
+
+def test_several_disks_are_open_at_once(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """A disk that is read no further hinders nobody."""
+    images = [create(tmp_path / name, SIZE, contents=pattern(SIZE, 3)) for name in "ab"]
+    vm = start_qemu([Disk("vda", images[0]), Disk("vdb", images[1])])
+    base = vm.contents("vdb")
+    with Puller(vm, tmp_path) as run:
+        run.take()
+        one, two = run.seats
+        with run.pull.open(one) as idle, run.pull.open(two) as disk:
+            chunk = next(idle.chunks())
+            found = collect(disk, CHUNK)
+            chunk.release()
+    assert run.complaints == []
+    assert not first_difference(found.over(bytes(SIZE)), base)
