@@ -74,14 +74,14 @@ class Puller:
         self.complaints: list[str] = []
 
     def __enter__(self) -> Self:
-        self._monitor = Monitor.connect(str(self._socket))
-        self.vm: Vm = inventory.take(self._monitor).vm
+        self.monitor = Monitor.connect(str(self._socket))
+        self.vm: Vm = inventory.take(self.monitor).vm
         self.seats = [self._seat(number, disk) for number, disk in enumerate(self.vm.disks)]
         self.view = View(
-            self._monitor, self.seats, self.names, teardown=self._undo, rollback=self.rollback
+            self.monitor, self.seats, self.names, teardown=self._undo, rollback=self.rollback
         )
         way = self._way or method(self.vm)
-        self.pull = Pull(self._monitor, self.view, self.seats, self.names, way, teardown=self._undo)
+        self.pull = Pull(self.monitor, self.view, self.seats, self.names, way, teardown=self._undo)
         return self
 
     def __exit__(
@@ -91,7 +91,7 @@ class Puller:
         trace: TracebackType | None,
     ) -> None:
         self.complaints = self._undo.run()
-        self._monitor.close()
+        self.monitor.close()
 
     def _seat(self, number: int, disk: Disk) -> Seat:
         return Seat(
@@ -115,7 +115,7 @@ class Puller:
         staged = self.seats if self.pull.way is Way.STAGED else []
         self.pull.prepare(scratches, samples, [self._scratch(seat, "stage") for seat in staged])
         running = self.vm.running
-        with Watchdog.start(self._monitor.fileno() if running else None, None) as watchdog:
+        with Watchdog.start(self.monitor.fileno() if running else None, None) as watchdog:
             instant = self.view.take(watchdog, running)
         self.pull.serve()
         return instant
@@ -126,7 +126,7 @@ class Puller:
             self.names.of(kind, seat.number),
             size=seat.disk.size,
             needed=0,
-            named=not self._monitor.passes_descriptors,
+            named=not self.monitor.passes_descriptors,
             undo=self._undo,
         )
 
