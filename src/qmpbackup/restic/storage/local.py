@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository in a folder of this machine, laid out as restic's local backend does.
+
+A file is written under a temporary name, made durable, renamed, and its folder made durable
+(`qmpbackup.durable`): so a name is there with all its bytes or not at all. Temporary names are no
+names of files, so listings do not show what a run that died has left.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from qmpbackup.durable import storage_error, sync_folder
+from qmpbackup.errors import StorageError
+from qmpbackup.restic.storage.interface import (
+    Buffer,
+    File,
+    Kind,
+    Missing,
+    Refused,
+    Storage,
+    is_name,
+)
+
+_FOLDERS = [kind for kind in Kind if kind is not Kind.CONFIG]
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_MOST_PARTS = 512
+"""Parts that are written at once; writev(2) takes 1024."""
+
+
+class LocalStorage(Storage):
+    """The folder `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._path)
+
+    def create(self) -> None:
+        """Make the folders; those of packs, too, as restic does."""
+        try:
+            for kind in _FOLDERS:
+                _make(self._path / kind)
+            for number in range(256):
+                _make(self._path / Kind.DATA / f"{number:02x}")
+        except OSError as error:
+            raise _failure(f"create {self._path}", error) from error
+
+    def _where(self, file: File) -> Path:
+        if file.kind is Kind.DATA:
+            return self._path / file.kind / file.name[:2] / file.name
+        return self._path / file.kind / file.name
+
+    def save(self, file: File, parts: Sequence[Buffer]) -> None:
+        """Write, fsync, rename, fsync the folder; a file that is there stays as it is."""
+        path = self._where(file)
+        try:
+            if not path.exists():
+                _write(path, parts)
+        except OSError as error:
+            raise _failure(f"write {path}", error) from error
+
+    def load(self, file: File, offset: int = 0, length: int | None = None) -> bytes:
+        """Read a file or a part of it."""
+        path = self._where(file)
+        try:
+            with path.open("rb", buffering=0) as opened:
+                wanted = os.fstat(opened.fileno()).st_size - offset if length is None else length
+                data = _read(opened.fileno(), offset, wanted)
+        except OSError as error:
+            raise _failure(f"read {path}", error) from error
+        if len(data) != wanted:
+            raise StorageError(f"{path} is shorter than it should be.")
+        return data
+
+    def size(self, file: File) -> int:
+        """The length of a file."""
+        path = self._where(file)
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise _failure(f"look at {path}", error) from error
+
+    def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        """What lies in the kind's folder, and for packs in the folders below."""
+        folder = self._path / kind
+        try:
+            folders = [folder]
+            if kind is Kind.DATA:
+                folders += [Path(each.path) for each in os.scandir(folder) if each.is_dir()]
+            for each in folders:
+                for entry in os.scandir(each):
+                    if is_name(entry.name) and entry.is_file():
+                        with suppress(FileNotFoundError):  # removed meanwhile
+                            yield entry.name, entry.stat().st_size
+        except OSError as error:
+            raise _failure(f"read {folder}", error) from error
+
+    def remove(self, file: File) -> None:
+        """Remove a file, durably."""
+        path = self._where(file)
+        try:
+            path.unlink()
+            _sync(path.parent)
+        except OSError as error:
+            raise _failure(f"remove {path}", error) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        return
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_folder(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, parts: Sequence[Buffer]) -> None:
+    temporary = path.with_name(f"{path.name}-tmp-{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(temporary, flags, 0o600)
+    except FileNotFoundError:
+        _make(path.parent)
+        fd = os.open(temporary, flags, 0o600)
+    try:
+        try:
+            _write_all(fd, parts)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _write_all(fd: int, parts: Sequence[Buffer]) -> None:
+    waiting = [memoryview(part) for part in parts if len(part)]
+    while waiting:
+        written = os.writev(fd, waiting[:_MOST_PARTS])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.pop(0))
+        if written:
+            waiting[0] = waiting[0][written:]
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    pieces: list[bytes] = []
+    while length > 0 and (piece := os.pread(fd, length, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _failure(action: str, error: OSError) -> StorageError:
+    said = storage_error(action, error)
+    if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+        return Missing(said.message, said.hint)
+    if error.errno in _REFUSED:
+        return Refused(said.message, said.hint)
+    return said
