@@ -3,8 +3,10 @@
 
 The cache is a few sorted files (`places.py`), each made of whole index files, whose names are hashes
 of their contents: a cache file is right as long as the repository lists the index files in it, and
-what is damaged, foreign or outdated is made anew. Chosen over sqlite3 by measurement with 10 million
-blobs, see bench/index.py: quicker to build and to ask, smaller, and it notices flipped bits.
+what is damaged, foreign or outdated is made anew. Measured against sqlite3 (one table WITHOUT ROWID)
+with 2.5 million blobs it is built in a third of the time, which grows with their number and not
+faster, answers "not there" in half of it, takes 49 bytes a blob where sqlite3 takes 62, and notices
+flipped bits; 10 million blobs (bench/index.py): 43 s to build, 3 to 7 µs a question, 81 MiB of memory.
 
 A cache holds ids and places in the clear, that is hashes of what was stored, and neither contents
 nor keys; its folder is for its user alone. Without a folder the same files lie nameless in the
@@ -152,9 +154,15 @@ class BlobIndex:
         for id_ in ids:
             yield id_, self.find(type_, id_)
 
-    def files(self) -> tuple[Places, ...]:
-        """The files of places themselves, for who has to go through all of them."""
-        return self._files
+    def packs(self) -> set[bytes]:
+        """All packs that index files name, with their lengths by them, as `PackSize.compact`.
+
+        Takes about 130 bytes of memory a pack.
+
+        Raises:
+            StorageError: the cache was damaged, and could not be made anew.
+        """
+        return self._ask(lambda files: {p.compact() for each in files for p in each.pack_sizes()})
 
     def add(self, pack: str, blobs: Iterable[PackedBlob]) -> None:
         """Know the blobs of a pack that this run has stored and no index file names yet."""

@@ -28,6 +28,8 @@ _LENGTH = struct.Struct("<I")
 _PLAIN = struct.Struct("<BI32s")
 _COMPRESSED = struct.Struct("<BII32s")
 _COMPRESSED_BIT = 2
+EMPTY_PACK: Final = OVERHEAD + _LENGTH.size
+"""Bytes of a pack beside its blobs and their entries."""
 _ENTRIES_AT_ONCE = 64
 _UNKNOWN_SIZE = frozenset({-1, (1 << 64) - 1})
 
@@ -126,7 +128,7 @@ class PackBuilder:
     @property
     def size(self) -> int:
         """Bytes that the pack would have now."""
-        return self._body + self._header + OVERHEAD + _LENGTH.size
+        return self._body + self._header + EMPTY_PACK
 
     @property
     def count(self) -> int:
@@ -145,7 +147,7 @@ class PackBuilder:
         self._blobs.append(PackedBlob(type_, id_, self._body, len(sealed), raw_length))
         self._parts.append(sealed)
         self._body += len(sealed)
-        self._header += (_COMPRESSED if raw_length else _PLAIN).size
+        self._header += entry_size(raw_length)
 
     def finish(self, key: Key) -> tuple[str, list[Buffer], tuple[PackedBlob, ...]]:
         """The pack's name, the parts it is made of, and its blobs.
@@ -162,6 +164,11 @@ class PackBuilder:
         for part in parts:
             digest.update(part)
         return digest.hexdigest(), parts, blobs
+
+
+def entry_size(raw_length: int) -> int:
+    """Bytes of a blob's entry in the header of its pack."""
+    return (_COMPRESSED if raw_length else _PLAIN).size
 
 
 def encode_header(key: Key, blobs: tuple[PackedBlob, ...]) -> bytes:
@@ -251,7 +258,7 @@ def read_header(storage: Storage, key: Key, name: str, size: int) -> tuple[Packe
     if size <= _LENGTH.size:
         raise DamagedError(f"{what} is damaged: it is too short.")
     file = File(Kind.DATA, name)
-    wanted = min(size, OVERHEAD + _LENGTH.size + _ENTRIES_AT_ONCE * _COMPRESSED.size)
+    wanted = min(size, EMPTY_PACK + _ENTRIES_AT_ONCE * _COMPRESSED.size)
     tail = storage.load(file, size - wanted, wanted)
     needed = trailer_size(tail, size, what)
     if needed > wanted:

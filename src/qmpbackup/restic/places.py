@@ -20,9 +20,9 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
-from qmpbackup.restic.pack import BlobType, PackedBlob
+from qmpbackup.restic.pack import EMPTY_PACK, BlobType, PackedBlob, entry_size
 
 RECORD: Final = struct.Struct("=32sIIII")
 _PACK: Final = struct.Struct("=32sI")
@@ -53,6 +53,22 @@ class Place(NamedTuple):
     def packed(self, type_: BlobType, id_: bytes) -> PackedBlob:
         """The same as an entry of the pack."""
         return PackedBlob(type_, id_, self.offset, self.length, self.raw_length)
+
+
+class PackSize(NamedTuple):
+    """How long a pack is by an index."""
+
+    pack: bytes
+    size: int
+
+    def compact(self) -> bytes:
+        """The same in 40 bytes, for large sets."""
+        return self.pack + self.size.to_bytes(8, "big")
+
+    @classmethod
+    def of(cls, compact: bytes) -> Self:
+        """What `compact` returned, again."""
+        return cls(compact[:_ID], int.from_bytes(compact[_ID:], "big"))
 
 
 class Places:
@@ -179,10 +195,9 @@ class Places:
 
     def intact(self) -> bool:
         """Whether all of it is as it was written."""
-        bits = min(self._bits, (self.count // _A_PART).bit_length())
         try:
-            for prefix in range(1 << bits):
-                self.checked_records(prefix, bits)
+            for prefix in self._parts():
+                self.checked_records(*prefix)
         except Unusable:
             return False
         return True
@@ -199,10 +214,25 @@ class Places:
             data = self._read(self._packs_at + first * _PACK.size, count * _PACK.size)
             yield from _PACK.iter_unpack(data)
 
-    @property
-    def pack_count(self) -> int:
-        """How many rows `packs` has."""
-        return self._packs
+    def pack_sizes(self) -> Iterator[PackSize]:
+        """Its packs, each with the bytes that it has if it is made of the blobs here.
+
+        Raises:
+            Unusable: the file is damaged.
+        """
+        sizes = array("Q", [EMPTY_PACK]) * self._packs
+        for prefix in self._parts():
+            words = memoryview(self.checked_records(*prefix)).cast("I")
+            columns = (words[column::_WORDS] for column in (_ROW, _ROW + 2, _ROW + 3))
+            for row, length, raw_length in zip(*columns, strict=True):
+                sizes[row & ~_TREE] += length + entry_size(raw_length)
+        for row, (pack, _) in enumerate(self.packs()):
+            yield PackSize(pack, sizes[row])
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Prefixes, each with its bits, that cut the records into parts of a moderate size."""
+        bits = min(self._bits, (self.count // _A_PART).bit_length())
+        return ((prefix, bits) for prefix in range(1 << bits))
 
     def _read(self, offset: int, length: int) -> bytes:
         try:
