@@ -3,6 +3,7 @@
 and the next run starts a new chain of just the disks that need it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +25,34 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield stage
 
 
+def stored(stage: Scene, number: int) -> Path:
+    """The file of vda in a point."""
+    (name,) = (d["file"] for d in manifests(stage.target)[number]["disks"] if d["id"] == "vda")
+    return stage.target / str(name)
+
+
 def newest(stage: Scene) -> Path:
     """The newest file of vda."""
-    (name,) = (d["file"] for d in manifests(stage.target)[-1]["disks"] if d["id"] == "vda")
-    return stage.target / str(name)
+    return stored(stage, -1)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file's data."""
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 8]))
+
+
+def marks(stage: Scene) -> list[str]:
+    """What the target says to be damaged."""
+    return sorted(path.name for path in stage.target.rglob("*.damaged"))
+
+
+def levels(result: cli.Result) -> dict[str, str]:
+    """The levels of the disks of a point that was made."""
+    return {disk["id"]: disk["level"] for disk in json.loads(result.out)["point"]["disks"]}
 
 
 def missing(stage: Scene) -> None:
@@ -49,7 +74,21 @@ def a_folder_in_its_place(stage: Scene) -> None:
     newest(stage).mkdir()
 
 
-@pytest.mark.parametrize("damage", [missing, truncated, grown, a_folder_in_its_place])
+def flipped(stage: Scene) -> None:
+    flip(newest(stage))
+
+
+def exchanged(stage: Scene) -> None:
+    """The two newest files of vda change places; both are of one length."""
+    one, other = newest(stage), stored(stage, -2)
+    length = max(one.stat().st_size, other.stat().st_size)
+    assert one.stat().st_size == other.stat().st_size == length
+    contents = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(contents)
+
+
+@pytest.mark.parametrize("damage", [missing, truncated, grown, flipped, a_folder_in_its_place])
 def test_a_damaged_newest_file(
     stage: Scene, tmp_path: Path, damage: Callable[[Scene], None]
 ) -> None:
@@ -103,3 +142,72 @@ def test_a_lost_owner_file_stops_writing_with_a_sentence(stage: Scene) -> None:
     (stage.target / "vm.json").unlink()
     refused = cli.run(*stage.arguments("auto", stage.vm.socket)).check(DAMAGED)
     assert "vm.json" in refused.err
+
+
+@pytest.mark.parametrize("damage", [flipped, exchanged])
+def test_damage_to_the_newest_file_is_found_by_the_next_run_itself(
+    stage: Scene, tmp_path: Path, damage: Callable[[Scene], None]
+) -> None:
+    for _ in range(2):
+        stage.write()
+        cli.run(*stage.arguments("inc", stage.vm.socket)).check()
+    damage(stage)
+    stage.write()
+    refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+    assert "Disk vda" in refused.err
+    made = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+    assert levels(made) == {"vda": "full", "vdb": "inc"}
+    check_newest(stage, tmp_path)
+    stage.make_good("inc")
+
+
+@pytest.mark.parametrize("finder", ["verify", "restore"])
+def test_a_flipped_bit_that_was_found_is_remembered(
+    stage: Scene, tmp_path: Path, finder: str
+) -> None:
+    stage.write()
+    cli.run(*stage.arguments("inc", stage.vm.socket)).check()
+    full = stored(stage, 0)
+    good = full.read_bytes()
+    flip(full)
+    output = ("--output", tmp_path / "no") if finder == "restore" else ()
+    cli.run(finder, "--target", stage.target, *output).check(DAMAGED)
+    assert marks(stage) == [f"vda.{full.name}.damaged"]
+    listed = cli.run("list", "--target", stage.target).check(DAMAGED)
+    assert f"vda/{full.name}" in listed.err
+    assert all(point["id"] in listed.err for point in manifests(stage.target))
+    objects = cli.run("list", "--target", stage.target, "--json").check(DAMAGED).objects
+    assert [each["damaged"] for each in objects] == [["vda"], ["vda"]]
+    refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+    assert full.name in refused.err
+    if finder == "verify":
+        made = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+        assert levels(made) == {"vda": "full", "vdb": "inc"}
+        check_newest(stage, tmp_path)
+    full.write_bytes(good)
+    cli.run("verify", "--target", stage.target).check()
+    assert marks(stage) == []
+    cli.run("list", "--target", stage.target).check()
+    stage.make_good("inc")
+
+
+def test_damage_is_told_where_no_mark_can_be_left(stage: Scene, tmp_path: Path) -> None:
+    full = stored(stage, 0)
+    flip(full)
+    (stage.target / "points" / f"vda.{full.name}.damaged.tmp").mkdir()
+    found = cli.run("verify", "--target", stage.target).check(DAMAGED)
+    assert full.name in found.out
+    assert "could not be marked" in found.err
+    output = ("--output", tmp_path / "no")
+    found = cli.run("restore", "--target", stage.target, *output).check(DAMAGED)
+    assert full.name in found.err
+
+
+@pytest.mark.parametrize("spoilt", ["", "{}", "[" * 100_000])
+def test_a_mark_that_cannot_be_read_counts(stage: Scene, spoilt: str) -> None:
+    mark = stage.target / "points" / f"vda.{stored(stage, 0).name}.damaged"
+    mark.write_text(spoilt)
+    refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+    assert "Disk vda" in refused.err
+    cli.run("verify", "--target", stage.target).check()
+    stage.make_good("inc")

@@ -73,6 +73,7 @@ class Machine(RuleBasedStateMachine):
         world.repair()
         world.back_up("auto")
         world.verify()
+        assert world.marks == [], "what is whole again still counts as damaged"
         for point in list(world.points):
             world.restore(point)
 

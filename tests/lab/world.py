@@ -25,6 +25,8 @@ from lab.qemu import Qemu
 from lab.qmp import QmpError
 
 SIZE = 10 * MIB
+MARK = ".damaged"
+"""What notes in the target end with that say which files are known to be damaged."""
 OWN_FILES = {"vm.json", ".lock", ".lock-remove"}
 DONE, DEGRADED, USAGE, NO_INCREMENTAL, VM, DAMAGED, KILLED = 0, 3, 2, 4, 6, 8, -9
 
@@ -431,6 +433,11 @@ class World:
         for path in bad:
             assert path.name in result.out, str(result)
 
+    @property
+    def marks(self) -> list[str]:
+        """What the target says to be damaged."""
+        return sorted(path.name for path in self._paths() if path.name.endswith(MARK))
+
     def _needed(self, point: str) -> set[Path]:
         """The files that a point is made of."""
         disks = self._stored(manifests(self.target))
@@ -550,6 +557,7 @@ class World:
         named = {disk["file"] for point in points for disk in point["disks"]}
         named |= {f"points/{point['id']}.json" for point in points}
         found = {str(path.relative_to(self.target)) for path in self._paths()} - OWN_FILES
+        found = {each for each in found if not each.endswith(MARK)}
         assert found <= named, f"left in the target: {found - named}"
         assert {self.target / each for each in named - found} <= set(self.damaged), named - found
         for disk in self.disks:

@@ -4,7 +4,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT")
 _RIGHT = {"SIZE"}
+_SHOWN = 5
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +27,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "list",
         help="list the restore points of a target",
         description="List the restore points of a target, oldest first. Exit code 8 if a manifest "
-        "is damaged; the others are listed all the same.",
+        "is damaged, or an earlier command has found a file damaged; all the others are listed all "
+        "the same.",
     )
     add_target(parser)
     add_vm(parser)
@@ -39,15 +42,31 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpbackup.service import show
 
     inventory = show.inventory(arguments.target, arguments.lock_wait, arguments.vm)
-    lines = map(_json_line, inventory.points) if arguments.json else table(inventory.points)
-    say(*lines)
+    broken = {each.id: show.known_damage(inventory, each) for each in inventory.points}
+    if arguments.json:
+        say(*(_json_line(point, broken[point.id]) for point in inventory.points))
+    else:
+        say(*table(inventory.points))
     if not (inventory.points or inventory.damaged or arguments.json):
         print("There is no restore point yet.", file=sys.stderr)
-    return warn(inventory.damaged)
+    marked = (
+        replace(each, reason=f"{each.reason}. {_needed_by(each.path, broken)}")
+        for each in inventory.marked
+    )
+    return warn((*inventory.damaged, *marked))
+
+
+def _needed_by(file: str, broken: "Mapping[str, Mapping[str, Sequence[str]]]") -> str:
+    """Which points need a damaged file, in a sentence."""
+    points = [
+        point for point, disks in broken.items() if any(file in files for files in disks.values())
+    ]
+    more = f" and {len(points) - _SHOWN} more" if len(points) > _SHOWN else ""
+    return f"It is needed by {', '.join(points[:_SHOWN]) or 'no point'}{more}."
 
 
 def warn(damaged: "Sequence[Damage]") -> int:
-    """Name damaged manifests on stderr; return the exit code that they mean."""
+    """Name what is damaged on stderr; return the exit code that they mean."""
     import logging
 
     from qmpbackup.errors import DamagedError
@@ -57,7 +76,7 @@ def warn(damaged: "Sequence[Damage]") -> int:
     return DamagedError.exit_code if damaged else 0
 
 
-def _json_line(point: "Point") -> str:
+def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
     return json.dumps(
         {
             "schema": 1,
@@ -70,6 +89,7 @@ def _json_line(point: "Point") -> str:
             "consistency": point.consistency,
             "size": point.size,
             "merged": [{"id": each.id, "into": each.into} for each in point.merged],
+            "damaged": list(damaged),
         }
     )
 

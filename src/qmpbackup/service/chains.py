@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open the files that a disk of a point is made of, ready for qemu-img and for their digests.
 
-What restore and verify share. Knows target and images; must not know where the data goes.
+What restore, verify and backup share. Knows target and images; must not know where the data goes.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError
+from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
 from qmpbackup.qemu import images
 from qmpbackup.qemu.images import Layer
 from qmpbackup.target.digest import digest
 from qmpbackup.target.directory import DirectoryTarget
+
+SMALL = 64 * 1024 * 1024
+"""Bytes of a file that is read whole before a backup builds on it: below a second from most disks."""
 
 _HINT = "Put back an unharmed copy of it, or restore a point that does not need it."
 
@@ -50,26 +53,66 @@ def opened(
     with ExitStack() as stack:
         files: list[OpenFile] = []
         for link in links:
-            fd = target.open_file(link.disk.file)
-            stack.callback(os.close, fd)
-            check_length(target, link.disk, fd)
+            with marking(target, link.disk):
+                fd = target.open_file(link.disk.file)
+                stack.callback(os.close, fd)
+                check_length(target, link.disk, fd)
             files.append(OpenFile(link, fd))
         with storage_errors(f"read the files of disk {disk.id}"):
-            check_links(files, disk)
+            _check_links(target, files, disk)
         yield tuple(files)
 
 
-def check_links(files: Sequence[OpenFile], disk: StoredDisk) -> None:
-    """The links inside the images are those of the manifests, and the last is the disk's size.
+def _check_links(target: DirectoryTarget, files: Sequence[OpenFile], disk: StoredDisk) -> None:
+    """The links inside the images are those of the manifests, and the last is the disk's size."""
+    parent = ""
+    for file in files:
+        with marking(target, file.link.disk):
+            header = images.check_link(file.layer, parent)
+            parent = file.layer.name
+            if file is files[-1] and not disk.snapshot and header.size != disk.size:
+                raise DamagedError(
+                    f"{disk.file} is an image of {header.size} bytes instead of {disk.size}.", _HINT
+                )
 
-    Raises:
-        DamagedError: they are not.
+
+@contextmanager
+def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
+    """Mark the file of a disk in the target if the block finds it damaged."""
+    try:
+        yield
+    except DamagedError as error:
+        target.mark_damaged(disk, error.message)
+        raise
+
+
+def fault(target: DirectoryTarget, points: Iterable[Point], point: Point, disk_id: str) -> str:
+    """Why the files of a disk of a point cannot be built upon, as far as a look inside is cheap.
+
+    All headers are read, and the whole of the newest file if it is small: an incremental mostly is,
+    and then reading it costs about what writing it did. Empty if nothing speaks against them.
     """
-    headers = images.check_chain([file.layer for file in files])
-    if not disk.snapshot and headers[-1].size != disk.size:
-        raise DamagedError(
-            f"{disk.file} is an image of {headers[-1].size} bytes instead of {disk.size}.", _HINT
-        )
+    try:
+        links = chain(points, point, disk_id)
+        parent = ""
+        for link in links:
+            _check_inside(target, link.disk, parent, whole=link is links[-1])
+            parent = link.disk.file.rpartition("/")[2]
+    except (DamagedError, StorageError) as error:
+        return error.message.removesuffix(".")
+    return ""
+
+
+def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, whole: bool) -> None:
+    fd = target.open_file(disk.file)
+    try:
+        check_length(target, disk, fd)
+        with storage_errors(f"read {target.path / disk.file}"):
+            images.check_link(Layer(fd, disk.file.rpartition("/")[2]), parent)
+        if whole and disk.file_size <= SMALL:
+            check_digest(target, disk, fd)
+    finally:
+        os.close(fd)
 
 
 def check_length(target: DirectoryTarget, disk: StoredDisk, fd: int) -> None:

@@ -209,7 +209,7 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
         yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
         return
     stored = target.load()
-    for damage in stored.damaged:
+    for damage in (*stored.damaged, *stored.marked):
         yield Finding(
             "target",
             Health.PROBLEM,

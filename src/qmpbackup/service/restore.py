@@ -278,7 +278,8 @@ def _fill(target: DirectoryTarget, source: _Source, partial: _Partial, format_: 
 def _verify(target: DirectoryTarget, source: _Source, child: Child | None = None) -> None:
     """Read the digests of a chain; stop early where the copy has failed for want of room."""
     for file in source.files:
-        chains.check_digest(target, file.link.disk, file.fd, _stop_with(child))
+        with chains.marking(target, file.link.disk):
+            chains.check_digest(target, file.link.disk, file.fd, _stop_with(child))
 
 
 def _stop_with(child: Child | None) -> Callable[[], None] | None:

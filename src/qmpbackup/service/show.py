@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at the points of a target; what `list` and `show` print, and how a point is found."""
 
+from contextlib import suppress
+
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.model import Place, Point
-from qmpbackup.plan.chain import LATEST, find
+from qmpbackup.plan.chain import LATEST, chain, find
 from qmpbackup.service.targets import Target, opened
 from qmpbackup.target.inventory import Inventory
 
@@ -21,6 +23,18 @@ def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
             found = target.load()
         _require_own_points(target, found)
         return found
+
+
+def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
+    """The disks of a point that need files which are known to be damaged, and those files."""
+    bad = {each.path for each in found.marked}
+    needed: dict[str, tuple[str, ...]] = {}
+    for disk in point.disks if bad else ():
+        with suppress(DamagedError):  # what is wrong with a manifest is said elsewhere
+            files = [link.disk.file for link in chain(found.points, point, disk.id)]
+            if bad.intersection(files):
+                needed[disk.id] = tuple(file for file in files if file in bad)
+    return needed
 
 
 def point(place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = "") -> Point:

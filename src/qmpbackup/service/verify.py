@@ -2,7 +2,8 @@
 """Prove that what a target holds is what was written, and that nothing else lies there.
 
 Every file is read once, however many points need it: length, digest, links inside the images, and
-QEMU's own check of their metadata. Nothing is changed.
+QEMU's own check of their metadata. Nothing is changed but marks: files found damaged get one, those
+found whole lose it.
 """
 
 import logging
@@ -83,6 +84,8 @@ def verify(request: Request) -> Report:
         verdicts = tuple(Verdict(point, check.problems_of(point)) for point in points)
         if one:
             return Report(verdicts, files=check.files, size=check.size)
+        if not inventory.damaged:  # else nobody knows what is needed
+            check.forget_stale_marks()
         extra, foreign = _unnamed(names, unfinished, inventory.points)
         return Report(verdicts, inventory.damaged, extra, foreign, check.files, check.size)
 
@@ -104,6 +107,7 @@ class _Verification:
         self._target = target
         self._points = points
         self._seen: dict[tuple[str, int, str, str], str] = {}
+        self._damaged: set[str] = set()
         self.files = 0
         self.size = 0
 
@@ -148,8 +152,19 @@ class _Verification:
         except Interrupted:
             raise
         except QmpBackupError as error:
+            if isinstance(error, DamagedError):
+                self._target.mark_damaged(disk, error.message)
+                self._damaged.add(disk.file)
             return error.message
+        if disk.file not in self._damaged:
+            self._target.remove_mark(disk.file)
         return ""
+
+    def forget_stale_marks(self) -> None:
+        """Remove marks of files that no point needs any more."""
+        known = {disk.file for point in self._points for disk in point.disks}
+        for file in set(self._target.marked_files()) - known:
+            self._target.remove_mark(file)
 
     def _check(self, disk: StoredDisk, fd: int, parent: str) -> None:
         name = disk.file.rpartition("/")[2]

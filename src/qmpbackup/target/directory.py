@@ -3,6 +3,7 @@
 
     <target>/vm.json                        which VM it belongs to, and the target's id
     <target>/points/<id>.json               manifests; a point exists if its manifest does
+    <target>/points/<file>.damaged          files that were found damaged, see `marks`
     <target>/<folder of the disk>/FULL-…    what the manifests name
 
 Knows manifests and folders; must not know QEMU, nor what is inside the images.
@@ -22,10 +23,10 @@ from qmpbackup import durable
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError, UsageError
 from qmpbackup.filelock import locked
-from qmpbackup.model import Level, Point, VmIdentity
+from qmpbackup.model import Level, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.chain import chain, ordered
 from qmpbackup.plan.names import TARGET_ID
-from qmpbackup.target import manifest, pending
+from qmpbackup.target import manifest, marks, pending
 from qmpbackup.target.folder import Folder
 from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
 from qmpbackup.target.names import (
@@ -257,17 +258,18 @@ class DirectoryTarget:
                             points.append(_read_point(folder, name))
                         except QmpBackupError as error:
                             damaged.append(Damage(f"{POINTS}/{name}", error.message))
-        return Inventory(ordered(points), tuple(damaged))
+            marked = _marked(top, points)
+        return Inventory(ordered(points), tuple(damaged), marked)
 
     def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
         """Why the files of a disk of a point cannot be whole; empty if nothing speaks against it.
 
-        Looks at manifests, names and lengths only, never into a file.
+        Looks at manifests, names, lengths and marks only, never into a file.
         """
         try:
             with Folder.open(self.path) as top:
                 for link in chain(points, point, disk_id):
-                    reason = _file_fault(top, link.disk.file, link.disk.file_size)
+                    reason = _file_fault(top, link.disk)
                     if reason:
                         return reason
         except QmpBackupError as error:
@@ -275,6 +277,35 @@ class DirectoryTarget:
         except OSError as error:
             return f"{self.path}: {error.strerror}"
         return ""
+
+    def mark_damaged(self, disk: StoredDisk, reason: str) -> None:
+        """Leave a mark that the file of a disk is damaged, so that no later run builds on it.
+
+        The one who found it has worse to tell, so what goes wrong here is only logged.
+        """
+        try:
+            with storage_errors("write into it"), Folder.open(self.path) as top:
+                marks.put(top, disk, reason)
+        except QmpBackupError as error:
+            log.warning(
+                "The target could not be marked: %s The next backup may build on %s.",
+                error.message,
+                disk.file,
+            )
+
+    def remove_mark(self, file: str) -> None:
+        """Remove the mark of a file, if it has one; what goes wrong is only logged."""
+        try:
+            with storage_errors(f"remove the mark of {file}"), Folder.open(self.path) as top:
+                if marks.remove(top, file):
+                    log.info("%s does not count as damaged any more.", file)
+        except QmpBackupError as error:
+            log.warning("%s", error)
+
+    def marked_files(self) -> tuple[str, ...]:
+        """Names of all files that have a mark, also one that means nothing any more."""
+        with storage_errors(f"read {self.path}"), Folder.open(self.path) as top:
+            return marks.marked_files(top) if top.exists(POINTS) else ()
 
     def open_file(self, name: str) -> int:
         """Open a backup file, `<folder>/<NAME>`, for reading; the caller closes it.
@@ -397,8 +428,17 @@ def _read_point(folder: Folder, name: str) -> Point:
     return point
 
 
-def _file_fault(top: Folder, name: str, size: int) -> str:
+def _marked(top: Folder, points: Iterable[Point]) -> tuple[Damage, ...]:
+    """The files of these points that have a mark, each once."""
+    files = set(marks.marked_files(top))
+    disks = {disk.file: disk for point in points for disk in point.disks if disk.file in files}
+    found = ((file, marks.find(top, disk)) for file, disk in sorted(disks.items()))
+    return tuple(Damage(file, mark.text) for file, mark in found if mark)
+
+
+def _file_fault(top: Folder, disk: StoredDisk) -> str:
     """Why a file cannot be the one that its manifest means; empty if it can."""
+    name = disk.file
     file = parse_file(name)
     if file is None:
         return f"{name} is not the name of a backup file"
@@ -407,4 +447,7 @@ def _file_fault(top: Folder, name: str, size: int) -> str:
             found = folder.size(file.name)
     except FileNotFoundError:
         return f"{name} is missing"
-    return "" if found == size else f"{name} has {found} bytes instead of {size}"
+    if found != disk.file_size:
+        return f"{name} has {found} bytes instead of {disk.file_size}"
+    mark = marks.find(top, disk)
+    return f"{name}: {mark.text}" if mark else ""

@@ -16,10 +16,14 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """All points of a target in the order of their commits, and what could not be read."""
+    """All points of a target in the order of their commits, and what could not be read.
+
+    `marked` are backup files that an earlier command has found damaged.
+    """
 
     points: tuple[Point, ...] = ()
     damaged: tuple[Damage, ...] = ()
+    marked: tuple[Damage, ...] = ()
 
 
 def same_vm(one: VmIdentity, other: VmIdentity) -> bool:

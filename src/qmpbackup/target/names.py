@@ -13,6 +13,7 @@ REMOVER_LOCK = ".lock-remove"
 MANIFEST = ".json"
 JOURNAL = ".pending"
 PARTIAL = ".partial"
+MARK = ".damaged"
 
 LONGEST_FOLDER = 128
 """Bytes of the longest folder name; leaves room below every file system's limit."""

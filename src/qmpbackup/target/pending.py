@@ -26,6 +26,7 @@ from qmpbackup.target.manifest import LARGEST, SCHEMA, decode, encode, parse_obj
 from qmpbackup.target.names import (
     JOURNAL,
     MANIFEST,
+    MARK,
     PARTIAL,
     POINTS,
     FileName,
@@ -240,7 +241,7 @@ def recover(root: Path) -> list[str]:
         with top.sub(POINTS) as points:
             names = points.names()
             for name in names:
-                if name.endswith((MANIFEST + TEMPORARY, JOURNAL + TEMPORARY)):
+                if name.endswith(tuple(end + TEMPORARY for end in (MANIFEST, JOURNAL, MARK))):
                     points.remove(name)
         ids = [name.removesuffix(JOURNAL) for name in names if name.endswith(JOURNAL)]
         return [_recover_point(top, each) for each in ids if is_point_id(each)]

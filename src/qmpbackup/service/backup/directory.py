@@ -41,7 +41,12 @@ class Directory:
         """Why the files of a disk of a point cannot be built upon."""
         if self._target is None:
             return ""
-        return self._target.quick_check(point, disk_id, self.stored.points)
+        reason = self._target.quick_check(point, disk_id, self.stored.points)
+        if reason:
+            return reason
+        from qmpbackup.service import chains
+
+        return chains.fault(self._target, self.stored.points, point, disk_id)
 
     def distrust(self, disks: frozenset[str]) -> None:
         """QEMU copies; there is nothing to audit."""
