@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository: its key and configuration, and on them its files, snapshots, blobs and locks.
+
+What is read is checked before anybody sees it: the name is the hash of what is stored, the
+authentication code fits, and nothing grows beyond its bounds when it is decompressed. Snapshots that
+were read once are kept in a cache. Knows nothing of how a storage stores, nor what trees mean.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, Self
+
+from qmpbackup import interrupt
+from qmpbackup.errors import (
+    DamagedError,
+    NoSuchTarget,
+    QmpBackupError,
+    UsageError,
+    WrongPassword,
+)
+from qmpbackup.restic import config as configs
+from qmpbackup.restic import index, keyfile, lock, snapshot, tree
+from qmpbackup.restic.blobs import BlobIndex, Place, cache_folder
+from qmpbackup.restic.cache import Cache
+from qmpbackup.restic.config import Config
+from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
+from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob
+from qmpbackup.restic.snapshot import Snapshot
+from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage
+from qmpbackup.restic.tree import Node
+
+_log = logging.getLogger(__name__)
+
+_LARGEST: Final = {
+    Kind.CONFIG: configs.LARGEST,
+    Kind.KEY: keyfile.LARGEST,
+    Kind.LOCK: lock.LARGEST,
+    Kind.SNAPSHOT: snapshot.LARGEST,
+    Kind.INDEX: 32 * index.LARGEST,
+}
+"""Bytes of JSON that are believed of each kind."""
+
+_MOST_KEYS: Final = 20
+"""Key files that are tried; as many as restic tries."""
+
+_COMPRESSED: Final = b"\x02"
+_JSON: Final = (b"{", b"[")
+_LEVEL: Final = 3
+_AT_ONCE: Final = 8
+
+
+class Repository:
+    """An open repository. All methods may be called from several threads."""
+
+    def __init__(self, storage: Storage, key: Key, config: Config, cache: Path | None) -> None:
+        self._storage = storage
+        self.key = key
+        self.config = config
+        self._folder = cache
+        self._cache = Cache(cache / config.id / "files" if cache else None, key)
+        self._index: BlobIndex | None = None
+        self._opening = threading.Lock()
+        self._held: lock.Held | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """Where it lies."""
+        return self._storage
+
+    @classmethod
+    def create(
+        cls,
+        storage: Storage,
+        password: str,
+        *,
+        cost: keyfile.Scrypt | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> Self:
+        """Make a repository of version 2 with one key.
+
+        `cost` is what scrypt may cost on this machine unless given; `environment` says where caches
+        are.
+
+        Raises:
+            UsageError: there is a repository, or what is left of one.
+            StorageError: it could not be written.
+        """
+        _refuse_existing(storage)
+        storage.create()
+        key, config = Key.random(), configs.create()
+        data = keyfile.create(key, password, cost)
+        file = File(Kind.KEY, hashlib.sha256(data).hexdigest())
+        storage.save(file, [data])
+        try:
+            storage.save(CONFIG, [seal(key, configs.encode(config))])
+        except BaseException:
+            with suppress(QmpBackupError):
+                storage.remove(file)
+            raise
+        return cls(storage, key, config, cache_folder(environment))
+
+    @classmethod
+    def open(
+        cls, storage: Storage, password: str, *, environment: Mapping[str, str] = os.environ
+    ) -> Self:
+        """Open a repository. `environment` says where caches are, and which key to try first.
+
+        Raises:
+            NoSuchTarget: there is none.
+            WrongPassword: no key is for this password.
+            DamagedError: its configuration or its keys are damaged.
+            UsageError: its version is not known here.
+        """
+        try:
+            sealed = _bounded(storage, CONFIG, storage.size(CONFIG))
+        except Missing as error:
+            raise NoSuchTarget(
+                f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
+            ) from error
+        key = _unlock(storage, password, environment.get("RESTIC_KEY_HINT", ""))
+        config = configs.parse(unseal(key, sealed, "The repository's config"))
+        return cls(storage, key, config, cache_folder(environment))
+
+    def close(self) -> None:
+        """Let go of the index; the storage stays open, as it was opened by others."""
+        with self._opening:
+            if self._index is not None:
+                self._index.close()
+                self._index = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # Files that are one JSON document each
+
+    def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:
+        """The JSON of an index, a snapshot or a lock. `size` is its length where it is known.
+
+        Raises:
+            DamagedError: it is not what was stored under its name.
+            Missing: there is no such file.
+            StorageError: it cannot be read.
+        """
+        file = File(kind, name)
+        stored = _bounded(self.storage, file, size)
+        if hashlib.sha256(stored).hexdigest() != name:
+            raise DamagedError(f"{_called(file)} is damaged: its hash is not its name.")
+        return _decompress(unseal(self.key, stored, _called(file)), kind, _called(file))
+
+    def seal_unpacked(self, kind: Kind, data: bytes) -> tuple[str, bytes]:
+        """Name and bytes of a file with this JSON.
+
+        It is opened again before anybody may store it, as in restic: a bit that fell over in memory
+        shows here.
+
+        Raises:
+            DamagedError: this machine's memory or processor fails.
+        """
+        plain = data
+        if self.config.version > 1:
+            import zstandard
+
+            plain = _COMPRESSED + zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+        sealed = seal(self.key, plain)
+        what = f"What was to be stored in {kind}"
+        if _decompress(unseal(self.key, sealed, what), kind, what) != data:
+            raise DamagedError(f"{what} is not what went into it.", "Test this machine's memory.")
+        return hashlib.sha256(sealed).hexdigest(), sealed
+
+    def save_unpacked(self, kind: Kind, data: bytes) -> str:
+        """Store JSON as a file; returns its name.
+
+        Raises:
+            StorageError: it could not be stored, or the lock that we had is lost.
+        """
+        name, sealed = self.seal_unpacked(kind, data)
+        self.require_lock()
+        self.storage.save(File(kind, name), [sealed])
+        return name
+
+    # Snapshots
+
+    def snapshots(
+        self, damaged: Callable[[str, DamagedError], None] | None = None
+    ) -> list[Snapshot]:
+        """All snapshots, oldest first. `damaged` is told of those that cannot be read.
+
+        Raises:
+            DamagedError: one is damaged, and there is no `damaged`.
+            StorageError: the storage fails.
+        """
+        listed = _list(self.storage, Kind.SNAPSHOT)
+        found: list[Snapshot] = []
+        with ThreadPoolExecutor(_AT_ONCE, "snapshots") as threads:
+            try:
+                waiting = [threads.submit(self.snapshot, *each) for each in listed]
+                for (name, _), future in zip(listed, waiting, strict=True):
+                    if threading.current_thread() is threading.main_thread():
+                        interrupt.check()
+                    try:
+                        found.append(future.result())
+                    except Missing:
+                        continue  # somebody forgot it meanwhile
+                    except DamagedError as error:
+                        if damaged is None:
+                            raise
+                        damaged(name, error)
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+        return sorted(found, key=lambda each: (each.time, each.id))
+
+    def snapshot(self, name: str, size: int | None = None) -> Snapshot:
+        """One snapshot, by its whole name.
+
+        Raises:
+            DamagedError: it is damaged.
+            Missing: there is no such snapshot.
+        """
+        cached = self.cached(f"snapshot-{name}")
+        if cached is not None:
+            with suppress(DamagedError):
+                return snapshot.parse(cached, name)
+        data = self.load_unpacked(Kind.SNAPSHOT, name, size)
+        found = snapshot.parse(data, name)
+        self.cache(f"snapshot-{name}", data)
+        return found
+
+    def save_snapshot(self, new: Snapshot) -> str:
+        """Store a snapshot; all that it refers to must be durable. Returns its name.
+
+        Raises:
+            StorageError: it could not be stored, or the lock that we had is lost.
+        """
+        return self.save_unpacked(Kind.SNAPSHOT, snapshot.encode(new))
+
+    def remove_snapshot(self, name: str) -> None:
+        """Forget a snapshot; what it alone needs stays until somebody prunes.
+
+        Raises:
+            Missing: there is no such snapshot.
+            StorageError: the storage does not allow it, or the lock that we had is lost.
+        """
+        self.require_lock()
+        self.storage.remove(File(Kind.SNAPSHOT, name))
+
+    # Blobs
+
+    @property
+    def index(self) -> BlobIndex:
+        """Which blobs there are; empty until `load_index`."""
+        with self._opening:
+            if self._index is None:
+                self._index = BlobIndex.open(self._folder, self.config.id)
+            return self._index
+
+    def load_index(self) -> None:
+        """Know all blobs that the index files name now. To be called after snapshots are listed.
+
+        Raises:
+            DamagedError: an index is damaged.
+            StorageError: the storage fails.
+        """
+        self.index.sync(self)
+
+    def load_blob(self, kind: BlobType, id_: bytes) -> bytes:
+        """A blob, checked; where it lies in several packs, from the first that has it whole.
+
+        Raises:
+            DamagedError: it is missing or damaged in all of them.
+            StorageError: the storage fails.
+        """
+        error = DamagedError(
+            f"The {kind.name.lower()} blob {id_.hex()} is missing.", "`restic check` tells more."
+        )
+        for place in self.index.find_all(kind, id_):
+            try:
+                return self._read(kind, id_, place)
+            except Missing:
+                error = DamagedError(f"The pack {place.pack.hex()} is missing.")
+            except DamagedError as found:
+                error = found
+        raise error
+
+    def _read(self, kind: BlobType, id_: bytes, place: Place) -> bytes:
+        file = File(Kind.DATA, place.pack.hex())
+        sealed = self.storage.load(file, place.offset, place.length)
+        blob = PackedBlob(kind, id_, place.offset, place.length, place.raw_length)
+        return open_blob(self.key, sealed, blob)
+
+    def load_tree(self, id_: bytes) -> list[Node]:
+        """The nodes of a tree.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+            StorageError: the storage fails.
+        """
+        return tree.parse(self.load_blob(BlobType.TREE, id_), f"The tree {id_.hex()}")
+
+    # Locks
+
+    @contextmanager
+    def lock(
+        self, *, exclusive: bool = False, wait: float = 0.0, timing: lock.Timing = lock.USUAL
+    ) -> Iterator[None]:
+        """Hold the repository for the block, alone or with others; see `lock.hold`.
+
+        Raises:
+            Locked: others held it for all of `wait` seconds.
+        """
+        with lock.hold(self, exclusive=exclusive, wait=wait, timing=timing) as held:
+            before, self._held = self._held, held
+            try:
+                yield
+            finally:
+                self._held = before
+
+    def require_lock(self) -> None:
+        """See that the lock that we hold is still ours; who holds none is not asked for one.
+
+        Raises:
+            StorageError: it is lost, or the storage let us have none: we may only read.
+        """
+        if self._held is not None:
+            self._held.require()
+
+    # What is slow to fetch or to work out
+
+    def cached(self, name: str) -> bytes | None:
+        """What `cache` was given under this name, by this run or an earlier one; maybe nothing."""
+        return self._cache.get(name)
+
+    def cache(self, name: str, data: bytes) -> None:
+        """Keep something, sealed, where this user keeps caches."""
+        self._cache.put(name, data)
+
+
+def _called(file: File) -> str:
+    return f"The file {file}"
+
+
+def _bounded(storage: Storage, file: File, size: int | None) -> bytes:
+    """A stored file, unless it is too large to be what it says."""
+    if size is not None and size > _LARGEST[file.kind] + OVERHEAD + len(_COMPRESSED):
+        raise DamagedError(f"{_called(file)} is damaged: it is too large.")
+    return storage.load(file)
+
+
+def _list(storage: Storage, kind: Kind) -> list[tuple[str, int]]:
+    """Names and sizes in order. A copy of a repository may lack folders in which nothing was."""
+    try:
+        return sorted(storage.list(kind))
+    except Missing:
+        return []
+
+
+def _decompress(plain: bytes, kind: Kind, what: str) -> bytes:
+    """The JSON in a file; before version 2, and of version 1, it is not compressed."""
+    if not plain or plain.startswith(_JSON):
+        return plain
+    if not plain.startswith(_COMPRESSED):
+        raise DamagedError(f"{what} is damaged: it is not of a known form.")
+    import zstandard
+
+    most = _LARGEST[kind]
+    try:
+        said = zstandard.get_frame_parameters(plain[1:32]).content_size
+        # The frame's own word on its size is a hint of how much to reserve, and no more.
+        wanted = min(said if said > 0 else most, most)
+        with zstandard.ZstdDecompressor().stream_reader(memoryview(plain)[1:]) as reader:
+            data = reader.read(wanted + 1)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise DamagedError(f"{what} is damaged: it cannot be decompressed.") from error
+    if len(data) > wanted:
+        raise DamagedError(f"{what} is damaged: it is too large.")
+    return data
+
+
+def _refuse_existing(storage: Storage) -> None:
+    try:
+        storage.size(CONFIG)
+        found = "a repository"
+    except Missing:
+        kinds = (Kind.KEY, Kind.SNAPSHOT, Kind.INDEX)
+        left = [kind for kind in kinds if _list(storage, kind)]
+        found = f"something of a repository ({', '.join(left)})" if left else ""
+    if found:
+        raise UsageError(
+            f"There is {found} at {storage.name} already.", "Choose another place, or use it."
+        )
+
+
+def _unlock(storage: Storage, password: str, hint: str) -> Key:
+    """The master key, by the first key file that the password opens."""
+    listed = _list(storage, Kind.KEY)
+    if hint:
+        listed.sort(key=lambda each: not each[0].startswith(hint))
+    damaged: DamagedError | None = None
+    for name, size in listed[:_MOST_KEYS]:
+        if threading.current_thread() is threading.main_thread():
+            interrupt.check()
+        try:
+            data = _bounded(storage, File(Kind.KEY, name), size)
+            if hashlib.sha256(data).hexdigest() != name:
+                raise DamagedError(f"The key {name} is damaged: its hash is not its name.")
+            key = keyfile.unlock(keyfile.parse(data, name), password, name)
+        except Missing:
+            continue
+        except DamagedError as error:
+            damaged = error
+            continue
+        if key is not None:
+            return key
+    if damaged is not None:
+        raise damaged
+    if not listed:
+        raise DamagedError(f"The repository at {storage.name} has no key.")
+    raise WrongPassword(
+        f"No key of the repository at {storage.name} is for this password.",
+        f"Only {_MOST_KEYS} of its keys were tried; RESTIC_KEY_HINT names the one to try first."
+        if len(listed) > _MOST_KEYS
+        else "Look at RESTIC_PASSWORD, RESTIC_PASSWORD_FILE and RESTIC_PASSWORD_COMMAND.",
+    )

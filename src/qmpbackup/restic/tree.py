@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees: the listing of one folder, as JSON (doc/design.rst, "Trees and Data").
+
+A tree's id is the hash of its JSON, so two writers must put the same listing down alike: nodes in
+the order of their names' bytes, members in restic's order, a newline at the end.
+
+The content of a disk of a terabyte is a million ids, 67 bytes each in JSON. They go from and to one
+`bytes` of 32 each in blocks, and never become a million objects. Knows nothing of how blobs are
+stored.
+"""
+
+import binascii
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from qmpbackup.restic import gojson
+
+ID: Final = 32
+"""Bytes of an id."""
+
+_QUOTED_ID: Final = 2 * ID + 3
+"""Bytes of an id in a list of them, with its quotes and the comma behind it."""
+
+_IDS_AT_ONCE: Final = 16_384
+
+# An unescaped quote ends in JSON a string: this is a member's name, unless what precedes it is a
+# backslash, and then it is left to the general way.
+_CONTENT = re.compile(rb'(?<!\\)"content":\[')
+
+_ESCAPES: Final = {
+    "a": b"\a", "b": b"\b", "f": b"\f", "n": b"\n", "r": b"\r", "t": b"\t", "v": b"\v",
+    "\\": b"\\", '"': b'"',
+}  # fmt: skip
+_UNESCAPES: Final = {value.decode(): "\\" + key for key, value in _ESCAPES.items()}
+_ESCAPED = re.compile(
+    r'\\(?:([abfnrtv\\"])|x([0-9a-fA-F]{2})|([0-7]{3})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One file, folder, or what else is in a folder.
+
+    `mode` is Go's os.FileMode: the nine bits of permissions, and the kind in the upper bits (folder:
+    1 << 31). `content` is the ids of a file's blobs one after the other, `subtree` a folder's tree.
+    Names are of the file system: bytes that are no UTF-8 stand in them as surrogates (PEP 383).
+    """
+
+    name: str
+    type: str
+    mode: int
+    mtime: datetime
+    atime: datetime
+    ctime: datetime
+    uid: int = 0
+    gid: int = 0
+    user: str = ""
+    group: str = ""
+    inode: int = 0
+    device_id: int = 0
+    links: int = 0
+    size: int = 0
+    content: bytes = b""
+    subtree: bytes | None = None
+    link_target: str = ""
+
+
+def encode(nodes: Iterable[Node]) -> bytes:
+    """A tree's JSON.
+
+    Raises:
+        ValueError: a name is none, or there twice; or a content has not whole ids.
+    """
+    ordered = sorted(nodes, key=lambda node: node.name.encode(errors="surrogateescape"))
+    names = [node.name for node in ordered]
+    if len(set(names)) != len(names) or not all(map(_is_name, names)):
+        raise ValueError("names in a folder must be names, and differ")
+    document = io.BytesIO()
+    document.write(b'{"nodes":[')
+    for number, node in enumerate(ordered):
+        document.write(b"," if number else b"")
+        _write(document, node)
+    document.write(b"]}\n")
+    return document.getvalue()
+
+
+def _write(document: io.BytesIO, node: Node) -> None:
+    if len(node.content) % ID or len(node.subtree or bytes(ID)) != ID:
+        raise ValueError(f"{node.name!r} has no whole ids")
+    always = {"name", "type", "mtime", "atime", "ctime", "uid", "gid"}
+    members: dict[str, object] = {
+        "name": _quote(node.name),
+        "type": node.type,
+        "mode": node.mode,
+        "mtime": node.mtime,
+        "atime": node.atime,
+        "ctime": node.ctime,
+        "uid": node.uid,
+        "gid": node.gid,
+        "user": node.user,
+        "group": node.group,
+        "inode": node.inode,
+        "device_id": node.device_id,
+        "size": node.size,
+        "links": node.links,
+        "linktarget": node.link_target,
+    }
+    head = gojson.dump({k: v for k, v in members.items() if v or k in always})
+    document.write(head.removesuffix("}").encode() + b',"content":')
+    if node.type == "file":
+        document.write(b"[")
+        document.writelines(_encode_ids(node.content))
+        document.write(b"]")
+    else:
+        document.write(b"null")
+    if node.subtree is not None:
+        document.write(f',"subtree":"{node.subtree.hex()}"'.encode())
+    document.write(b"}")
+
+
+def _encode_ids(content: bytes) -> Iterator[bytes]:
+    step = _IDS_AT_ONCE * ID
+    for start in range(0, len(content), step):
+        digits = memoryview(content)[start : start + step].hex(",", ID)
+        yield b'%s"%s"' % (b"," if start else b"", digits.replace(",", '","').encode())
+
+
+def parse(data: bytes, what: str = "A tree") -> list[Node]:
+    """The nodes of a tree.
+
+    Raises:
+        DamagedError: this is none.
+    """
+    contents: list[bytes] = []
+    # Nobody who wrote the tree can have known this word, so it stands for what we put there alone.
+    mark = os.urandom(16).hex()
+    members = gojson.load(_without_contents(data, mark, contents), what)
+    nodes = members.get("nodes")
+    if nodes is None:
+        nodes = []
+    if not isinstance(nodes, list):
+        raise gojson.damaged(what, "its nodes are no list")
+    found = [_node(each, what, mark, contents) for each in nodes]
+    if len({node.name for node in found}) != len(found):
+        raise gojson.damaged(what, "it has a name twice")
+    return found
+
+
+def _without_contents(data: bytes, mark: str, contents: list[bytes]) -> bytes:
+    """The JSON with a mark and a number in the place of each list of ids; those go to `contents`."""
+    parts: list[bytes] = []
+    done = end = 0
+    for match in _CONTENT.finditer(data):
+        if 0 <= end < match.end():
+            end = data.find(b"]", match.end())
+        ids = _decode_ids(data, match.end(), end) if end >= 0 and match.start() >= done else None
+        if ids is not None:
+            parts.append(data[done : match.end() - 1])
+            parts.append(f'"{mark}{len(contents)}"'.encode())
+            contents.append(ids)
+            done = end + 1
+    return b"".join([*parts, data[done:]]) if parts else data
+
+
+def _decode_ids(data: bytes, start: int, end: int) -> bytes | None:
+    """The ids of a list that stands there without spaces; None where it is anything else."""
+    if start == end:
+        return b""
+    count, rest = divmod(end - start + 1, _QUOTED_ID)
+    if rest:
+        return None
+    blocks: list[bytes] = []
+    for first in range(0, count, _IDS_AT_ONCE):
+        block_start = start + first * _QUOTED_ID
+        # The comma behind the last id of all is no part of the list: its `]` is taken for it.
+        block_end = min(block_start + _IDS_AT_ONCE * _QUOTED_ID, end + 1)
+        block = _decode_block(data[block_start:block_end], is_last=block_end == end + 1)
+        if block is None:
+            return None
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def _decode_block(block: bytes, *, is_last: bool) -> bytes | None:
+    count = len(block) // _QUOTED_ID
+    quotes = b'"' * count
+    commas = b"," * (count - 1) + (b"]" if is_last else b",")
+    framed = (
+        block[0::_QUOTED_ID] == quotes
+        and block[_QUOTED_ID - 2 :: _QUOTED_ID] == quotes
+        and block[_QUOTED_ID - 1 :: _QUOTED_ID] == commas
+    )
+    if not framed:
+        return None
+    try:
+        ids = binascii.unhexlify(block.translate(None, b'",]'))
+    except ValueError:
+        return None
+    return ids if len(ids) == count * ID else None
+
+
+def _node(value: object, what: str, mark: str, contents: list[bytes]) -> Node:
+    if not isinstance(value, dict):
+        raise gojson.damaged(what, "a node is no object")
+    members = gojson.Members(value, what)
+    name = _unquote(members.string("name"))
+    if name is None or not _is_name(name):
+        raise gojson.damaged(what, "a name is none")
+    what = f"{what}'s node {name!r}"
+    members = gojson.Members(value, what)
+    return Node(
+        name=name,
+        type=members.string("type"),
+        mode=members.number("mode", gojson.UINT32),
+        mtime=members.time("mtime"),
+        atime=members.time("atime"),
+        ctime=members.time("ctime"),
+        uid=members.number("uid", gojson.UINT32),
+        gid=members.number("gid", gojson.UINT32),
+        user=members.string("user"),
+        group=members.string("group"),
+        inode=members.number("inode"),
+        device_id=members.number("device_id"),
+        links=members.number("links"),
+        size=members.number("size"),
+        content=_content(value.get("content"), what, mark, contents),
+        subtree=members.id("subtree"),
+        link_target=members.string("linktarget"),
+    )
+
+
+def _content(value: object, what: str, mark: str, contents: list[bytes]) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, str) and value.startswith(mark):
+        return contents[int(value[len(mark) :])]
+    if not isinstance(value, list):
+        raise gojson.damaged(what, "its content is no list")
+    ids = [gojson.parse_id(each) if isinstance(each, str) else None for each in value]
+    whole = [each for each in ids if each is not None]
+    if len(whole) != len(ids):
+        raise gojson.damaged(what, "its content is no list of ids")
+    return b"".join(whole)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can have this name: what is none must never become part of a path."""
+    return name not in {"", ".", ".."} and not {"/", "\0"} & set(name)
+
+
+def _quote(name: str) -> str:
+    """A name as Go's strconv.Quote puts it between the quotes."""
+    if name.isprintable() and not {"\\", '"'} & set(name):
+        return name
+    return "".join(map(_quote_character, name))
+
+
+def _quote_character(character: str) -> str:
+    code = ord(character)
+    if character in _UNESCAPES:
+        return _UNESCAPES[character]
+    if character.isprintable():
+        return character
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x20 or code == 0x7F:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _unquote(text: str) -> str | None:
+    """The name that Go's strconv.Unquote reads; None where it reads none."""
+    if "\\" not in text:
+        return None if '"' in text or "\n" in text else text
+    parts: list[bytes] = []
+    done = 0
+    while (at := text.find("\\", done)) >= 0:
+        match = _ESCAPED.match(text, at)
+        piece = _unescaped(match) if match else None
+        if match is None or piece is None or '"' in text[done:at] or "\n" in text[done:at]:
+            return None
+        parts += (text[done:at].encode(errors="surrogateescape"), piece)
+        done = match.end()
+    if '"' in text[done:] or "\n" in text[done:]:
+        return None
+    parts.append(text[done:].encode(errors="surrogateescape"))
+    return b"".join(parts).decode(errors="surrogateescape")
+
+
+def _unescaped(match: re.Match[str]) -> bytes | None:
+    simple, byte, octal, short, long = match.groups()
+    if simple:
+        return _ESCAPES[simple]
+    if byte or octal:
+        value = int(byte, 16) if byte else int(octal, 8)
+        return bytes([value]) if value < 256 else None
+    try:
+        return chr(int(short or long, 16)).encode()
+    except (ValueError, OverflowError):  # beyond Unicode, or half of a pair
+        return None
