@@ -71,5 +71,8 @@ def repository(place: Location) -> "Iterator[Repository]":
     from qmpbackup.restic.repository import Repository
     from qmpbackup.restic.storage.location import connect
 
-    with connect(place.text, os.environ) as storage:
-        yield Repository.open(storage, password.read(os.environ))
+    with (
+        connect(place.text, os.environ) as storage,
+        Repository.open(storage, password.read(os.environ)) as found,
+    ):
+        yield found

@@ -144,10 +144,14 @@ class RepositoryTarget:
         Raises:
             StorageError: the repository cannot be read.
         """
-        self.repository.load_index()
         points: dict[str, Point] = {}
         damaged: list[Damage] = []
-        for snapshot in self.repository.snapshots():
+        # Snapshots first: an index that is read afterwards names all that they need.
+        snapshots = self.repository.snapshots(
+            lambda name, error: damaged.append(Damage(f"snapshots/{name}", error.message))
+        )
+        self.repository.load_index()
+        for snapshot in snapshots:
             if not _is_ours(snapshot, self.vm):
                 continue
             try:
