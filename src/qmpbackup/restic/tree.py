@@ -28,9 +28,7 @@ _QUOTED_ID: Final = 2 * ID + 3
 
 _IDS_AT_ONCE: Final = 16_384
 
-# An unescaped quote ends in JSON a string: this is a member's name, unless what precedes it is a
-# backslash, and then it is left to the general way.
-_CONTENT = re.compile(rb'(?<!\\)"content":\[')
+_CONTENT: Final = b'"content":['
 
 _ESCAPES: Final = {
     "a": b"\a", "b": b"\b", "f": b"\f", "n": b"\n", "r": b"\r", "t": b"\t", "v": b"\v",
@@ -112,7 +110,7 @@ def _write(document: io.BytesIO, node: Node) -> None:
     }
     head = gojson.dump({k: v for k, v in members.items() if v or k in always})
     document.write(head.removesuffix("}").encode() + b',"content":')
-    if node.type == "file":
+    if node.type == "file" or node.content:
         document.write(b"[")
         document.writelines(_encode_ids(node.content))
         document.write(b"]")
@@ -154,16 +152,19 @@ def parse(data: bytes, what: str = "A tree") -> list[Node]:
 def _without_contents(data: bytes, mark: str, contents: list[bytes]) -> bytes:
     """The JSON with a mark and a number in the place of each list of ids; those go to `contents`."""
     parts: list[bytes] = []
-    done = end = 0
-    for match in _CONTENT.finditer(data):
-        if 0 <= end < match.end():
-            end = data.find(b"]", match.end())
-        ids = _decode_ids(data, match.end(), end) if end >= 0 and match.start() >= done else None
+    done = end = at = 0
+    while (at := data.find(_CONTENT, at)) >= 0:
+        start = at + len(_CONTENT)
+        if 0 <= end < start:
+            end = data.find(b"]", start)
+        # The second quote is not escaped, so it ends a string: a member's name, unless the first
+        # one is escaped, and then this is left to the general way.
+        ids = _decode_ids(data, start, end) if end >= 0 and data[at - 1 : at] != b"\\" else None
         if ids is not None:
-            parts.append(data[done : match.end() - 1])
-            parts.append(f'"{mark}{len(contents)}"'.encode())
+            parts += (data[done : start - 1], f'"{mark}{len(contents)}"'.encode())
             contents.append(ids)
             done = end + 1
+        at = start if ids is None else done
     return b"".join([*parts, data[done:]]) if parts else data
 
 
