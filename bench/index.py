@@ -51,7 +51,7 @@ class Synthetic:
     def list(self, _kind: Kind) -> Iterator[tuple[str, int]]:
         yield from ((path.name, path.stat().st_size) for path in self._folder.iterdir())
 
-    def load_unpacked(self, _kind: Kind, name: str) -> bytes:
+    def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:  # noqa: ARG002
         return zstandard.ZstdDecompressor().decompress((self._folder / name).read_bytes())
 
 

@@ -64,7 +64,7 @@ class Source(Protocol):
     def storage(self) -> Storage:
         """Where its files lie."""
 
-    def load_unpacked(self, kind: Kind, name: str) -> bytes:
+    def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:
         """The JSON of a file, checked."""
 
 
@@ -327,7 +327,7 @@ def _ahead(
                     first, its_size, load = waiting.popleft()
                     ahead -= its_size
                     yield first, load
-                future = threads.submit(source.load_unpacked, Kind.INDEX, name.hex())
+                future = threads.submit(source.load_unpacked, Kind.INDEX, name.hex(), size)
                 waiting.append((name, size, future.result))
                 ahead += size
                 if threading.current_thread() is threading.main_thread():
@@ -458,10 +458,10 @@ def _made(path: Path) -> bool:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
         state = path.lstat()
+        if not S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+            raise PermissionError("others may write there")
+        path.chmod(0o700)
     except OSError as error:
         _log.debug("There is no cache at %s: %s", path, error)
         return False
-    ours = S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
-    if not ours:
-        _log.debug("The cache at %s is not for us alone, and is not used.", path)
-    return ours
+    return True
