@@ -31,6 +31,7 @@ from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
 from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob
+from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage
 from qmpbackup.restic.tree import Node
@@ -284,15 +285,12 @@ class Repository:
         for place in self.index.find_all(kind, id_):
             try:
                 return self._read(kind, id_, place)
-            except Missing:
-                error = DamagedError(f"The pack {place.pack.hex()} is missing.")
             except DamagedError as found:
                 error = found
         raise error
 
     def _read(self, kind: BlobType, id_: bytes, place: Place) -> bytes:
-        file = File(Kind.DATA, place.pack.hex())
-        sealed = self.storage.load(file, place.offset, place.length)
+        sealed = load_part(self.storage, place.pack, place.offset, place.length)
         blob = PackedBlob(kind, id_, place.offset, place.length, place.raw_length)
         return open_blob(self.key, sealed, blob)
 

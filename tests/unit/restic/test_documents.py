@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError, UsageError
@@ -22,6 +22,8 @@ TIME = datetime(2026, 3, 1, 12, 30, 1, 500_000, tzinfo=timezone(timedelta(hours=
 SNAPSHOT = Snapshot(TIME, bytes(32), ("/vm",), hostname="host", tags=("a", "b"))
 LOCK = lock.Lock(TIME, exclusive=True, hostname="host", username="me", pid=7, uid=8, gid=9)
 CONFIG = config.Config(2, "ab" * 32, 0x3DA3358B4DC173)
+
+in_its_time = settings(deadline=None)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -58,6 +60,7 @@ def _check(name: str, data: bytes) -> None:
         assert error.exit_code == 8
 
 
+@in_its_time
 @given(each_parser, st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
 @example("lock", b"{" * 100_000)
 @example("lock", b'{"a":' * 100_000)
@@ -67,6 +70,7 @@ def test_anything_is_what_it_should_be_or_damaged(name: str, data: bytes) -> Non
     _check(name, data)
 
 
+@in_its_time
 @given(each_parser, st.data(), json_values)
 def test_a_member_of_any_form_is_no_crash(name: str, data: st.DataObject, value: object) -> None:
     document = json.loads(PARSERS[name][1])
@@ -74,6 +78,7 @@ def test_a_member_of_any_form_is_no_crash(name: str, data: st.DataObject, value:
     _check(name, json.dumps(document).encode())
 
 
+@in_its_time
 @given(each_parser, st.data())
 def test_flipped_bytes_are_no_crash(name: str, data: st.DataObject) -> None:
     document = bytearray(PARSERS[name][1])
@@ -147,6 +152,7 @@ def test_a_key_that_asks_for_too_much_is_not_tried(n: int, r: int, p: int) -> No
         keyfile.parse(json.dumps(document).encode(), "ab" * 32)
 
 
+@in_its_time
 @given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
 @example(json.dumps({"mac": {"k": "AA==", "r": "AA=="}, "encrypt": "AA=="}).encode())
 @example(json.dumps({"mac": [], "encrypt": None}).encode())

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError
@@ -15,6 +15,8 @@ from qmpbackup.restic.tree import Node, encode, parse
 TIME = datetime(2026, 3, 1, 12, 30, 1, 50, tzinfo=UTC)
 FILE = Node("disk.raw", "file", 0o600, TIME, TIME, TIME, size=5, links=1, content=bytes(range(64)))
 FOLDER = Node("vm", "dir", 1 << 31 | 0o700, TIME, TIME, TIME, subtree=bytes(32))
+
+in_its_time = settings(deadline=None)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -88,6 +90,7 @@ def test_nodes_stand_in_the_order_of_their_bytes() -> None:
     ]
 
 
+@in_its_time
 @given(st.lists(nodes, max_size=4, unique_by=lambda node: node.name))
 def test_what_is_written_is_read(written: list[Node]) -> None:
     found = parse(encode(written))
@@ -140,6 +143,7 @@ def _check(data: bytes) -> None:
     )
 
 
+@in_its_time
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
 @example(b"[" * 100_000)
 @example(b'{"nodes":[{"name":"a","type":"file","content":["')
@@ -150,6 +154,7 @@ def test_anything_is_a_tree_or_damaged(data: bytes) -> None:
     _check(data)
 
 
+@in_its_time
 @given(st.sampled_from(sorted(json.loads(encode([FOLDER]))["nodes"][0])), json_values)
 @example("mtime", "2026-01-01T00:00:00+99:00")
 @example("mtime", "0000-01-01T00:00:00Z")
@@ -164,6 +169,7 @@ def test_a_member_of_any_form_is_a_tree_or_damaged(member: str, value: object) -
     _check(json.dumps(document, separators=(",", ":")).encode())
 
 
+@in_its_time
 @given(st.data())
 def test_a_tree_with_flipped_bytes_is_a_tree_or_damaged(data: st.DataObject) -> None:
     document = bytearray(encode([FILE, FOLDER]))
