@@ -51,7 +51,8 @@ class Writer:
     ) -> None:
         """`check` opens each sealed blob again before it is stored, against faulty memory."""
         self._repository = repository
-        self._level = level
+        # Version 1 knows no compression.
+        self._level = level if repository.config.version > 1 else None
         self._check = check
         count = workers or min(os.cpu_count() or 1, 8)
         self._workers = ThreadPoolExecutor(count, "seal")
