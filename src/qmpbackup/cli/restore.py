@@ -5,7 +5,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, disks, names, path
+from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, disks, names, path
 from qmpbackup.cli.printing import printable, say
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
@@ -20,11 +20,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "restore",
         help="restore disks of a restore point",
         description="Write disks of a restore point as images into a folder, or one disk into a "
-        "file or onto a block device. What was written is proved to be what was backed up before a "
-        "file gets its name, and before a device is written to.",
+        "file or onto a block device. All that is read is proved to be what was backed up before a "
+        "file gets its name; on a device nothing else is ever written.",
     )
     add = parser.add_argument
-    add("-t", "--target", required=True, type=path, metavar="DIR", help="where the points live")
+    add_target(parser)
+    add_vm(parser)
     add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
     add(
         "-d",
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             format=arguments.format,
             force=arguments.force,
             lock_wait=arguments.lock_wait,
+            vm=arguments.vm,
         )
     )
     _print(outcome, arguments.json)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, path
+from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, share
 from qmpbackup.cli.printing import printable, say
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
@@ -19,19 +19,33 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "verify",
-        help="read everything in a target and prove it whole",
-        description="Check manifests, files, lengths, digests, the links between images and QEMU's "
-        "metadata of all restore points, or of one. Each file is read once. Exit code 8 if anything "
-        "is damaged, or if there are backup files that belong to no point.",
+        help="prove the points of a target whole",
+        description="Check all restore points, or one. In a folder every file is read once, and "
+        "manifests, lengths, digests, the links between images and QEMU's metadata are checked. In a "
+        "repository everything that describes the points is read, and all else must be there; its "
+        "contents are read with --read-data. Exit code 8 if anything is damaged, or if a folder has "
+        "backup files that belong to no point.",
     )
-    parser.add_argument(
-        "-t", "--target", required=True, type=path, metavar="DIR", help="where the points live"
-    )
+    add_target(parser)
+    add_vm(parser)
     parser.add_argument("-p", "--point", default="", metavar="POINT", help=f"only this; {_ONE}")
+    parser.add_argument(
+        "--read-data",
+        nargs="?",
+        type=share,
+        const=1.0,
+        default=0.0,
+        metavar="P%",
+        help="in a repository, also read everything that the points need, or a random share of it, "
+        "such as 5%%; a folder is always read whole",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a point")
     add_lock_wait(parser)
     parser.set_defaults(run=run)
 
+
+_PLACES = ("data/", "index/", "snapshots/")
+"""Where damaged files of a repository lie."""
 
 _ONE = POINT_HELP.replace(" (the default)", "")
 
@@ -41,7 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpbackup.errors import DamagedError
     from qmpbackup.service.verify import Request, verify
 
-    report = verify(Request(arguments.target, arguments.point, arguments.lock_wait))
+    report = verify(
+        Request(
+            arguments.target,
+            arguments.point,
+            arguments.lock_wait,
+            arguments.vm,
+            arguments.read_data,
+        )
+    )
     say(*(_json_lines(report) if arguments.json else _lines(report)))
     return 0 if report.whole else DamagedError.exit_code
 
@@ -56,17 +78,26 @@ def _lines(report: "Report") -> Iterable[str]:
         yield printable(f"{name}: belongs to no restore point.")
     for name in report.foreign:
         yield printable(f"{name}: not ours; left alone.")
+    yield f"{_looked_at(report)}: {_summary(report)}"
+
+
+def _looked_at(report: "Report") -> str:
+    points, size = _count(len(report.verdicts), "point"), human(report.size)
+    if report.read_files == report.files:
+        return f"{points}, {_count(report.files, 'file')}, {size}"
+    read = f"{human(report.read_size)} of it read" if report.read_files else "none of it read"
+    return f"{points}, {_count(report.files, 'file')}, {size}, {read}"
+
+
+def _summary(report: "Report") -> str:
+    if report.whole:
+        return "all whole." if report.read_files == report.files else "nothing missing."
     broken = sum(bool(verdict.problems) for verdict in report.verdicts)
-    yield (
-        f"{_count(len(report.verdicts), 'point')}, {_count(report.files, 'file')}, "
-        f"{human(report.size)}: " + ("all whole." if report.whole else _summary(report, broken))
-    )
-
-
-def _summary(report: "Report", broken: int) -> str:
+    manifests = sum(not each.path.startswith(_PLACES) for each in report.damaged)
     parts = (
         (broken, "point", " damaged"),
-        (len(report.damaged), "manifest", " damaged"),
+        (manifests, "manifest", " damaged"),
+        (len(report.damaged) - manifests, "file", " of the repository damaged"),
         (len(report.extra), "file", " of no point"),
     )
     return ", ".join(_count(count, what) + end for count, what, end in parts if count) + "."
@@ -95,6 +126,8 @@ def _json_lines(report: "Report") -> Iterable[str]:
             "points": len(report.verdicts),
             "files": report.files,
             "size": report.size,
+            "read_files": report.read_files,
+            "read_size": report.read_size,
             "damaged": [{"path": each.path, "reason": each.reason} for each in report.damaged],
             "extra": list(report.extra),
             "foreign": list(report.foreign),

@@ -147,7 +147,9 @@ def _read(repository: Readable, request: _Request, deliver: Callable[[bytes, byt
     error: QmpBackupError | None = None
     data = memoryview(b"")
     try:
-        data = memoryview(_load(repository.storage, request.pack, request.offset, request.length))
+        data = memoryview(
+            load_part(repository.storage, request.pack, request.offset, request.length)
+        )
     except (Temporary, Refused):
         raise
     except (DamagedError, StorageError) as failure:
@@ -173,7 +175,7 @@ def _rescued(repository: Readable, pack: bytes, blob: PackedBlob, error: QmpBack
     places = repository.index.find_all(blob.type, blob.id)
     for place in sorted(places, key=lambda each: each.pack == pack):
         with suppress(DamagedError, StorageError):
-            sealed = _load(repository.storage, place.pack, place.offset, place.length)
+            sealed = load_part(repository.storage, place.pack, place.offset, place.length)
             plain = open_blob(repository.key, sealed, place.packed(blob.type, blob.id))
             _log.warning("%s It was read again, from pack %s.", error.message, place.pack.hex())
             return plain
@@ -182,8 +184,13 @@ def _rescued(repository: Readable, pack: bytes, blob: PackedBlob, error: QmpBack
     raise error
 
 
-def _load(storage: Storage, pack: bytes, offset: int, length: int) -> bytes:
-    """Read from a pack; one that is missing or too short is damage, not failing storage."""
+def load_part(storage: Storage, pack: bytes, offset: int, length: int) -> bytes:
+    """Read from a pack; one that is missing or too short is damage, not failing storage.
+
+    Raises:
+        DamagedError: it is.
+        StorageError: the storage fails.
+    """
     file = File(Kind.DATA, pack.hex())
     try:
         return storage.load(file, offset, length)
@@ -246,8 +253,13 @@ def check_packs(
     """
 
     def check(pack: tuple[str, int]) -> None:
-        for problem in check_pack(repository, *pack):
-            report(problem)
+        try:
+            for problem in check_pack(repository, *pack):
+                report(problem)
+        except (Temporary, Refused):
+            raise
+        except StorageError as error:  # a bad sector: the other packs are checked all the same
+            report(Problem(pack[0], error.message))
         checked(pack[1])
 
     in_threads(packs, check, lambda _: 3 * _REQUEST, threads)
@@ -275,7 +287,7 @@ def check_pack(repository: Readable, name: str, size: int) -> Iterator[Problem]:
     digest = hashlib.sha256()
     try:
         for offset, length, run in _spans(blobs, size):
-            data = memoryview(_load(repository.storage, pack, offset, length))
+            data = memoryview(load_part(repository.storage, pack, offset, length))
             digest.update(data)
             yield from _blob_problems(repository.key, name, data, offset, run)
     except DamagedError as error:

@@ -75,7 +75,7 @@ class RepositoryTarget:
         self.repository = repository
         self.vm = vm
         self._snapshots: dict[str, Snapshot] = {}
-        self._contents: dict[tuple[str, str], Contents] = {}
+        self._contents: dict[str, tuple[str, Contents]] = {}
 
     @classmethod
     def of(cls, repository: Repository, identity: VmIdentity) -> Self:
@@ -150,7 +150,10 @@ class RepositoryTarget:
         snapshots = self.repository.snapshots(
             lambda name, error: damaged.append(Damage(f"snapshots/{name}", error.message))
         )
-        self.repository.load_index()
+        self.repository.index.sync(
+            self.repository,
+            lambda name, error: damaged.append(Damage(f"index/{name}", error.message)),
+        )
         for snapshot in snapshots:
             if not _is_ours(snapshot, self.vm):
                 continue
@@ -174,21 +177,36 @@ class RepositoryTarget:
                 return manifest.decode(cached, what, _misplaced)
             except QmpBackupError:
                 log.debug("The cached manifest of snapshot %s is damaged.", snapshot.id)
-        node = self._nodes(snapshot).get(MANIFEST)
-        if node is None or len(node.content) % ID or node.size > manifest.LARGEST:
-            raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no manifest.")
-        ids = [node.content[at : at + ID] for at in range(0, len(node.content), ID)]
+        ids = _manifest_chunks(self._nodes(snapshot), snapshot)
         data = b"".join(self.repository.load_blob(BlobType.DATA, each) for each in ids)
         point = manifest.decode(data, what, _misplaced)
         self.repository.cache(f"point-{snapshot.tree.hex()}", data)
         return point
 
-    def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
+    def _folder(self, snapshot: Snapshot) -> bytes:
+        """The id of the tree with the files of a point."""
         root = {node.name: node for node in self.repository.load_tree(snapshot.tree)}
         folder = root.get(self.vm)
         if folder is None or folder.subtree is None:
             raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no folder {self.vm}.")
-        return {node.name: node for node in self.repository.load_tree(folder.subtree)}
+        return folder.subtree
+
+    def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
+        folder = self._folder(snapshot)
+        return {node.name: node for node in self.repository.load_tree(folder)}
+
+    def description(self, point: Point) -> list[tuple[BlobType, bytes]]:
+        """Types and ids of the blobs that describe a point: its trees, which are read for it, and the
+        chunks of its manifest.
+
+        Raises:
+            DamagedError: a tree is damaged, or they hold no manifest.
+        """
+        snapshot = self.snapshot_of(point)
+        folder = self._folder(snapshot)
+        chunks = _manifest_chunks(self._nodes(snapshot), snapshot)
+        trees = [(BlobType.TREE, snapshot.tree), (BlobType.TREE, folder)]
+        return [*trees, *((BlobType.DATA, each) for each in chunks)]
 
     def snapshot_of(self, point: Point) -> Snapshot:
         """The snapshot that holds a point which `load` has found."""
@@ -200,8 +218,8 @@ class RepositoryTarget:
         Raises:
             DamagedError: it is missing, or not what the manifest says.
         """
-        key = (point.id, disk.id)
-        if key not in self._contents:
+        kept = self._contents.get(disk.id)
+        if kept is None or kept[0] != point.id:
             snapshot = self.snapshot_of(point)
             node = self._nodes(snapshot).get(disk.file.rpartition("/")[2])
             what = f"Disk {disk.id} of point {point.id}"
@@ -211,8 +229,9 @@ class RepositoryTarget:
             whole = len(node.content) == ID * count_chunks(node.size)
             if node.size != disk.size or not whole or found.digest != disk.digest:
                 raise DamagedError(f"{what} is not what its manifest says.")
-            self._contents[key] = found
-        return self._contents[key]
+            # One list of each disk is kept and no more: a terabyte's takes 32 MiB.
+            self._contents[disk.id] = kept = (point.id, found)
+        return kept[1]
 
     def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
         """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
@@ -293,15 +312,31 @@ def disk_file(vm: str, disk_id: str) -> str:
 
 
 def vms(repository: Repository) -> list[str]:
-    """The names of the VMs of which a repository holds points."""
+    """The names of the VMs of which a repository holds points.
+
+    Raises:
+        DamagedError: a snapshot is damaged, and nothing else is there.
+    """
+    damaged: list[DamagedError] = []
+    # What is damaged is reported where points are loaded.
+    snapshots = repository.snapshots(lambda _name, error: damaged.append(error))
+    if damaged and not any(TAG in snapshot.tags for snapshot in snapshots):
+        raise damaged[0]
     found = {
         tag.removeprefix(_VM_TAG)
-        for snapshot in repository.snapshots()
+        for snapshot in snapshots
         if TAG in snapshot.tags
         for tag in snapshot.tags
         if tag.startswith(_VM_TAG)
     }
     return sorted(found)
+
+
+def _manifest_chunks(nodes: Mapping[str, Node], snapshot: Snapshot) -> list[bytes]:
+    node = nodes.get(MANIFEST)
+    if node is None or len(node.content) % ID or node.size > manifest.LARGEST:
+        raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no manifest.")
+    return [node.content[at : at + ID] for at in range(0, len(node.content), ID)]
 
 
 def _is_ours(snapshot: Snapshot, vm: str) -> bool:

@@ -9,10 +9,7 @@ found whole lose it.
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError
 from qmpbackup.model import Point, StoredDisk
@@ -21,73 +18,35 @@ from qmpbackup.qemu import images
 from qmpbackup.qemu.images import Layer
 from qmpbackup.service import chains
 from qmpbackup.service.show import find_point
-from qmpbackup.target.directory import Damage, DirectoryTarget
+from qmpbackup.service.verify.report import Report, Request, Verdict
+from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.names import epoch_of
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to verify; no `point` means all, and then also what else lies in the target."""
-
-    target: Path
-    point: str = ""
-    lock_wait: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was found about one point; no problems means that it can be restored."""
-
-    point: Point
-    problems: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was found in a target.
-
-    `damaged` are manifests that cannot be read. `extra` are files called like backups that no
-    manifest names, `foreign` are other files; both relative to the target.
-    """
-
-    verdicts: tuple[Verdict, ...]
-    damaged: tuple[Damage, ...] = ()
-    extra: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
-    files: int = 0
-    size: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is wrong."""
-        return not (self.damaged or self.extra or any(each.problems for each in self.verdicts))
-
-
-def verify(request: Request) -> Report:
-    """Verify one point or all of a target.
+def verify(target: DirectoryTarget, request: Request) -> Report:
+    """Verify one point or all of a directory, which is locked.
 
     Raises:
-        QmpBackupError: the target cannot be looked at as a whole.
+        QmpBackupError: it cannot be looked at as a whole.
     """
-    target = DirectoryTarget.open(request.target)
-    with interrupt.held(), target.lock(wait=request.lock_wait):
-        # Names first and manifests last: a backup that commits meanwhile then leaves nothing that
-        # looks as if no manifest named it.
-        names = target.stored_names()
-        unfinished = target.unfinished_files()
-        inventory = target.load()
-        one = find_point(target, inventory, request.point) if request.point else None
-        check = _Verification(target, inventory.points)
-        points = (one,) if one else inventory.points
-        verdicts = tuple(Verdict(point, check.problems_of(point)) for point in points)
-        if one:
-            return Report(verdicts, files=check.files, size=check.size)
-        if not inventory.damaged:  # else nobody knows what is needed
-            check.forget_stale_marks()
-        extra, foreign = _unnamed(names, unfinished, inventory.points)
-        return Report(verdicts, inventory.damaged, extra, foreign, check.files, check.size)
+    # Names first and manifests last: a backup that commits meanwhile then leaves nothing that looks
+    # as if no manifest named it.
+    names = target.stored_names()
+    unfinished = target.unfinished_files()
+    inventory = target.load()
+    one = find_point(target, inventory, request.point) if request.point else None
+    check = _Verification(target, inventory.points)
+    points = (one,) if one else inventory.points
+    verdicts = tuple(Verdict(point, check.problems_of(point)) for point in points)
+    files, size = check.files, check.size
+    if one:
+        return Report(verdicts, (), (), (), files, size, files, size)
+    if not inventory.damaged:  # else nobody knows what is needed
+        check.forget_stale_marks()
+    extra, foreign = _unnamed(names, unfinished, inventory.points)
+    return Report(verdicts, inventory.damaged, extra, foreign, files, size, files, size)
 
 
 def _unnamed(

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring disks of a point back, as files or onto a block device: the right bytes, or nothing.
+
+    find the point ─ choose its disks ─ see that nothing is harmed where they go ─ open the sources
+    files:   fill NAME.partial, proving all that is read
+             ─ sizes right, fsync ─ and only when all disks are through: rename
+    device:  prove what can be proved before ─ then write, zeros too ─ fsync
+
+So damage is found before a name that counts is given.
+
+    request      what is asked for, and what came out
+    place        where disks go, and what must not be harmed there
+    directory    qemu-img copies a chain of files, whose digests are read at the same time
+    repository   chunks are read in threads, each proved and written where it belongs
+"""
+
+from qmpbackup import interrupt
+from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.model import Point, StoredDisk
+from qmpbackup.service import targets
+from qmpbackup.service.restore import place
+from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
+from qmpbackup.service.show import find_point
+from qmpbackup.target.directory import DirectoryTarget
+
+__all__ = ["FORMATS", "Outcome", "Request", "Restored", "restore"]
+
+
+def restore(request: Request) -> Outcome:
+    """Restore disks of a point.
+
+    Raises:
+        QmpBackupError: nothing was restored, and nothing is left behind; only a block device that
+            was already being written to holds part of the data.
+    """
+    with (
+        interrupt.held(),
+        targets.opened(request.target, request.vm) as target,
+        target.lock(wait=request.lock_wait),
+    ):
+        inventory = target.load()
+        point = find_point(target, inventory, request.point)
+        disks = _chosen(point, request)
+        outputs = [place.output(request, disk) for disk in disks]
+        for path in outputs:
+            place.refuse_harm(target, path)
+        if isinstance(target, DirectoryTarget):
+            from qmpbackup.service.restore import directory
+
+            directory.restore(target, inventory.points, point, disks, outputs, request)
+        else:
+            from qmpbackup.service.restore import repository
+
+            repository.restore(target, point, disks, outputs, request)
+    done = [Restored(disk.id, path, disk.size) for disk, path in zip(disks, outputs, strict=True)]
+    return Outcome(point, tuple(done))
+
+
+def _chosen(point: Point, request: Request) -> tuple[StoredDisk, ...]:
+    known = {disk.id: disk for disk in point.disks}
+    unknown = [disk_id for disk_id in request.disks if disk_id not in known]
+    if unknown:
+        gone = {each.id: each.into for each in point.merged}
+        into = gone.get(unknown[0])
+        raise UsageError(
+            f"Point {point.id} does not hold disk {unknown[0]}."
+            + (f" It was merged into point {into}." if into else ""),
+            "It holds: " + ", ".join(known) + "." if known else "",
+        )
+    chosen = tuple(disk for disk in point.disks if not request.disks or disk.id in request.disks)
+    if not chosen:
+        raise DamagedError(f"Point {point.id} holds no disk any more.", "Restore a later point.")
+    if request.file is not None and len(chosen) != 1:
+        raise UsageError(
+            f"Point {point.id} holds several disks, and a file takes one.", "Name one with --disk."
+        )
+    return chosen

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restore is asked for, and what came out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.model import Place, Point
+from qmpbackup.plan.chain import LATEST
+
+FORMATS = ("qcow2", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks for. Either `folder` or `file` is set; no `disks` means all.
+
+    No `format` means raw for a block device, else qcow2. `vm` names one of several in a repository.
+    """
+
+    target: Place
+    point: str = LATEST
+    disks: tuple[str, ...] = ()
+    folder: Path | None = None
+    file: Path | None = None
+    format: str = ""
+    force: bool = False
+    lock_wait: float = 0.0
+    vm: str = ""
+
+    @property
+    def file_format(self) -> str:
+        """The format of files that are written."""
+        return self.format or "qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A disk that is back: where, and how many bytes the disk has."""
+
+    disk_id: str
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The point that was restored, and its disks."""
+
+    point: Point
+    disks: tuple[Restored, ...]
