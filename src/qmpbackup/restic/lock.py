@@ -274,6 +274,9 @@ class Held:
         self._names.insert(0, name)
         try:
             self._repository.storage.save(File(Kind.LOCK, name), [sealed])
+        except Refused:
+            self._names.pop(0)
+            raise
         except BaseException:
             self._remove(self._names.pop(0))
             raise

@@ -97,9 +97,13 @@ class Repository:
         key, config = Key.random(), configs.create()
         data = keyfile.create(key, password, cost)
         file = File(Kind.KEY, hashlib.sha256(data).hexdigest())
+        sealed = seal(key, configs.encode(config))
         storage.save(file, [data])
         try:
-            storage.save(CONFIG, [seal(key, configs.encode(config))])
+            storage.save(CONFIG, [sealed])
+            # Saving changes nothing where somebody else was quicker.
+            if _bounded(storage, CONFIG, None) != sealed:
+                _refuse_existing(storage)
         except BaseException:
             with suppress(QmpBackupError):
                 storage.remove(file)
@@ -241,7 +245,10 @@ class Repository:
         Raises:
             StorageError: it could not be stored, or the lock that we had is lost.
         """
-        return self.save_unpacked(Kind.SNAPSHOT, snapshot.encode(new))
+        data = snapshot.encode(new)
+        name = self.save_unpacked(Kind.SNAPSHOT, data)
+        self.cache(f"snapshot-{name}", data)
+        return name
 
     def remove_snapshot(self, name: str) -> None:
         """Forget a snapshot; what it alone needs stays until somebody prunes.

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpbackup.errors import DamagedError, Locked, StorageError
+from qmpbackup import interrupt
+from qmpbackup.errors import DamagedError, Interrupted, Locked, StorageError
 from qmpbackup.restic import lock
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.lock import Lock, Timing
@@ -117,6 +118,19 @@ def test_it_waits_for_the_end_of_the_other(repository: Repository) -> None:
     ending.join()
 
 
+def test_a_signal_ends_the_waiting(repository: Repository) -> None:
+    other = _write(repository, _elsewhere(exclusive=True))
+    with interrupt.held():
+        ending = threading.Timer(
+            0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]
+        )
+        ending.start()
+        with pytest.raises(Interrupted), repository.lock(wait=60.0, timing=QUICK):
+            pass
+        ending.join()
+    assert _locks(repository) == [other]
+
+
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_a_lock_not_refreshed_for_half_an_hour_counts_no_more(
     repository: Repository,
@@ -213,6 +227,26 @@ def test_readers_without_a_lock_honour_those_of_others(
     place.is_read_only = True
     with pytest.raises(Locked), repository.lock(timing=QUICK):
         pass
+
+
+class AppendOnly(Remembered):
+    """What an append-only REST server allows: to remove locks, and nothing else."""
+
+    def remove(self, file: File) -> None:
+        """Forget a lock."""
+        if file.kind is not Kind.LOCK:
+            raise Refused("Nobody may remove anything here.")
+        super().remove(file)
+
+
+def test_an_append_only_storage_is_locked_like_any_other() -> None:
+    repository = Repository.create(AppendOnly(), "password", cost=Scrypt(2, 1, 1), environment={})
+    with repository.lock(timing=QUICK):
+        assert len(_locks(repository)) == 1
+        name = repository.save_snapshot(SNAPSHOT)
+        with pytest.raises(Refused):
+            repository.remove_snapshot(name)
+    assert _locks(repository) == []
 
 
 HOLDER = """

@@ -108,6 +108,21 @@ def test_a_second_one_is_not_made_over_the_first(place: Remembered) -> None:
         Repository.create(place, "password", cost=CHEAP, environment={})
 
 
+def test_of_two_who_make_one_at_once_one_does(place: Remembered) -> None:
+    class Slow(Remembered):
+        """A storage whose files another program shares."""
+
+        def create(self) -> None:
+            Repository.create(place, "theirs", cost=CHEAP, environment={})
+
+    slow = Slow()
+    slow.files = place.files
+    with pytest.raises(UsageError, match="already"):
+        Repository.create(slow, "ours", cost=CHEAP, environment={})
+    assert len(list(place.list(Kind.KEY))) == 1
+    Repository.open(place, "theirs", environment={})
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_stored_is_read(version: int, place: Remembered, repository: Repository) -> None:
     config = replace(repository.config, version=version)
@@ -147,7 +162,8 @@ def test_snapshots_are_fetched_once(
     repository: Repository, place: Remembered, caches: dict[str, str]
 ) -> None:
     name = repository.save_snapshot(SNAPSHOT)
-    assert len(repository.snapshots()) == 1
+    first = Repository.open(place, "password", environment=caches)
+    assert [each.id for each in first.snapshots()] == [name]
     place.files[File(Kind.SNAPSHOT, name)] = b"nonsense"
     again = Repository.open(place, "password", environment=caches)
     assert [each.id for each in again.snapshots()] == [name]
