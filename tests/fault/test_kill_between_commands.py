@@ -10,23 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from lab import cli
 from lab.proxy import Place, Proxy
-from lab.scene import KINDS, Scene, scene
+from lab.scene import KINDS, WHERE, Scene, Where, scene
 
 DELICATE = frozenset({"stop", "transaction", "cont"})
 RUNS_PER_TARGET = 8
 
 
-@pytest.mark.parametrize("kind", ["full", "quiesced"])
-def test_killed_at_a_spread_of_places(tmp_path: Path, kind: str) -> None:
-    assert kill_at_all(tmp_path, kind, lambda names: some_places(names, step=19)) > 10
+SPREAD: list[tuple[Where, str, int]] = [
+    ("directory", "full", 19),
+    ("directory", "quiesced", 19),
+    ("repository", "inc", 37),
+]
+
+
+@pytest.mark.parametrize(("where", "kind", "step"), SPREAD)
+def test_killed_at_a_spread_of_places(tmp_path: Path, where: Where, kind: str, step: int) -> None:
+    # What is before a command comes after the one before.
+    thinning = 1 if where == "directory" else 2
+    assert (
+        kill_at_all(tmp_path, where, kind, lambda names: some_places(names, step)[1::thinning]) > 5
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_everywhere(tmp_path: Path, kind: str) -> None:
-    assert kill_at_all(tmp_path, kind, all_places) > 60
+@pytest.mark.parametrize("where", WHERE)
+def test_killed_everywhere(tmp_path: Path, where: Where, kind: str) -> None:
+    assert kill_at_all(tmp_path, where, kind, all_places) > 60
 
 
 def all_places(names: Sequence[str]) -> list[Place]:
@@ -46,10 +57,12 @@ def some_places(names: Sequence[str], step: int) -> list[Place]:
     ]
 
 
-def kill_at_all(folder: Path, kind: str, choose: Callable[[Sequence[str]], list[Place]]) -> int:
+def kill_at_all(
+    folder: Path, where: Where, kind: str, choose: Callable[[Sequence[str]], list[Place]]
+) -> int:
     """Kill runs of a kind at places chosen from a recorded one; return how many were killed (a run
     may take fewer turns than the recorded one and be over before)."""
-    with scene(folder) as stage:
+    with scene(folder, where) as stage:
         stage.renew(kind)
         places = choose(run(stage, kind, lambda _proxy, _at: None))
         print(f"{kind}: killed at", *(f"{at.when} {at.number} {at.command}," for at in places))
@@ -81,7 +94,7 @@ def run(stage: Scene, kind: str, hook: Callable[[Proxy, Place], None]) -> list[s
     """A run of a kind through a proxy; the names of its commands, empty if it was killed."""
     path = stage.vm.folder / "proxy"
     with Proxy(path, stage.vm.socket, hook) as proxy:
-        result = cli.run(*stage.arguments(kind, path))
+        result = stage.run(kind, socket=path)
         if proxy.killed:
             stage.wait_for_rescue()  # which goes through the proxy, too
             return []

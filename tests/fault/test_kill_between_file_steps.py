@@ -12,26 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from lab.scene import KINDS, Scene, scene
+from lab.scene import KINDS, WHERE, Scene, Where, scene
 
 PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
 RUNS_PER_TARGET = 8
 
 
-@pytest.mark.parametrize("kind", ["inc"])
-def test_killed_before_every_second_file_step(tmp_path: Path, kind: str) -> None:
-    assert kill_until_one_survives(tmp_path, kind, step=2) > 4
+@pytest.mark.parametrize("where", WHERE)
+def test_killed_before_every_second_file_step(tmp_path: Path, where: Where) -> None:
+    assert kill_until_one_survives(tmp_path, where, "inc", step=2) > 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_before_every_file_step(tmp_path: Path, kind: str) -> None:
-    assert kill_until_one_survives(tmp_path, kind, step=1) > 10
+@pytest.mark.parametrize("where", WHERE)
+def test_killed_before_every_file_step(tmp_path: Path, where: Where, kind: str) -> None:
+    assert kill_until_one_survives(tmp_path, where, kind, step=1) > 10
 
 
-def kill_until_one_survives(folder: Path, kind: str, step: int) -> int:
+def kill_until_one_survives(folder: Path, where: Where, kind: str, step: int) -> int:
     """Kill runs at every `step`-th file step; return how many were killed."""
-    with scene(folder) as stage:
+    with scene(folder, where) as stage:
         kills = 0
         killed = True
         while killed:
@@ -54,7 +55,7 @@ def run_killed(stage: Scene, kind: str, fatal: int) -> bool:
     arguments = map(str, stage.arguments(kind, stage.vm.socket))
     result = subprocess.run(
         [sys.executable, str(PROGRAM), str(fatal), *arguments],
-        env=os.environ,
+        env={**os.environ, **stage.environment},
         capture_output=True,
         text=True,
         check=False,

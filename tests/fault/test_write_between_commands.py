@@ -15,9 +15,11 @@ from lab.disks import CLUSTER, MIB, Disk, create, pattern
 from lab.load import Write
 from lab.proxy import Place, Proxy
 from lab.qemu import Qemu
+from lab.repositories import Target, environment_of, repository
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512, "vdc": 12 * MIB}
 LEVELS = ("full", "inc", "diff", "copy")
+LEVELS_OF_REPOSITORIES = ("full", "inc", "inc", "copy")
 FEW_BLOCKS = 40
 
 
@@ -63,6 +65,26 @@ class Injector:
 def test_a_write_before_every_command_is_in_one_point_or_the_next(
     start_qemu: Callable[..., Qemu], tmp_path: Path, seed: int
 ) -> None:
+    write_everywhere(start_qemu, tmp_path, tmp_path / "target", LEVELS, seed)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_write_before_every_command_of_a_run_into_a_repository(
+    start_qemu: Callable[..., Qemu], tmp_path: Path, seed: int
+) -> None:
+    target = repository(tmp_path / "target")
+    write_everywhere(start_qemu, tmp_path, target, LEVELS_OF_REPOSITORIES, seed)
+    target.assert_whole(read_data=True)
+
+
+def write_everywhere(
+    start_qemu: Callable[..., Qemu],
+    tmp_path: Path,
+    target: Target,
+    levels: Sequence[str],
+    seed: int,
+) -> None:
+    """Make points while a write comes before every command; each holds its instant."""
     vm = start_qemu(
         [
             Disk("vda", create(tmp_path / "a", SIZES["vda"], contents=pattern(SIZES["vda"], seed))),
@@ -74,19 +96,18 @@ def test_a_write_before_every_command_is_in_one_point_or_the_next(
         firmware="seabios" if seed == 2 else "halt",
     )
     before = {disk: vm.contents(disk) for disk in SIZES}
-    target = tmp_path / "target"
     injector = Injector(vm, seed)
-    for level in LEVELS:
+    for level in levels:
         path = vm.folder / "proxy"
         with Proxy(path, vm.socket, injector):
-            command = ("backup", "--level", level, "--target", target)
-            cli.run("--socket", path, *command).check()
+            command = ("backup", "--level", level, "--target", str(target))
+            cli.run("--socket", path, *command, env=environment_of(target)).check()
     last = back_up(vm, target, "inc")
     live = {disk: vm.contents(disk) for disk in SIZES}
     assert_restores(target, last["id"], live, tmp_path)
     assert_clean(vm, target)
     points = manifests(target)[:-1]
-    assert len(points) == len(injector.standstills) == len(LEVELS)
+    assert len(points) == len(injector.standstills) == len(levels)
     for point, (stopped, went_on) in zip(points, injector.standstills, strict=True):
         found = restored(target, point["id"], tmp_path)
         for disk, first in before.items():

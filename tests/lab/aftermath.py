@@ -2,22 +2,24 @@
 """What may be left once a run after a broken one has succeeded, read without the product."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lab.backups import bitmaps, leftovers
 from lab.qemu import Qemu
+from lab.repositories import Repository, Target
 
 PREFIX = "qmpbackup:"
 
 
-def manifests(target: Path) -> list[dict[str, Any]]:
+def manifests(target: Target) -> list[dict[str, Any]]:
     """All points of a target in the order of their commits."""
+    if isinstance(target, Repository):
+        return target.manifests()
     points = [json.loads(path.read_text()) for path in target.glob("points/*.json")]
     return sorted(points, key=lambda point: int(point["sequence"]))
 
 
-def assert_clean(vm: Qemu, target: Path) -> None:
+def assert_clean(vm: Qemu, target: Target) -> None:
     """Nothing is left of any run but what the next one needs.
 
     The VM runs, its disks sit on their own nodes; there are the change bitmaps of each disk's last
@@ -32,9 +34,9 @@ def assert_clean(vm: Qemu, target: Path) -> None:
         assert not list(folder.glob(".qmpbackup-*")), "a scratch image is left"
 
 
-def assert_bitmaps(vm: Qemu, target: Path) -> None:
+def assert_bitmaps(vm: Qemu, target: Target) -> None:
     """Of this target, QEMU holds the bitmaps that its last points need, and no others."""
-    owner = json.loads((target / "vm.json").read_text())["id"]
+    owner = owner_of(target)
     found = {name for _, name in bitmaps(vm) if name.startswith(f"{PREFIX}{owner}:")}
     needed: set[str] = set()
     for disk in {disk["id"] for point in manifests(target) for disk in point["disks"]}:
@@ -48,8 +50,22 @@ def assert_bitmaps(vm: Qemu, target: Path) -> None:
     assert found == needed - {""}
 
 
-def assert_only_named(target: Path) -> None:
-    """The target holds the files that its manifests name, its own few, and no others."""
+def owner_of(target: Target) -> str:
+    """What the bitmaps of a target are named after."""
+    if isinstance(target, Repository):
+        return target.id[:16]
+    return str(json.loads((target / "vm.json").read_text())["id"])
+
+
+def assert_only_named(target: Target) -> None:
+    """The target holds the files that its manifests name, its own few, and no others.
+
+    In a repository, what a dead run had stored may lie about until somebody prunes: restic finds
+    nothing wrong there, and no lock.
+    """
+    if isinstance(target, Repository):
+        target.assert_whole()
+        return
     named = {disk["file"] for point in manifests(target) for disk in point["disks"]}
     named |= {f"points/{point['id']}.json" for point in manifests(target)}
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}

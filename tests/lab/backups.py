@@ -9,19 +9,20 @@ from lab import cli
 from lab.cli import Argument, Result
 from lab.disks import first_difference
 from lab.qemu import Qemu
+from lab.repositories import Repository, Target, environment_of
 
 
-def back_up(vm: Qemu, target: Path, level: str = "auto", *more: Argument) -> dict[str, Any]:
+def back_up(vm: Qemu, target: Target, level: str = "auto", *more: Argument) -> dict[str, Any]:
     """Make a point; its JSON record. Anything but exit code 0 fails the test."""
     result = try_backup(vm, target, level, "--json", *more).check()
     point: dict[str, Any] = json.loads(result.out)["point"]
     return point
 
 
-def try_backup(vm: Qemu, target: Path, level: str = "auto", *more: Argument) -> Result:
+def try_backup(vm: Qemu, target: Target, level: str = "auto", *more: Argument) -> Result:
     """Run a backup, however it ends."""
-    arguments = ("backup", "--level", level, "--target", target, *more)
-    return cli.run("--socket", vm.socket, *arguments)
+    arguments = ("backup", "--level", level, "--target", str(target), *more)
+    return cli.run("--socket", vm.socket, *arguments, env=environment_of(target))
 
 
 def levels(point: dict[str, Any]) -> dict[str, str]:
@@ -29,15 +30,17 @@ def levels(point: dict[str, Any]) -> dict[str, str]:
     return {disk["id"]: disk["level"] for disk in point["disks"]}
 
 
-def restored(target: Path, point: str, folder: Path) -> dict[str, bytes]:
-    """What a restore gives back, for each disk by its folder's name."""
+def restored(target: Target, point: str, folder: Path) -> dict[str, bytes]:
+    """What a restore gives back, for each disk by its folder's name; of a repository, restic's."""
+    if isinstance(target, Repository):
+        return target.restored(point)
     output = folder / f"restored-{point}"
     arguments = ("--point", point, "--output", output, "--format", "raw", "--force")
     cli.run("restore", "--target", target, *arguments).check()
     return {image.name.removesuffix(".raw"): image.read_bytes() for image in output.iterdir()}
 
 
-def assert_restores(target: Path, point: str, expected: dict[str, bytes], folder: Path) -> None:
+def assert_restores(target: Target, point: str, expected: dict[str, bytes], folder: Path) -> None:
     """A point gives back just these disks and bytes."""
     found = restored(target, point, folder)
     assert set(found) == set(expected)

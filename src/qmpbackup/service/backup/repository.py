@@ -5,7 +5,8 @@
     changed chunks       read ─ hash ─ stored unless the repository has them
     samples              unchanged chunks, read again: they must be what the parent says
 
-What is not a chunk of the parent any more, because the disk grew, is read like a change.
+What is not a chunk of the parent any more, because the disk grew, is read like a change; where that
+cannot be arranged, it is what the parent had, and zeros.
 """
 
 import logging
@@ -16,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import UnrecordedChanges, UsageError
+from qmpbackup.errors import JobError, UnrecordedChanges, UsageError
 from qmpbackup.model import Level, Location, Point, Vm
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.qemu.jobs import Progress
 from qmpbackup.qemu.nbd import Chunk, Flow
-from qmpbackup.qemu.pull import Pull, PulledDisk, method
+from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
 from qmpbackup.qemu.view import Seat, View
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.writer import Writer
@@ -110,9 +111,12 @@ class _Disk:
         """Chunks that are as in the parent unless something was read."""
         self.chunks = bytearray(ID * self.count)
         self.stored = 0
+        self.cut = b""
+        """The id of the parent's last chunk, where that was short and this disk is longer."""
         if parent is not None:
             self.known = self.count if parent.size == self.size else parent.size // CHUNK
             self.chunks[: ID * self.known] = parent.chunks[: ID * self.known]
+            self.cut = parent.chunks[ID * self.known :]
 
     def length(self, index: int) -> int:
         """Bytes of a chunk; the last may be short."""
@@ -163,7 +167,13 @@ class IntoRepository:
             self._disks[seat.disk.id] = _Disk(seat, parent)
         self._pull.start()
         samples = {seat.number: self._samples(seat) for seat in self._frame.seats}
-        self._pull.prepare(scratches, samples)
+        self._pull.prepare(scratches, samples, self._stages())
+
+    def _stages(self) -> list[tuple[int, Path]]:
+        if self._pull.way is not Way.STAGED:
+            return []
+        disks = zip(self._frame.seats, self._frame.plan.disks, strict=True)
+        return [self._frame.scratch(seat, plan, "stage") for seat, plan in disks]
 
     def _samples(self, seat: Seat) -> list[int]:
         """Chunks to be read though nothing is known to have changed there."""
@@ -181,9 +191,11 @@ class IntoRepository:
         Raises:
             UnrecordedChanges: an audit found some; the point must not be made.
         """
-        self._pull.serve()
+        speed = self._frame.request.speed
+        self._pull.serve(self._frame.watch, speed)
+        flow = Flow(speed=0 if self._pull.way is Way.STAGED else speed)
         for seat in self._frame.seats:
-            with self._pull.open(seat, Flow(speed=self._frame.request.speed)) as pulled:
+            with self._pull.open(seat, flow) as pulled:
                 self._read(seat, pulled)
         self._pull.finish()
         if self._unrecorded:
@@ -206,7 +218,21 @@ class IntoRepository:
                 done += chunk.length
                 self._show(seat, done, pulled.bytes_to_read)
         self._writer.drain()
+        self._complete(seat, pulled)
         log.debug("Disk %s: %d bytes read, %d stored.", seat.disk.id, done, disk.stored)
+
+    def _complete(self, seat: Seat, pulled: PulledDisk) -> None:
+        """Enter what the disk has grown by where that was not read: it was never written to."""
+        disk = self._disks[seat.disk.id]
+        for index in range(disk.known, disk.count):
+            if not pulled.wanted[index]:
+                disk.put(index, self._zero(disk.length(index)))
+        if disk.cut and not pulled.wanted[disk.known]:
+            data = self._target.repository.load_blob(BlobType.DATA, disk.cut)
+            data += bytes(disk.length(disk.known) - len(data))
+            disk.put(disk.known, self._writer.add_now(BlobType.DATA, data))
+        if disk.chunks.find(bytes(ID)) >= 0:
+            raise JobError(f"Disk {seat.disk.id} was not read completely.", "Run again.")
 
     def _store(self, seat: Seat, pulled: PulledDisk, chunk: Chunk) -> None:
         disk, data = self._disks[seat.disk.id], chunk.data

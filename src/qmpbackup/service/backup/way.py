@@ -47,11 +47,11 @@ class Frame:
     teardown: UndoStack
     rollback: UndoStack
 
-    def scratch(self, seat: Seat, plan: DiskPlan) -> tuple[int, Path]:
-        """Make the scratch file of a disk."""
+    def scratch(self, seat: Seat, plan: DiskPlan, what: str = "scratch") -> tuple[int, Path]:
+        """Make a scratch file for a disk; `what` tells several of one disk apart."""
         return scratch.create(
             scratch.folder_for(plan.disk, self.request.scratch),
-            self.names.of("scratch", seat.number),
+            self.names.of(what, seat.number),
             size=plan.disk.size,
             needed=plan.bytes_to_copy,
             named=not self.monitor.passes_descriptors,

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restic repositories as targets of tests: made cheaply, and read with the real restic alone."""
+
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lab.restic import PASSWORD, Restic
+from qmpbackup.restic.keyfile import Scrypt
+from qmpbackup.restic.repository import Repository as Made
+from qmpbackup.restic.storage.location import connect
+
+CHEAP = Scrypt(2, 1, 1)
+"""What a password may cost in tests, where nobody guesses."""
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at `location` (restic's words), and what programs need to use it.
+
+    As text it is what `--target` takes. `folder` holds caches: the product's own, and restic's.
+    """
+
+    location: str
+    folder: Path
+    password: str = PASSWORD
+    variables: Mapping[str, str] = field(default_factory=dict)
+    _manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _ids: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"restic:{self.location}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the product needs to know."""
+        return {
+            "RESTIC_PASSWORD": self.password,
+            "RESTIC_CACHE_DIR": str(self.folder / "cache"),
+            **self.variables,
+        }
+
+    @property
+    def restic(self) -> Restic:
+        """The real restic with this repository, and without what the product has cached."""
+        cache = self.folder / "restic-cache"
+        return Restic(self.location, cache, self.password, environment=self.variables)
+
+    def make(self) -> "Repository":
+        """Make it."""
+        with connect(self.location, self.environment) as storage:
+            Made.create(storage, self.password, cost=CHEAP, environment=self.environment).close()
+        return self
+
+    @contextmanager
+    def held_alone(self) -> Iterator[None]:
+        """This process holds it as `restic prune` does."""
+        with (
+            connect(self.location, self.environment) as storage,
+            Made.open(storage, self.password, environment=self.environment) as opened,
+            opened.lock(exclusive=True),
+        ):
+            yield
+
+    @property
+    def id(self) -> str:
+        """Its id, as its config says."""
+        if not self._ids:
+            self._ids.append(str(self.restic("cat", "config").json["id"]))
+        return self._ids[0]
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """What restic lists."""
+        found: list[dict[str, Any]] = self.restic("snapshots", "--json").json or []
+        return found
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """The manifests of all points, in the order in which they were made."""
+        found = [self._manifest(each) for each in self.snapshots()]
+        return sorted(found, key=lambda point: int(point["sequence"]))
+
+    def _manifest(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        name = snapshot["id"]
+        if name not in self._manifests:
+            (path,) = snapshot["paths"]
+            dumped = self.restic("dump", name, f"{path}/{MANIFEST}")
+            self._manifests[name] = dumped.json
+        return self._manifests[name]
+
+    def snapshot_of(self, point: str) -> dict[str, Any]:
+        """The snapshot of a point."""
+        (found,) = (each for each in self.snapshots() if f"point={point}" in each["tags"])
+        return found
+
+    def restored(self, point: str) -> dict[str, bytes]:
+        """What restic gives back of a point: the bytes of each disk."""
+        dumped = self.restic("dump", self.snapshot_of(point)["id"], "/")
+        found = {}
+        with tarfile.open(fileobj=io.BytesIO(dumped.out)) as tar:
+            for member in tar:
+                reader = tar.extractfile(member)
+                if reader and member.name.endswith(".raw"):
+                    found[Path(member.name).stem] = reader.read()
+        return found
+
+    def assert_whole(self, *, read_data: bool = False) -> None:
+        """`restic check` has no complaint, and nobody's lock is left.
+
+        Taking its own, exclusive lock, restic would find one that blocks.
+        """
+        assert self.restic("list", "locks", "--no-lock").text == ""
+        checked = self.restic("check", *(["--read-data"] if read_data else []))
+        assert "no errors were found" in checked.text, str(checked)
+
+
+Target = Path | Repository
+"""Where points go."""
+
+
+def repository(folder: Path) -> Repository:
+    """A new repository in a folder, with the caches beside it."""
+    return Repository(str(folder / "repository"), folder).make()
+
+
+def environment_of(target: Target) -> Mapping[str, str]:
+    """What the product must be told to use a target."""
+    return target.environment if isinstance(target, Repository) else {}
