@@ -346,3 +346,13 @@ def has_tpm(monitor: Monitor) -> bool:
     """Whether the VM has a TPM, whose state no point holds."""
     (answer,) = monitor.execute_each([Command("query-tpm")])
     return not isinstance(answer, CommandError) and any(True for _ in objects(answer, "query-tpm"))
+
+
+def bitmap_counts(monitor: Monitor, node: str) -> dict[str, int]:
+    """How many bytes each bitmap of a node has marked."""
+    nodes = monitor.execute(Command("query-named-block-nodes", {"flat": True}))
+    for reply in objects(nodes, "query-named-block-nodes"):
+        if reply.text("node-name") == node:
+            found = map(_bitmap, reply.objects("dirty-bitmaps"))
+            return {bitmap.name: bitmap.count for bitmap in found}
+    return {}

@@ -44,6 +44,7 @@ _STATUS_BYTES = 2 << 30
 """Length of one question for block status. The field has 32 bits, and some servers take them as
 signed."""
 
+_WRITES_AHEAD = 64
 _CONNECT_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 _LOST = "the connection was lost"
@@ -161,11 +162,19 @@ class Connection:
         Raises:
             NbdError: the server refused, or the connection failed.
         """
-        from nbd import Buffer
+        from nbd import Buffer, Error
 
         zeroes = Buffer.from_buffer(bytearray(length))
-        for offset in places:
-            self._carry_out(partial(self.handle.aio_pwrite, zeroes, offset))
+        try:
+            waiting: deque[int] = deque()
+            for offset in places:
+                waiting.append(self.handle.aio_pwrite(zeroes, offset))
+                if len(waiting) == _WRITES_AHEAD:
+                    self._settle(waiting.popleft())
+            for cookie in waiting:
+                self._settle(cookie)
+        except Error as error:
+            raise _failure(error, self.handle) from error
 
     def marked(self, context: str, chunk: int) -> bytearray:
         """The map of chunks of which something is marked in a context (a bitmap).
@@ -217,11 +226,13 @@ class Connection:
         from nbd import Error
 
         try:
-            cookie = send()
-            while not self.handle.aio_command_completed(cookie):
-                _turn(self.handle)
+            self._settle(send())
         except Error as error:
             raise _failure(error, self.handle) from error
+
+    def _settle(self, cookie: int) -> None:
+        while not self.handle.aio_command_completed(cookie):
+            _turn(self.handle)
 
 
 def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:

@@ -39,12 +39,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError
+from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError, VmError
 from qmpbackup.model import Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.names import LEDGER, RunNames
-from qmpbackup.qemu import nbd, serving, staging
+from qmpbackup.plan.names import LEDGER, SAMPLES, RunNames
+from qmpbackup.qemu import inventory, nbd, serving, staging
 from qmpbackup.qemu.copy import view_broke
 from qmpbackup.qemu.jobs import Watch
 from qmpbackup.qemu.monitor import Monitor
@@ -55,6 +55,8 @@ from qmpbackup.qemu.view import Seat, View
 from qmpbackup.undo import UndoStack
 
 _SECTOR = 512
+_LINES = 256
+"""Commands that are sent at once."""
 
 _BROKEN = frozenset({errno.EINVAL, errno.EPERM, errno.EACCES, errno.EIO})
 """What NBD says of a view whose scratch has failed: it has no EACCES (nbd/server.c)."""
@@ -160,8 +162,7 @@ class Pull:
         """Open scratch images and ledgers, and mark samples (chunks by the number of their disk).
 
         `scratches`, and `stages` if the way is `STAGED`, are new files, one a disk. Of a disk that is
-        read whole samples mean nothing. Where QEMU's NBD server is somebody else's, none can be
-        marked: what is read is in `PulledDisk.wanted`.
+        read whole samples mean nothing.
 
         Raises:
             StorageError: an image could not be created.
@@ -170,8 +171,8 @@ class Pull:
         self._view.prepare(scratches, readable=self.way is Way.V2)
         for seat in self._seats:
             chosen = (samples or {}).get(seat.number, ())
-            if chosen and seat.shows_marks and self._server:
-                self._mark(self._server, seat, chosen)
+            if chosen and seat.shows_marks:
+                self._mark(seat, chosen)
         if self.way is Way.STAGED:
             opened = [Stage(seat, *each) for seat, each in zip(self._seats, stages, strict=True)]
             self._staging = Staging(self._monitor, self._view, opened, self._names)
@@ -249,18 +250,43 @@ class Pull:
             return _Place(path, staging.EXPORT, staging.EXPORT, changed, read)
         return _Place(self._path, self._disk(seat), self._marks(seat), changed, read)
 
-    def _mark(self, server: Server, seat: Seat, samples: Sequence[int]) -> None:
-        """Mark chunks in the ledger by writing to it."""
+    def _mark(self, seat: Seat, samples: Sequence[int]) -> None:
+        """Mark chunks in the ledger by writing to each; without a server by the human monitor."""
+        ledger, offsets = self._names.of(LEDGER, seat.number), [at * seat.chunk for at in samples]
+        if self._server:
+            self._write(self._server, seat, ledger, offsets)
+        else:
+            lines = [f'qemu-io {ledger} "write -q -z {at} {_SECTOR}"' for at in offsets]
+            for start in range(0, len(lines), _LINES):
+                self._monitor.execute_all(
+                    [
+                        Command("human-monitor-command", {"command-line": line})
+                        for line in lines[start : start + _LINES]
+                    ]
+                )
+        self._require_marked(seat, ledger, samples)
+
+    def _write(self, server: Server, seat: Seat, ledger: str, offsets: Sequence[int]) -> None:
         marking = UndoStack()
         name = self._names.of("marking", seat.number)
         try:
-            ledger = self._names.of(LEDGER, seat.number)
             server.export([commands.export_add(name, ledger, writable=True)], marking)
-            with _explained(seat), nbd.connect(self._path, name) as connection:
-                connection.zero((chunk * seat.chunk for chunk in samples), _SECTOR)
+            with _explained(seat), nbd.connect(server.path, name) as connection:
+                connection.zero(offsets, _SECTOR)
                 marking.run()
         finally:
             marking.run()
+
+    def _require_marked(self, seat: Seat, ledger: str, samples: Sequence[int]) -> None:
+        """The human monitor tells of no failure, and nothing may depend on our having no bug."""
+        wanted = sum(min(seat.chunk, seat.disk.size - at * seat.chunk) for at in set(samples))
+        found = inventory.bitmap_counts(self._monitor, ledger)[self._names.of(SAMPLES, seat.number)]
+        if found != wanted:
+            raise VmError(
+                f"The samples of disk {seat.disk.id} could not be marked: {found} bytes are, and not "
+                f"{wanted}.",
+                "Run again; nothing was lost.",
+            )
 
     @property
     def _path(self) -> str:
