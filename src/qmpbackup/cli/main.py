@@ -199,6 +199,7 @@ COMMANDS = {
     "show": "show",
     "verify": "verify",
     "restore": "restore",
+    "prune": "prune",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""
 

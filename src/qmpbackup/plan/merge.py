@@ -56,7 +56,8 @@ class MergePlan:
 
     `carried` are internal snapshots that the full holds already and keeps. `relinked` are images
     that build on the newest of the chain, and then on the full. `lost` are points or images whose
-    states end.
+    states end. `below` is for a part of a chain that builds on another file: the size of the disk in
+    that one, in bytes; the first of the part then takes the place of the full.
     """
 
     operation: Operation
@@ -65,6 +66,7 @@ class MergePlan:
     carried: tuple[str, ...] = ()
     relinked: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    below: int | None = None
 
     @property
     def base(self) -> str:
@@ -84,7 +86,7 @@ class MergePlan:
     @property
     def flattens(self) -> bool:
         """Whether the merged image can be written anew, as there are no snapshots to keep."""
-        return self.operation is Operation.COMMIT and not self.carried
+        return self.operation is Operation.COMMIT and not self.carried and self.below is None
 
     def lines(self) -> tuple[str, ...]:
         """The plan for people, one step a line."""
@@ -201,7 +203,8 @@ def rewrite(
 
     Args:
         points: all points of the target.
-        links: the chain that is merged, the full first.
+        links: the chain that is merged, the full first; or neighbours out of one, whose first keeps
+            its level and what it builds on.
         plan: what is done with it.
         base: what the full's file then holds.
         relinked: the same of files (as manifests name them) that then build on the full.
@@ -226,6 +229,7 @@ class _Rewriter:
         self._sequences = {point.id: point.sequence for point in points}
         self._id = links[0].disk.id
         self._file = links[0].disk.file
+        self._bottom = links[0].disk
         self._last = links[-1].point.id
         self._before = {link.point.id for link in links[:-1]}
         self._keeps = plan.operation is Operation.SNAPSHOTS
@@ -251,18 +255,19 @@ class _Rewriter:
         if disk.file in self._relinked:
             return _holding(disk, self._relinked[disk.file])
         if point.id == self._last:
-            return self._standing_alone(disk, "")
+            return self._in_the_first(disk, "")
         if point.id in self._before:
-            return self._standing_alone(disk, self._tags[point.id]) if self._keeps else None
+            return self._in_the_first(disk, self._tags[point.id]) if self._keeps else None
         return _holding(disk, self._base) if disk.file == self._file else disk
 
-    def _standing_alone(self, disk: StoredDisk, snapshot: str) -> StoredDisk:
-        reason = disk.reason if disk.file == self._file else "merged into its full"
+    def _in_the_first(self, disk: StoredDisk, snapshot: str) -> StoredDisk:
+        into = "its full" if self._bottom.parent is None else "what it was built on"
+        reason = disk.reason if disk.file == self._file else f"merged into {into}"
         alone = replace(
             disk,
-            level=Level.FULL,
+            level=self._bottom.level,
             file=self._file,
-            parent=None,
+            parent=self._bottom.parent,
             reason=reason,
             snapshot=snapshot,
         )

@@ -384,6 +384,15 @@ class DirectoryTarget:
         ):
             points.write(point.id + MANIFEST, data)
 
+    def remove_point(self, point_id: str, files: Sequence[str]) -> None:
+        """Make a point cease to exist, durably, then remove these files, which no other may need;
+        the lock to remove must be held.
+
+        Raises:
+            StorageError: it was not removed, or some file is left for the next run to remove.
+        """
+        pending.remove(self.path, point_id, files)
+
     def remove_manifest(self, point_id: str) -> None:
         """Make a point cease to exist, durably; the lock to remove must be held. Files stay.
 

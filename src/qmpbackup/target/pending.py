@@ -247,6 +247,25 @@ def recover(root: Path) -> list[str]:
         return [_recover_point(top, each) for each in ids if is_point_id(each)]
 
 
+def remove(root: Path, point_id: str, files: Sequence[str]) -> None:
+    """Make a point cease to exist, and remove `files` (as manifests name them); all locks held.
+
+    The journal is that of a point in the making: beside its manifest it means nothing, without it
+    whoever clears up removes the files.
+
+    Raises:
+        StorageError: the point may or may not exist; if not, the next run removes its files.
+    """
+    parsed = [parse_file(name) for name in files]
+    journal = Journal(tuple(name for name in parsed if name is not None), ())
+    if len(journal.files) != len(files) or not is_point_id(point_id):
+        raise ValueError(f"point {point_id} has files that no point can have")
+    with storage_errors(f"remove point {point_id} from {root}"), Folder.open(root) as top:
+        with top.sub(POINTS) as points:
+            points.write(point_id + JOURNAL, journal.encode())
+        _discard(top, point_id, journal)
+
+
 def unfinished_files(root: Path) -> tuple[str, ...]:
     """Names of all files that journals list, under both names that they can have.
 
@@ -301,4 +320,6 @@ def _discard_file(top: Folder, name: FileName) -> int:
         return 0
     with top.sub(name.folder) as folder:
         removed = [folder.remove(each) for each in (name.name + PARTIAL, name.name)]
+        if any(removed):
+            folder.sync()  # before the journal goes that would remove it again
     return sum(removed)

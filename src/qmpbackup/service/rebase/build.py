@@ -57,7 +57,9 @@ def needed_bytes(plan: MergePlan, layers: Sequence[Layer]) -> int:
         return flat_bytes(layers)
     with storage_errors(f"look at {layers[0].name}"):
         full = os.fstat(layers[0].fd).st_size
-    return full + sum(images.needed_bytes([layer]) for layer in layers[1:]) + _SPARE
+        pack = plan.below is not None and any(compressed([layer]) for layer in layers)
+        packed = sum(os.fstat(layer.fd).st_size for layer in layers) if pack else 0
+    return full + packed + sum(images.needed_bytes([layer]) for layer in layers[1:]) + _SPARE
 
 
 def flat_bytes(layers: Sequence[Layer]) -> int:
@@ -95,6 +97,8 @@ def build(
         if plan.flattens:
             flatten(layers, fd, rate)
             each("built")
+        elif plan.below is not None:
+            _merge_above(folder, new, plan, layers, rate, each)
         else:
             _copy_and_apply(folder.path / partial, new, plan, layers, rate, each)
         _prove(new, plan, layers)
@@ -152,6 +156,40 @@ def _copy_and_apply(
         each(f"applied {layer.name}")
 
 
+def _merge_above(
+    folder: Folder, new: Layer, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+) -> None:
+    """As `_copy_and_apply` for a part of a chain; what lies below the part is neither read nor shown
+    in the result."""
+    with images.stand_in(plan.below or 0) as ground:
+        if not any(compressed([layer]) for layer in layers):
+            _copy_and_apply_above(new, ground, layers, rate, each)
+            return
+        # QEMU compresses only into room that is free, so all is merged first, then compressed. Until
+        # the merge is proved nobody takes the second file for more than half made.
+        with _created(folder, plan.base + MERGED, layers[0].fd) as fd:
+            merged = Layer(fd, plan.base + MERGED)
+            _copy_and_apply_above(merged, ground, layers, 0, each)
+            size = read_header(fd, merged.name).size
+            below = read_header(layers[0].fd, layers[0].name).backing
+            images.create(folder.path / new.name, size, backing=below, compress=True)
+            images.apply_above(merged, new, ground, compress=True, rate=rate)
+            each("compressed")
+
+
+def _copy_and_apply_above(
+    new: Layer, ground: int, layers: Sequence[Layer], rate: int, each: Observer
+) -> None:
+    with storage_errors(f"copy {layers[0].name}"):
+        _copy(layers[0].fd, new.fd)
+    each("copied")
+    for layer in layers[1:]:
+        interrupt.check()
+        log.info("Applying %s", layer.name)
+        images.apply_above(layer, new, ground, rate=rate)
+        each(f"applied {layer.name}")
+
+
 def _keep(path: Path, tag: Tag | None) -> None:
     if tag is not None and not tag.exists:
         images.take_snapshot(path, tag.name)
@@ -205,7 +243,9 @@ def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
         raise _unproved(f"qemu-img check finds errors in {new.name}", found.message)
     if read_header(new.fd, new.name).size != read_header(layers[-1].fd, layers[-1].name).size:
         raise _unproved(f"{new.name} is not as large as {layers[-1].name}")
-    if not _same(images.spelled_out([new]), [new], layers):
+    if plan.below is not None:
+        _prove_above(new, plan.below, layers)
+    elif not _same(images.spelled_out([new]), [new], layers):
         raise _unproved(f"{new.name} does not hold the state of {layers[-1].name}")
     for tag in plan.tags:
         index = plan.chain.index(tag.file)
@@ -216,6 +256,22 @@ def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
         with exports.snapshot(new, carried) as one, exports.snapshot(layers[0], carried) as other:
             if not images.same_contents(one, other):
                 raise _unproved(f"snapshot {carried} has changed")
+
+
+def _prove_above(new: Layer, below: int, layers: Sequence[Layer]) -> None:
+    """On top of whatever lies below, the new image shows what the part of the chain shows.
+
+    It does if both show the same above zeros, and hold themselves the same ranges of the disk, as far
+    as anything lies below.
+    """
+    with images.stand_in(below) as ground:
+        fds = [ground, new.fd, *(layer.fd for layer in layers)]
+        one, other = (images.spelled_out(each, ground) for each in ([new], layers))
+        if not images.same_contents(one, other, pass_fds=fds):
+            raise _unproved(f"{new.name} does not hold the changes up to {layers[-1].name}")
+        found = images.held_ranges([new], ground, below)
+        if found != images.held_ranges(layers, ground, below):
+            raise _unproved(f"{new.name} does not hold the same parts as up to {layers[-1].name}")
 
 
 def _same(name: str, needs: Sequence[Layer], layers: Sequence[Layer]) -> bool:

@@ -10,12 +10,14 @@ down; a run that dies after that is finished by the next one.
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError, UsageError
-from qmpbackup.model import StoredDisk
+from qmpbackup.model import Point, StoredDisk
+from qmpbackup.plan.chain import Link
 from qmpbackup.plan.merge import (
     Contents,
     MergePlan,
@@ -85,6 +87,26 @@ def dry_run(request: Request, operation: Operation) -> MergePlan:
     return plan
 
 
+def merge_part(
+    place: Place, points: Sequence[Point], links: Sequence[Link], each: Observer = lambda _: None
+) -> None:
+    """Merge neighbours out of a chain into the lowest of them; the lock to remove must be held.
+
+    Args:
+        place: the folder of the disk in its target.
+        points: all points of the target.
+        links: the neighbours, the lowest first; what is left is the state of the last.
+        each: is told every step that is done.
+
+    Raises:
+        QmpBackupError: as `merge`.
+    """
+    request = Request(place.folder)
+    source = sources.part(place, points, links)
+    with sources.opened(source) as layers:
+        _Merge(request, source, _plan(source, layers, Operation.COMMIT), layers, each).run()
+
+
 def clear_up(place: Place, each: Observer = lambda _: None) -> list[str]:
     """Bring to an end what died runs have left: backups and merges. The lock must be held."""
     done = []
@@ -145,7 +167,17 @@ def _plan(source: Source, layers: list[Layer], operation: Operation) -> MergePla
         carried=carried,
         relinked=relinked,
         lost=() if keeps else ids[:-1],
+        below=_size_below(source),
     )
+
+
+def _size_below(source: Source) -> int | None:
+    """The size of the disk in the file that a part of a chain builds on; `None`: it stands alone."""
+    disk = source.links[0].disk if source.links else None
+    if disk is None or disk.parent is None:
+        return None
+    below = next(point.disk(disk.id) for point in source.points if point.id == disk.parent)
+    return below.size if below is not None else None
 
 
 class _Merge:

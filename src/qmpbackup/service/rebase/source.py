@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A chain: the names of its files, the full first.
+    """A chain: the names of its files, the full first; or neighbours out of one (`part`).
 
     `links` and `points` are empty without manifests. `children` are backups that build on files of
     the chain and are not part of it, `strays` other files that do, such as overlays of an owner.
@@ -92,7 +92,7 @@ def select(place: Place, request: Request) -> Source:
         place,
         line.names,
         line.children,
-        _strays(place, [image.name for image in found], line.names),
+        strays(place, [image.name for image in found], line.names),
         assumed=line.assumed,
         misplaced=line.misplaced,
     )
@@ -130,7 +130,24 @@ def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> 
     links = chain.chain(points, newest.point, newest.disk.id)
     names = tuple(link.disk.file.rpartition("/")[2] for link in links)
     children = tuple(_children(points, links))
-    return Source(place, names, children, _strays(place, states, names), links, tuple(points))
+    return Source(place, names, children, strays(place, states, names), links, tuple(points))
+
+
+def part(place: Place, points: Sequence[Point], links: Sequence[Link]) -> Source:
+    """Neighbours out of a chain of manifests, the lowest first.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    names = tuple(link.disk.file.rpartition("/")[2] for link in links)
+    states = {
+        disk.file.rpartition("/")[2]
+        for point in points
+        for disk in point.disks
+        if disk.file.startswith(f"{place.name}/")
+    }
+    children = tuple(_children(points, links))
+    return Source(place, names, children, strays(place, states, names), tuple(links), tuple(points))
 
 
 def _newest(states: dict[str, Link], request: Request) -> Link:
@@ -156,7 +173,8 @@ def _children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
                 yield Bond(disk.file.rpartition("/")[2], link.disk.file.rpartition("/")[2])
 
 
-def _strays(place: Place, backups: Container[str], names: Sequence[str]) -> tuple[Bond, ...]:
+def strays(place: Place, backups: Container[str], names: Sequence[str]) -> tuple[Bond, ...]:
+    """Files in the folder that are none of `backups` and build on one of `names`."""
     found: list[Bond] = []
     with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
         for name in folder.names():
@@ -184,7 +202,7 @@ def opened(source: Source) -> Iterator[list[Layer]]:
     if source.links:
         last = source.links[-1]
         with chains.opened(_target(source), source.points, last.point, last.disk) as files:
-            yield [file.layer for file in files]
+            yield [file.layer for file in files[-len(source.names) :]]
         return
     if source.assumed and len(source.names) > _DEEPEST_WITHOUT_LINKS:
         raise UsageError(
