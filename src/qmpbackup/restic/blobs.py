@@ -207,14 +207,23 @@ class BlobIndex:
         """
         with self._changing:
             self._source = source
-            for attempt in range(_ATTEMPTS):
-                try:
-                    return self._sync(source, damaged, thorough=attempt > 0)
-                except (Missing, Unusable) as error:
-                    # An index file went between listing and reading: somebody prunes. Or the cache
-                    # is damaged in a way that its opening does not show.
-                    _log.debug("The index changed while it was read: %s", error)
-                    time.sleep(_PAUSE_SECONDS * attempt)
+            self._synced(source, damaged, thorough=False)
+
+    def _synced(
+        self,
+        source: Source,
+        damaged: Callable[[str, DamagedError], None] | None,
+        *,
+        thorough: bool,
+    ) -> None:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._sync(source, damaged, thorough=thorough or attempt > 0)
+            except (Missing, Unusable) as error:
+                # An index file went between listing and reading: somebody prunes. Or the cache is
+                # damaged in a way that its opening does not show.
+                _log.debug("The index changed while it was read: %s", error)
+                time.sleep(_PAUSE_SECONDS * attempt)
         raise StorageError(
             "The index of the repository cannot be read: it changed each time.",
             "See whether another program is at work on it, and whether the disk is well.",
@@ -305,13 +314,10 @@ class BlobIndex:
         with self._changing:
             if self._files is not files:
                 return
-            good = tuple(places for places in files if places.intact())
-            for places in set(files).difference(good):
-                self._folder.forget(places)
             if self._source is None:
-                self._files = good
+                self._files = tuple(places for places in files if places.intact())
             else:
-                self.sync(self._source)
+                self._synced(self._source, None, thorough=True)
 
 
 def _ahead(
