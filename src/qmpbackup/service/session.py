@@ -28,6 +28,10 @@ class Session:
         """The VM as it was found."""
         return self.found.vm
 
+    def again(self) -> "Session":
+        """The same, looked at once more."""
+        return Session(self.monitor, inventory.take(self.monitor))
+
 
 @contextmanager
 def opened(address: str, *, lock_wait: float = 0.0, recover: bool = False) -> Iterator[Session]:

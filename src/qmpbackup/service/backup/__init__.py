@@ -59,7 +59,7 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
                 raise
             log.error("%s The disks concerned are now read whole.", alarm.message)
             destination.distrust(alarm.disks)
-            outcome = _run(request, vm, destination, watch)
+            outcome = _run(request, vm.again(), destination, watch)
             return replace(outcome, alarm=alarm.message)
 
 

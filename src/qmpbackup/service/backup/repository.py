@@ -5,8 +5,7 @@
     changed chunks       read ─ hash ─ stored unless the repository has them
     samples              unchanged chunks, read again: they must be what the parent says
 
-What is not a chunk of the parent any more, because the disk grew, is read like a change; where that
-cannot be arranged, it is what the parent had, and zeros.
+What is not a chunk of the parent any more, because the disk grew, is read like a change.
 """
 
 import logging
@@ -111,12 +110,9 @@ class _Disk:
         """Chunks that are as in the parent unless something was read."""
         self.chunks = bytearray(ID * self.count)
         self.stored = 0
-        self.cut = b""
-        """The id of the parent's last chunk, where that was short and this disk is longer."""
         if parent is not None:
             self.known = self.count if parent.size == self.size else parent.size // CHUNK
             self.chunks[: ID * self.known] = parent.chunks[: ID * self.known]
-            self.cut = parent.chunks[ID * self.known :]
 
     def length(self, index: int) -> int:
         """Bytes of a chunk; the last may be short."""
@@ -218,21 +214,9 @@ class IntoRepository:
                 done += chunk.length
                 self._show(seat, done, pulled.bytes_to_read)
         self._writer.drain()
-        self._complete(seat, pulled)
-        log.debug("Disk %s: %d bytes read, %d stored.", seat.disk.id, done, disk.stored)
-
-    def _complete(self, seat: Seat, pulled: PulledDisk) -> None:
-        """Enter what the disk has grown by where that was not read: it was never written to."""
-        disk = self._disks[seat.disk.id]
-        for index in range(disk.known, disk.count):
-            if not pulled.wanted[index]:
-                disk.put(index, self._zero(disk.length(index)))
-        if disk.cut and not pulled.wanted[disk.known]:
-            data = self._target.repository.load_blob(BlobType.DATA, disk.cut)
-            data += bytes(disk.length(disk.known) - len(data))
-            disk.put(disk.known, self._writer.add_now(BlobType.DATA, data))
         if disk.chunks.find(bytes(ID)) >= 0:
             raise JobError(f"Disk {seat.disk.id} was not read completely.", "Run again.")
+        log.debug("Disk %s: %d bytes read, %d stored.", seat.disk.id, done, disk.stored)
 
     def _store(self, seat: Seat, pulled: PulledDisk, chunk: Chunk) -> None:
         disk, data = self._disks[seat.disk.id], chunk.data
