@@ -15,6 +15,9 @@ _BLKZEROOUT: Final = 0x127F
 """linux/fs.h: write zeros to a range of a block device, by whatever means it has."""
 _STEP: Final = 256 * 1024 * 1024
 """Bytes that are given to the kernel at a time, which does not come back before they are done."""
+_PIECE: Final = 256 * 1024
+"""Bytes that are written at once. A whole aligned MiB makes Linux 6.18 with ext4 look for one large
+folio of its cache, which was measured to cost four times as long."""
 _NOT_ABLE: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENODEV})
 
 
@@ -26,7 +29,7 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
     """
     view = memoryview(data)
     while view:
-        written = os.pwrite(fd, view, offset)
+        written = os.pwrite(fd, view[:_PIECE], offset)
         view, offset = view[written:], offset + written
 
 
