@@ -7,14 +7,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from lab import cli
 from lab.aftermath import assert_clean, manifests
-from lab.disks import CLUSTER
 from lab.proxy import Place, Proxy
 from lab.scene import Scene, scene
 
@@ -28,25 +27,9 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield stage
 
 
-@contextmanager
-def long_run(stage: Scene, *more: cli.Argument) -> Iterator[cli.Running]:
-    """A run that has begun to copy and would go on copying for minutes."""
-    for block in range(64):
-        stage.vm.write("vda", block * CLUSTER, CLUSTER, 3)
-    arguments = stage.arguments("inc", stage.vm.socket)
-    with cli.start(*arguments, "--speed-limit", "10000", *more) as running:
-        stage.vm.qmp.poll(lambda: copying(stage))
-        yield running
-
-
-def copying(stage: Scene) -> bool:
-    jobs = stage.vm.qmp("query-jobs")
-    return any(job["type"] == "backup" and job["status"] == "running" for job in jobs)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, code: int) -> None:
-    with long_run(stage) as running:
+    with stage.long_run() as running:
         running.signal(number)
         result = running.wait(60).check(code)
     assert "Interrupted" in result.err
@@ -56,7 +39,7 @@ def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, c
 
 
 def test_a_second_run_leaves_at_once_or_waits(stage: Scene) -> None:
-    with long_run(stage) as running:
+    with stage.long_run() as running:
         arguments = stage.arguments("inc", stage.vm.socket)
         locked = cli.run(*arguments, timeout=30).check(LOCKED)
         assert "--lock-wait" in locked.err
@@ -71,7 +54,7 @@ def test_a_second_run_leaves_at_once_or_waits(stage: Scene) -> None:
 
 
 def test_a_vm_with_two_monitors_is_one_vm(stage: Scene) -> None:
-    with long_run(stage):
+    with stage.long_run():
         stage.vm.qmp.close()
         arguments = stage.arguments("inc", stage.vm._test_socket)
         cli.run(*arguments, timeout=30).check(LOCKED)
@@ -96,6 +79,49 @@ def test_nobody_listens(stage: Scene, tmp_path: Path) -> None:
         dead.bind(str(stage.vm.folder / "dead"))
     refused = cli.run(*stage.arguments("inc", stage.vm.folder / "dead")).check(VM)
     assert "Nobody listens" in refused.err
+    (tmp_path / "file").write_text("")
+    refused = cli.run(*stage.arguments("inc", tmp_path / "file")).check(VM)
+    assert "is a file, not a socket" in refused.err
+
+
+def test_looking_at_the_vm_during_a_backup(stage: Scene) -> None:
+    commands = (("info", "--show", "blockdev"), ("doctor", "--target", stage.target))
+    with stage.long_run() as running, ExitStack() as stack:
+        for command in commands:
+            cli.run("--socket", stage.vm.socket, *command, timeout=30).check(LOCKED)
+        patient = [
+            stack.enter_context(
+                cli.start("--socket", stage.vm.socket, *command, "--lock-wait", "60")
+            )
+            for command in commands
+        ]
+        running.signal(signal.SIGTERM)
+        running.wait(60).check(143)
+        for each in patient:
+            each.wait(60).check()
+
+
+def test_recover_says_what_it_would_do_and_does_just_that(stage: Scene) -> None:
+    recover = ("--socket", stage.vm.socket, "recover", "--target", stage.target)
+    assert cli.run(*recover, "--dry-run").check().out == "Nothing is left of an earlier run.\n"
+    stage.write()
+    with stage.long_run() as running:
+        running.signal(signal.SIGKILL)
+        running.wait(60)
+    stage.wait_for_rescue()
+    before = sorted(path for path in stage.target.rglob("*"))
+    told = cli.run(*recover, "--dry-run").check().out
+    assert "would remove the unfinished point" in told
+    assert all(f"{path.parent.name}/{path.name}" in told for path in before if is_partial(path))
+    assert "would remove bitmap" in told
+    assert sorted(path for path in stage.target.rglob("*")) == before
+    cli.run(*recover).check()
+    assert_clean(stage.vm, stage.target)
+    stage.make_good("inc")
+
+
+def is_partial(path: Path) -> bool:
+    return path.name.endswith(".partial")
 
 
 def test_a_run_that_is_stopped_while_the_vm_stands_still(stage: Scene) -> None:

@@ -15,6 +15,9 @@ from lab.disks import MIB
 from lab.proxy import Place, Proxy
 from lab.scene import Scene, scene
 
+PARTS = 2
+"""Tests that share the places of a complete run, so that each is over in minutes."""
+
 Spoil = Callable[[dict[str, Any]], bytes]
 
 
@@ -65,14 +68,14 @@ def spoil_at(number: int, spoil: Spoil) -> Callable[[Proxy, Place], None]:
     return hook
 
 
-def spoil_everywhere(folder: Path, step: int) -> None:
+def spoil_at_all(folder: Path, start: int, step: int) -> None:
     with scene(folder) as stage:
         stage.renew("inc")
         names: list[str] = []
         run(stage, lambda _proxy, at: names.append(at.command))
         kinds = list(SPOILT)
-        for index, number in enumerate(range(0, len(names) // 2, step)):
-            kind = kinds[index * 4 % len(kinds)]
+        for number in range(start, len(names) // 2, step):
+            kind = kinds[(number - start) // step * 4 % len(kinds)]
             print(f"{names[2 * number]} ({number}): {kind}")
             stage.write()
             before = len(manifests(stage.target))
@@ -87,12 +90,13 @@ def spoil_everywhere(folder: Path, step: int) -> None:
 
 
 def test_nonsense_at_a_spread_of_places(tmp_path: Path) -> None:
-    spoil_everywhere(tmp_path, step=6)
+    spoil_at_all(tmp_path, 0, step=6)
 
 
 @pytest.mark.slow
-def test_nonsense_everywhere(tmp_path: Path) -> None:
-    spoil_everywhere(tmp_path, step=1)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_nonsense_everywhere(tmp_path: Path, part: int) -> None:
+    spoil_at_all(tmp_path, part, step=PARTS)
 
 
 @pytest.mark.slow

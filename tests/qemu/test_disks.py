@@ -218,12 +218,21 @@ def test_the_manifest_says_how_the_vm_was_started_but_no_secrets(
     image = create(tmp_path / "a.qcow2", SIZE)
     hidden = ["-object", "secret,id=s0,data=hunter2"]
     hidden += ["-object", '{"qom-type": "secret", "id": "s1", "data": "hunt\\"er2"}']
-    hidden += ["-fw_cfg", "name=opt/com.example/url,string=https://me:hunter2@example.com/"]
+    hidden += ["-fw_cfg", "name=opt/com.example/login,string=hunter2,,too"]
+    hidden += ["-smbios", "type=11,value=io.systemd.credential:login=hunter2,value=hunter2"]
+    hidden += ["-smbios", "type=1,manufacturer=https://me:hunter2@example.com/"]
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bytes(65536))
+    words = 'root=/dev/vda api_token=hunter2 systemd.set_credential="login:hunter2 x" quiet'
+    hidden += ["-kernel", str(kernel), "-append", words]
     vm = start_qemu([Disk("vda", image)], args=hidden, name="web")
     point = back_up(vm, tmp_path / "target")
     assert point["vm"]["name"] == "web"
     assert "-machine" in point["vm"]["command_line"]
-    assert "https://***@example.com/" in " ".join(point["vm"]["command_line"])
+    told = " ".join(point["vm"]["command_line"])
+    for text in ("https://***@example.com/", "opt/com.example/login,", "type=11,", "root=/dev/vda"):
+        assert text in told
+    assert told.split("root=")[1].split(" -")[0].endswith("quiet")
     assert "er2" not in json.dumps(point)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import cli
 from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError
 from qmpbackup.model import Level
 from qmpbackup.plan.merge import Operation
@@ -117,6 +118,22 @@ def assert_whole(path: Path, stored: Stored, expected: Sequence[int]) -> None:
     assert not report.foreign, report
     names = {each.name for each in (path / "points").iterdir()}
     assert names == {f"{point.id}.json" for point in points}
+
+
+def test_a_file_that_a_merge_has_set_aside_is_not_called_lost(
+    stored: Stored, tmp_path: Path
+) -> None:
+    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    point = ("--target", stored.path)
+    listed = cli.run("list", *point).check()
+    assert "merge in hd0 was interrupted" in listed.err
+    assert "qmprestore commit --dir" in listed.err
+    out = ("--output", tmp_path / "out")
+    assert "merge in hd0 was interrupted" in cli.run("restore", *point, *out).check(8).err
+    assert "merge in hd0 was interrupted" in cli.run("verify", *point).check(8).out
+    assert not list(stored.path.rglob("*.damaged"))
+    assert cli.run("commit", "--dir", stored.path / DISK, program="qmprestore").code == 0
+    cli.run("verify", *point).check()
 
 
 def roll_forward(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import add_target, path, require_socket
+from qmpbackup.cli.arguments import add_lock_wait, add_target, path, require_socket
 from qmpbackup.cli.printing import printable, say
 
 
@@ -23,6 +23,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--scratch", type=path, metavar="DIR", help="look for room there, as in backup"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a finding")
+    add_lock_wait(parser, "VM or target")
     parser.set_defaults(run=run)
 
 
@@ -32,7 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     worst = 0
     address = require_socket(arguments)
-    findings = examine(address, arguments.agent_socket or "", arguments.target, arguments.scratch)
+    findings = examine(
+        address,
+        arguments.agent_socket or "",
+        arguments.target,
+        arguments.scratch,
+        arguments.lock_wait,
+    )
     for finding in findings:
         worst = max(worst, int(finding.health is Health.PROBLEM))
         if arguments.json:

@@ -17,6 +17,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Show the disks of the running VM, or the dirty bitmaps on them, as JSON.",
     )
     info.add_argument("--show", required=True, choices=["blockdev", "bitmaps"], help="what to show")
+    add_lock_wait(info, "VM")
     info.set_defaults(run=show)
     cleanup = commands.add_parser(
         "cleanup",
@@ -50,7 +51,7 @@ def show(arguments: argparse.Namespace) -> int:
     """Print disks or bitmaps."""
     from qmpbackup.service import session
 
-    with session.opened(require_socket(arguments)) as opened:
+    with session.opened(require_socket(arguments), lock_wait=arguments.lock_wait) as opened:
         vm = opened.vm
     for disk in vm.disks:
         shown = asdict(disk)

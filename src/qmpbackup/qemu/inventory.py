@@ -323,16 +323,20 @@ def _command_line(pid: int | None) -> tuple[str, ...]:
     except OSError:
         return ()
     words = (word.decode(errors="replace") for word in raw.split(b"\0") if word)
-    return tuple(_masked(word) for word in words)
+    return tuple(_masked(words))
 
 
-def _masked(word: str) -> str:
-    for secret in _SECRETS:
-        word = secret.sub(r"\1***", word)
-    return word
+def _masked(words: Iterable[str]) -> Iterator[str]:
+    option = ""
+    for word in words:
+        masked = word
+        for secret in (*_SECRETS, *_SECRETS_OF.get(option, ())):
+            masked = secret.sub(r"\1***", masked)
+        yield masked
+        option = word.lstrip("-") if word.startswith("-") else ""
 
 
-_NAMES = "(?:data|password|passphrase|passwd|key)"
+_NAMES = "(?:data|password|passphrase|passwd|key|cookie)"
 _SECRETS = (
     re.compile(rf"(\b{_NAMES}=)(?:[^,]|,,)*"),
     re.compile(rf'("{_NAMES}"\s*:\s*)"(?:[^"\\]|\\.)*"'),
@@ -340,6 +344,18 @@ _SECRETS = (
 )
 """Where QEMU's command line carries a secret in the open: `-object secret,data=…`, the same as JSON,
 and the user's part of an address."""
+
+_SECRETS_OF = {
+    "fw_cfg": (re.compile(r"(\bstring=)(?:[^,]|,,)*"),),
+    "smbios": (re.compile(r"(\bvalue=)(?:[^,]|,,)*"),),
+    "append": (
+        re.compile(
+            r'((?:^|\s)[^\s=]*(?:pass|secret|token|key|cred)[^\s=]*=)(?:"[^"]*"|\S)*', re.IGNORECASE
+        ),
+    ),
+}
+"""The same for what a guest is told, by the option that tells it. `-fw_cfg` and `-smbios type=11` hand
+over anything; of a kernel's command line, the parameters that are called like secrets."""
 
 
 def has_tpm(monitor: Monitor) -> bool:

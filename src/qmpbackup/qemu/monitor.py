@@ -10,10 +10,12 @@ Knows the protocol (QEMU docs/interop/qmp-spec), and nothing of what the command
 
 import asyncio
 import socket
+import stat
 import struct
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError as QmpConnectError
@@ -55,6 +57,8 @@ class Monitor:
     def __init__(self, address: str, connection: socket.socket) -> None:
         self.address = address
         self._socket = connection
+        self.peer_pid = _peer_pid(connection)
+        """The process id of QEMU, where the kernel tells it; also once the connection is lost."""
         self._loop = asyncio.new_event_loop()
         self._client = _Client("qmpbackup", _LONGEST_LINE)
         self._events = EventListener()
@@ -91,16 +95,6 @@ class Monitor:
     def passes_descriptors(self) -> bool:
         """Whether files can be handed over by descriptor (unix sockets only)."""
         return self._socket.family == socket.AF_UNIX
-
-    @property
-    def peer_pid(self) -> int | None:
-        """The process id of QEMU, where the kernel tells it (unix(7), SO_PEERCRED)."""
-        if self._socket.family != socket.AF_UNIX:
-            return None
-        size = struct.calcsize("3i")
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid: int = struct.unpack("3i", credentials)[0]
-        return pid or None
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -272,6 +266,16 @@ class _Client(QMPClient):
         return msg
 
 
+def _peer_pid(connection: socket.socket) -> int | None:
+    """Who is at the other end of a unix socket (unix(7), SO_PEERCRED)."""
+    if connection.family != socket.AF_UNIX:
+        return None
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid or None
+
+
 def open_socket(address: str, timeout: float) -> socket.socket:
     """Connect to `PATH`, `unix:PATH` or `tcp:HOST:PORT`; also how the guest agent is reached.
 
@@ -295,6 +299,7 @@ def open_socket(address: str, timeout: float) -> socket.socket:
             f"There is no socket {address}.", "Check the path, and that the VM is running."
         ) from None
     except ConnectionRefusedError:
+        _require_socket(address)
         raise ConnectError(
             f"Nobody listens at {address}.", "Check that the VM is running."
         ) from None
@@ -307,6 +312,18 @@ def open_socket(address: str, timeout: float) -> socket.socket:
         raise ConnectError(
             f"Cannot connect to {address}: {reason}.", "Check the address."
         ) from None
+
+
+def _require_socket(address: str) -> None:
+    """Say so where a path leads to something else, which the system calls a refusal."""
+    path = Path(address.removeprefix("unix:"))
+    with suppress(OSError):
+        if not address.startswith("tcp:") and not stat.S_ISSOCK(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a file"
+            raise ConnectError(
+                f"{address} is {kind}, not a socket.",
+                "Give the path of QEMU's -qmp or guest agent socket.",
+            )
 
 
 def _tcp_endpoint(address: str) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
 from qmpbackup.qemu import images
 from qmpbackup.qemu.images import Layer
+from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.target.digest import digest
 from qmpbackup.target.directory import DirectoryTarget
 
@@ -78,10 +79,19 @@ def _check_links(target: DirectoryTarget, files: Sequence[OpenFile], disk: Store
 
 @contextmanager
 def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
-    """Mark the file of a disk in the target if the block finds it damaged."""
+    """Mark the file of a disk in the target if the block finds it damaged.
+
+    In the middle of a merge files are missing that are not lost; that is said instead. The lock to
+    read must be held.
+    """
     try:
         yield
     except DamagedError as error:
+        folder = disk.file.partition("/")[0]
+        if folder in interrupted(target):
+            raise DamagedError(
+                f"{error.message} A merge in {folder} was interrupted.", merge_hint(target, folder)
+            ) from error
         target.mark_damaged(disk, error.message)
         raise
 

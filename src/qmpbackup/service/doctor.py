@@ -42,13 +42,15 @@ def examine(
     agent_address: str = "",
     target: Place | None = None,
     scratch_dir: Path | None = None,
+    lock_wait: float = 0.0,
 ) -> Iterator[Finding]:
     """Findings one by one, from the VM outwards.
 
     Raises:
         VmError: the VM cannot be reached at all, or its QEMU is too old.
+        Locked: a run had the VM for all of `lock_wait` seconds.
     """
-    with session.opened(address) as opened:
+    with session.opened(address, lock_wait=lock_wait) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
         dirty = opened.found.needs_recovery
         tpm = inventory.has_tpm(opened.monitor)
@@ -70,7 +72,7 @@ def examine(
         yield Finding(skipped.name, Health.FINE, f"skipped: {skipped.reason}")
     yield _agent(agent_address)
     if isinstance(target, Location):
-        yield from _repository(vm, target)
+        yield from _repository(vm, target, lock_wait)
     elif target is not None:
         yield from _folder(vm, target)
 
@@ -224,7 +226,7 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
     yield from _next_backup(vm, stored, str(path))
 
 
-def _repository(vm: Vm, place: Location) -> Iterator[Finding]:
+def _repository(vm: Vm, place: Location, lock_wait: float) -> Iterator[Finding]:
     yield from _programs()
     from qmpbackup.qemu.pull import Way, method
     from qmpbackup.service import targets
@@ -241,7 +243,7 @@ def _repository(vm: Vm, place: Location) -> Iterator[Finding]:
     try:
         with targets.repository(place) as repository:
             target = RepositoryTarget.of(repository, vm.config.identity)
-            with target.lock():
+            with target.lock(wait=lock_wait):
                 stored = target.load()
             target.require(vm.config.identity, stored)
     except QmpBackupError as error:

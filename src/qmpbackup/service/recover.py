@@ -2,6 +2,9 @@
 """Clean up in a VM what a run of ours left when it died. Each backup does this first by itself."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from qmpbackup import interrupt
 from qmpbackup.model import Location, Place, Quiesce
@@ -11,10 +14,13 @@ from qmpbackup.qemu import recovery
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
-from qmpbackup.service.rebase.settle import settle
+from qmpbackup.service.rebase.settle import interrupted, settle
 from qmpbackup.service.session import Session
 from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.inventory import Inventory as Stored
+
+if TYPE_CHECKING:
+    from qmpbackup.target.repository import RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ def recover(
     """
     with interrupt.held(), session.opened(address, lock_wait=lock_wait) as vm:
         if dry_run:
-            return _left(vm.found)
+            return _left(vm.found) + _left_in(vm, target, lock_wait)
         done = recovery.recover(vm.monitor, vm.found)
         if vm.found.was_frozen:
             done += Guest(vm.monitor, agent_address, Quiesce.TRY).heal()
@@ -54,6 +60,27 @@ def _left(found: Inventory) -> list[str]:
     return [f"would remove {name}" for name in (*names, *sets)]
 
 
+def _left_in(vm: Session, place: Place | None, lock_wait: float) -> list[str]:
+    """What there is to do in a target, and for it in the VM."""
+    if place is None:
+        return []
+    if isinstance(place, Location):
+        with _repository(vm, place) as repository, repository.lock(wait=lock_wait):
+            return _left_bitmaps(vm, repository.load(), repository.id)
+    folder = DirectoryTarget.open(place)
+    with folder.lock(wait=lock_wait):
+        merges = [f"would finish the merge in {name}" for name in interrupted(folder)]
+        return merges + folder.left() + _left_bitmaps(vm, folder.load(), folder.id)
+
+
+def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
+    return [
+        f"would remove bitmap {name} of disk {disk.id}"
+        for disk in vm.vm.disks
+        for name in rubbish(disk, stored.points, target_id)
+    ]
+
+
 def _recover_folder(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
     settle(target, lock_wait)
     with target.lock(write=True, wait=lock_wait):
@@ -63,13 +90,17 @@ def _recover_folder(vm: Session, target: DirectoryTarget, lock_wait: float) -> l
 
 def _recover_repository(vm: Session, place: Location, lock_wait: float) -> list[str]:
     """What a dead run stored there no snapshot names; `prune` removes it."""
+    with _repository(vm, place) as target, target.lock(wait=lock_wait):
+        return _remove_rubbish(vm, target.load(), target.id)
+
+
+@contextmanager
+def _repository(vm: Session, place: Location) -> "Iterator[RepositoryTarget]":
     from qmpbackup.service import targets
     from qmpbackup.target.repository import RepositoryTarget
 
     with targets.repository(place) as repository:
-        target = RepositoryTarget.of(repository, vm.vm.config.identity)
-        with target.lock(wait=lock_wait):
-            return _remove_rubbish(vm, target.load(), target.id)
+        yield RepositoryTarget.of(repository, vm.vm.config.identity)
 
 
 def _remove_rubbish(vm: Session, stored: Stored, target_id: str) -> list[str]:

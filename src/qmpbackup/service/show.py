@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at the points of a target; what `list` and `show` print, and how a point is found."""
 
+import logging
 from contextlib import suppress
 
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.model import Place, Point
 from qmpbackup.plan.chain import LATEST, chain, find
+from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.service.targets import Target, opened
+from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.inventory import Inventory
+
+log = logging.getLogger(__name__)
 
 
 def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
@@ -21,8 +26,16 @@ def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
     with opened(place, vm) as target:
         with target.lock(wait=lock_wait):
             found = target.load()
+            _warn_of_merges(target)
         _require_own_points(target, found)
         return found
+
+
+def _warn_of_merges(target: Target) -> None:
+    """Who holds the lock and finds a journal of a merge knows that nobody works on it any more."""
+    if isinstance(target, DirectoryTarget):
+        for folder in interrupted(target):
+            log.warning("A merge in %s was interrupted. %s", folder, merge_hint(target, folder))
 
 
 def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:

@@ -172,6 +172,8 @@ class DirectoryTarget:
             with locked(fd, f"the target {top.path}", wait=_CREATION_WAIT):
                 target = cls._look(top)
                 if target is None:
+                    # Its locks are its owner's from the start, whoever reads it first.
+                    os.close(top.open_lock(REMOVER_LOCK))
                     top.write(VM_FILE, owner.encode())
                     target = cls(top.path, owner)
                 return target
@@ -350,6 +352,14 @@ class DirectoryTarget:
         with storage_errors(f"read {self.path}"):
             found = sorted(self.path.glob(f"[0-9][0-9][0-9][0-9]-[0-9][0-9]/{VM_FILE}"))
         return tuple(each.parent.name for each in found)
+
+    def left(self) -> list[str]:
+        """What `recover` would do, as clauses; nothing is changed.
+
+        Raises:
+            StorageError: the target cannot be read.
+        """
+        return pending.left(self.path)
 
     def recover(self) -> list[str]:
         """Clear up after runs that died; the lock to write must be held.

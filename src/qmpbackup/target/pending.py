@@ -266,6 +266,42 @@ def remove(root: Path, point_id: str, files: Sequence[str]) -> None:
         _discard(top, point_id, journal)
 
 
+def left(root: Path) -> list[str]:
+    """What `recover` would do, as clauses; nothing is changed.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    with storage_errors(f"read {root}"), Folder.open(root) as top:
+        if not top.exists(POINTS):
+            return []
+        with top.sub(POINTS) as points:
+            names = points.names()
+            ids = [name.removesuffix(JOURNAL) for name in names if name.endswith(JOURNAL)]
+            return [_left_of_point(top, points, each) for each in ids if is_point_id(each)]
+
+
+def _left_of_point(top: Folder, points: Folder, point_id: str) -> str:
+    if points.exists(point_id + MANIFEST):
+        return f"would remove the journal of point {point_id}, which was committed"
+    name = point_id + JOURNAL
+    try:
+        journal = Journal.decode(points.read(name, LARGEST), f"{POINTS}/{name}")
+    except DamagedError:
+        return f"would leave {POINTS}/{name} alone, which is no journal of ours"
+    files = [f"{file}{end}" for file in journal.files for end in (PARTIAL, "")]
+    there = [each for each in files if _is_there(top, each)]
+    return f"would remove the unfinished point {point_id} ({', '.join(there) or 'no files'})"
+
+
+def _is_there(top: Folder, name: str) -> bool:
+    folder, _, file = name.partition("/")
+    if not top.exists(folder):
+        return False
+    with top.sub(folder) as inside:
+        return inside.exists(file)
+
+
 def unfinished_files(root: Path) -> tuple[str, ...]:
     """Names of all files that journals list, under both names that they can have.
 

@@ -35,6 +35,14 @@ def settle(target: DirectoryTarget, wait: float = 0.0) -> None:
             log.warning("Cleaned up after a run that died: %s.", done)
 
 
+def merge_hint(target: DirectoryTarget, folder: str) -> str:
+    """What to do about a merge that was interrupted."""
+    return (
+        "The next backup finishes it, and so does "
+        f"`qmprestore commit --dir {target.path / folder}`."
+    )
+
+
 def interrupted(target: DirectoryTarget) -> tuple[str, ...]:
     """Names of the folders in which a merge was interrupted, or is under way."""
     with storage_errors(f"read {target.path}"), Folder.open(target.path) as top:

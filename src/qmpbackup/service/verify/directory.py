@@ -103,16 +103,12 @@ class _Verification:
 
     def _guarded(self, disk: StoredDisk, parent: str) -> str:
         try:
-            fd = self._target.open_file(disk.file)
-            try:
-                self._check(disk, fd, parent)
-            finally:
-                os.close(fd)
+            with chains.marking(self._target, disk):
+                self._check(disk, parent)
         except Interrupted:
             raise
         except QmpBackupError as error:
             if isinstance(error, DamagedError):
-                self._target.mark_damaged(disk, error.message)
                 self._damaged.add(disk.file)
             return error.message
         if disk.file not in self._damaged:
@@ -125,7 +121,14 @@ class _Verification:
         for file in set(self._target.marked_files()) - known:
             self._target.remove_mark(file)
 
-    def _check(self, disk: StoredDisk, fd: int, parent: str) -> None:
+    def _check(self, disk: StoredDisk, parent: str) -> None:
+        fd = self._target.open_file(disk.file)
+        try:
+            self._check_open(disk, fd, parent)
+        finally:
+            os.close(fd)
+
+    def _check_open(self, disk: StoredDisk, fd: int, parent: str) -> None:
         name = disk.file.rpartition("/")[2]
         chains.check_length(self._target, disk, fd)
         chains.check_digest(self._target, disk, fd)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that somebody else owns, or that everybody may write to: nothing is written into them, and
+the sentence says which, and what to do."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.scene import Scene, scene
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+STORAGE = 7
+NOBODY = 65534
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Scene]:
+    """A target with a full and an incremental."""
+    with scene(tmp_path) as stage:
+        stage.renew("inc")
+        stage.write()
+        cli.run(*stage.arguments("inc", stage.vm.socket)).check()
+        yield stage
+
+
+def give_away(folder: Path) -> None:
+    os.chown(folder, NOBODY, NOBODY)
+
+
+def open_to_all(folder: Path) -> None:
+    folder.chmod(0o777)
+
+
+def everything(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """Owner, mode and contents of all that is in a folder, and of the folder."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        state = path.lstat()
+        plain = stat.S_ISREG(state.st_mode)
+        found[path] = (state.st_uid, state.st_mode, path.read_bytes() if plain else b"")
+    return found
+
+
+@pytest.mark.parametrize("level", ["inc", "auto"])
+@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+@pytest.mark.parametrize("place", [".", "points", "vda"])
+def test_no_backup_goes_into_a_folder_of_others(
+    stage: Scene, spoil: Callable[[Path], None], place: str, level: str
+) -> None:
+    folder = stage.target / place
+    spoil(folder)
+    before = everything(stage.target)
+    refused = cli.run(*stage.arguments(level, stage.vm.socket)).check(STORAGE)
+    assert str(folder) in refused.err
+    assert ("chown" if spoil is give_away else "chmod") in refused.err
+    assert everything(stage.target) == before
+    os.chown(folder, os.geteuid(), os.getegid())
+    folder.chmod(0o700)
+    stage.make_good("inc")
+
+
+@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+def test_no_target_is_made_in_a_folder_of_others(
+    stage: Scene, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    theirs = stage.target = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "precious").write_text("untouched")
+    spoil(theirs)
+    before = everything(theirs)
+    refused = cli.run(*stage.arguments("auto", stage.vm.socket)).check(STORAGE)
+    assert str(theirs) in refused.err
+    assert everything(theirs) == before
+
+
+@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+def test_nothing_is_merged_in_a_folder_of_others(
+    stage: Scene, spoil: Callable[[Path], None]
+) -> None:
+    folder = stage.target / "vda"
+    spoil(folder)
+    before = everything(stage.target)
+    refused = cli.run("rebase", "--dir", folder, program="qmprebase").check(STORAGE)
+    assert str(folder) in refused.err
+    assert everything(stage.target) == before
+
+
+@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+def test_points_in_a_folder_of_others_can_still_be_read(
+    stage: Scene, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(stage.target)
+    spoil(stage.target / "points")
+    before = everything(stage.target)
+    cli.run("list", "--target", stage.target).check()
+    cli.run("verify", "--target", stage.target).check()
+    cli.run("restore", "--target", stage.target, "--output", tmp_path / "out").check()
+    assert everything(stage.target) == before
