@@ -13,6 +13,7 @@ bytes in part, and what it held before in the rest.
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 _PIECE: Final = 64 * 1024
 """Bytes of zeros within a chunk from which on they are left out of a file."""
 _ZEROS: Final = bytes(_PIECE)
+_AT_ONCE: Final = 64
+"""Places that a chunk is written to before signals are looked at."""
 
 
 def restore(
@@ -125,7 +128,7 @@ def _pour(
     """
     stream = _Stream(contents, places, fd, sparse=sparse)
     read_blobs(target.repository, stream.wanted(), stream.deliver)
-    stream.require_complete()
+    stream.finish()
 
 
 class _Stream:
@@ -133,7 +136,8 @@ class _Stream:
 
     The places of a chunk are noted before it is asked for, and it is asked for once for each: so the
     reader, which leaves out what it has been asked for just before, delivers it at least once after
-    the last place was noted, and memory holds only places of what is under way.
+    the last place was noted, and memory holds only places of what is under way. Where a chunk stands
+    very often, the thread that asks, which looks at signals, writes it.
     """
 
     def __init__(
@@ -145,10 +149,12 @@ class _Stream:
         self._sparse = sparse
         self._lock = threading.Lock()
         self._waiting: dict[bytes, list[tuple[int, int]]] = {}
+        self._often = deque[tuple[bytes, list[tuple[int, int]]]]()
 
     def wanted(self) -> Iterator[tuple[BlobType, bytes]]:
         """The chunks to be read, in the order of their places."""
         for index, offset in self._places:
+            self._write_often()
             chunk_id = chunks.id_of(self._contents, index)
             with self._lock:
                 found = self._waiting.setdefault(chunk_id, [])
@@ -158,17 +164,28 @@ class _Stream:
     def deliver(self, chunk_id: bytes, data: bytes) -> None:
         """Write a chunk to all places where it is waited for; from any thread."""
         with self._lock:
-            found = self._waiting.pop(chunk_id, ())
-        for offset, length in found:
-            if len(data) != length:
-                raise DamagedError(
-                    f"The chunk {chunk_id.hex()} has {len(data)} bytes instead of {length}.",
-                    chunks.HINT,
-                )
-            if self._sparse:
-                self._write_data(data, offset)
-            else:
-                blocks.write(self._fd, data, offset)
+            found = self._waiting.pop(chunk_id, [])
+        if any(length != len(data) for _, length in found):
+            raise DamagedError(
+                f"The chunk {chunk_id.hex()} has {len(data)} bytes, which is wrong.", chunks.HINT
+            )
+        for offset, _ in found[:_AT_ONCE]:
+            self._write(data, offset)
+        if len(found) > _AT_ONCE:
+            self._often.append((data, found[_AT_ONCE:]))
+
+    def _write_often(self) -> None:
+        while self._often:
+            data, found = self._often.popleft()
+            for offset, _ in found:
+                interrupt.check()
+                self._write(data, offset)
+
+    def _write(self, data: bytes, offset: int) -> None:
+        if self._sparse:
+            self._write_data(data, offset)
+        else:
+            blocks.write(self._fd, data, offset)
 
     def _write_data(self, data: bytes, offset: int) -> None:
         """Write all of a chunk but its longer zeros, into a file that reads as zeros there."""
@@ -180,12 +197,13 @@ class _Stream:
                 start = at + _PIECE
         blocks.write(self._fd, view[start:], offset + start)
 
-    def require_complete(self) -> None:
-        """Nothing is waited for any more.
+    def finish(self) -> None:
+        """Write what is left; then nothing is waited for any more.
 
         Raises:
             DamagedError: something is.
         """
+        self._write_often()
         if self._waiting:
             name = next(iter(self._waiting)).hex()
             raise DamagedError(f"The chunk {name} did not arrive.", chunks.HINT)
