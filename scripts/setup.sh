@@ -19,6 +19,8 @@ readonly PACKAGES=(
     qemu-utils      # qemu-img, qemu-nbd, qemu-io
     python3-libnbd  # NBD from Python
     python3-venv    # .venv
+    restic          # reads and tends the repositories of tests
+    rclone          # serves them over REST
     cpio            # packs the test guest
     git
     make
@@ -65,7 +67,7 @@ venv_is_whole() {
     [ -e "$STAMP" ] && [ "$(fingerprint)" = "$(cat "$STAMP")" ] &&
         [ -x .venv/bin/qmpbackup ] && [ -x .venv/bin/pytest ] && [ -x .venv/bin/mypy ] &&
         [ -x .venv/bin/ruff ] && [ -x .venv/bin/lint-imports ] &&
-        .venv/bin/python -c 'import nbd, blake3, qmpbackup, qemu' 2>/dev/null
+        .venv/bin/python -c 'import nbd, blake3, cryptography, obstore, zstandard, moto, qmpbackup, qemu' 2>/dev/null
 }
 
 make_venv() {
