@@ -8,10 +8,11 @@ the exports show.
 A disk is looked at in *chunks* of one fixed size; the last one may be short. What holds for chunks is
 kept as a map of one byte a chunk (0 or 1): a megabyte for a disk of 1 TiB in chunks of 1 MiB.
 
-    with nbd.connect(path, "export", ["base:allocation"]) as source:
-        wanted = source.marked(bitmap_context("changes"), chunk)
-        for chunk in Reader([source], chunk, wanted, Flow()).chunks():
-            if chunk.data is not None:
+    with nbd.connect(path, "export", [nbd.ALLOCATION, nbd.bitmap_context("changes")]) as source:
+        wanted = source.marked(nbd.bitmap_context("changes"), size)
+        data = source.with_data(wanted, size)
+        for chunk in nbd.Reader([source], size, wanted, data, nbd.Flow()).chunks():
+            if chunk.data is not None:             # else `count` chunks of zeroes
                 consume(chunk.data)
             chunk.release()                        # from any thread
 
@@ -40,9 +41,8 @@ DEPTH: Final = "qemu:allocation-depth"
 _ZERO = 2
 """Bit of `base:allocation`: it reads as zeroes (LIBNBD_STATE_ZERO)."""
 
-_STATUS_BYTES = 2 << 30
-"""Length of one question for block status. The field has 32 bits, and some servers take them as
-signed."""
+_STATUS_BYTES = 1 << 30
+"""Length of one question for block status; the field has 32 bits."""
 
 _WRITES_AHEAD = 64
 _CONNECT_SECONDS = 60.0
@@ -233,6 +233,15 @@ class Connection:
     def _settle(self, cookie: int) -> None:
         while not self.handle.aio_command_completed(cookie):
             _turn(self.handle)
+
+
+def require() -> None:
+    """Make sure that libnbd is there.
+
+    Raises:
+        QmpBackupError: it is not installed.
+    """
+    _library()
 
 
 def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:

@@ -146,8 +146,10 @@ class Pull:
         """Start QEMU's NBD server; where somebody else has it, the way is `STAGED` from here on.
 
         Raises:
+            QmpBackupError: libnbd is not installed.
             VmError: QEMU refused.
         """
+        nbd.require()
         try:
             self._server = Server(self._monitor, self._names, self._undo)
         except serving.ServerTaken:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which way a view is read, and what maps of chunks say."""
+
+import pytest
+
+from qmpbackup.model import Vm, VmConfig, VmIdentity
+from qmpbackup.qemu.nbd import runs
+from qmpbackup.qemu.pull import Way, method
+
+
+@pytest.mark.parametrize(
+    ("version", "plain", "with_iothreads"),
+    [
+        ((7, 1, 0), Way.V2, Way.STAGED),
+        ((7, 2, 22), Way.V2, Way.STAGED),
+        ((8, 0, 0), Way.V1, Way.STAGED),
+        ((8, 2, 9), Way.V1, Way.STAGED),
+        ((9, 0, 0), Way.V1, Way.V1),
+        ((10, 0, 13), Way.V1, Way.V1),
+    ],
+)
+def test_the_way_depends_on_version_and_iothreads(
+    version: tuple[int, int, int], plain: Way, with_iothreads: Way
+) -> None:
+    found = [
+        method(Vm(VmConfig(VmIdentity(), ""), version, "running", True, iothreads, ()))
+        for iothreads in (False, True)
+    ]
+    assert found == [plain, with_iothreads]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        (b"", []),
+        (b"\0\0", []),
+        (b"\1\1", [(0, 2)]),
+        (b"\0\1\1\0\1", [(1, 2), (4, 1)]),
+        (b"\1\0\0\1\0", [(0, 1), (3, 1)]),
+    ],
+)
+def test_runs_of_marked_chunks(chunks: bytes, expected: list[tuple[int, int]]) -> None:
+    assert list(runs(chunks, 1)) == expected
