@@ -127,6 +127,9 @@ class Storage(ABC):
             Missing: there is no such file.
         """
 
+    def give_up(self) -> None:  # noqa: B027 - most do not wait
+        """From now on, nothing is waited for that may pass: what fails, fails at once."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Let go of connections; nothing may be called afterwards."""
 

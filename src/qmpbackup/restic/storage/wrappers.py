@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is the same for every storage, as wrappers around one: retries, a limit, a log."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from qmpbackup import interrupt
+from qmpbackup.restic.storage.interface import Buffer, File, Kind, Missing, Storage, Temporary
+
+_log = logging.getLogger(__name__)
+_POLL_SECONDS: Final = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to try again: pauses double from `first` to `longest`, `total` in all (seconds)."""
+
+    first: float = 0.5
+    longest: float = 30.0
+    total: float = 300.0
+
+
+class _Wrapper(Storage):
+    """Does all by the storage in it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    @property
+    def name(self) -> str:
+        return self._storage.name
+
+    def create(self) -> None:
+        self._call(self._storage.create)
+
+    def save(self, file: File, parts: Sequence[Buffer]) -> None:
+        self._call(self._storage.save, file, parts)
+
+    def load(self, file: File, offset: int = 0, length: int | None = None) -> bytes:
+        return self._call(self._storage.load, file, offset, length)
+
+    def size(self, file: File) -> int:
+        return self._call(self._storage.size, file)
+
+    def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        yield from self._call(lambda: [*self._storage.list(kind)])
+
+    def remove(self, file: File) -> None:
+        self._call(self._storage.remove, file)
+
+    def give_up(self) -> None:
+        self._storage.give_up()
+
+    def close(self) -> None:
+        self._storage.close()
+
+    def _call(self, what: Callable[..., T], *arguments: object) -> T:
+        raise NotImplementedError
+
+
+class Retrying(_Wrapper):
+    """Tries again what failed for a reason that may pass. Every operation can be repeated: names are
+    hashes of contents, and what is gone is gone."""
+
+    def __init__(self, storage: Storage, patience: Patience | None = None) -> None:
+        super().__init__(storage)
+        self._patience = patience or Patience()
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """From now on everything is tried once."""
+        self._given_up.set()
+        super().give_up()
+
+    def remove(self, file: File) -> None:
+        """Remove a file. That it is gone at a second try is as it should be."""
+        tries = 0
+
+        def remove() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self._storage.remove(file)
+            except Missing:
+                if tries == 1:
+                    raise
+
+        self._call(remove)
+
+    def _call(self, what: Callable[..., T], *arguments: object) -> T:
+        deadline = time.monotonic() + self._patience.total
+        pause = self._patience.first
+        while True:
+            try:
+                return what(*arguments)
+            except Temporary as error:
+                if self._given_up.is_set() or time.monotonic() + pause > deadline:
+                    raise
+                _log.warning("%s Trying again.", error.message)
+            self._rest(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
+            pause = min(2 * pause, self._patience.longest)
+
+    def _rest(self, seconds: float) -> None:
+        """Let time pass; giving up ends it, and in the main thread a signal."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._given_up.wait(
+            min(left, _POLL_SECONDS)
+        ):
+            if threading.current_thread() is threading.main_thread():
+                interrupt.check()
+
+
+class Limited(_Wrapper):
+    """Lets only so many operations go on at once."""
+
+    def __init__(self, storage: Storage, at_once: int) -> None:
+        super().__init__(storage)
+        self._slots = threading.Semaphore(at_once)
+
+    def _call(self, what: Callable[..., T], *arguments: object) -> T:
+        with self._slots:
+            return what(*arguments)
+
+
+class Logged(_Wrapper):
+    """Logs each operation, how long it took and how it failed, for `--debug`."""
+
+    def _call(self, what: Callable[..., T], *arguments: object) -> T:
+        started = time.monotonic()
+        said = f"{getattr(what, '__name__', 'list')} {' '.join(map(_short, arguments))}".strip()
+        try:
+            result = what(*arguments)
+        except Exception as error:
+            _log.debug("%s: %s", said, error)
+            raise
+        _log.debug("%s: %.3f s", said, time.monotonic() - started)
+        return result
+
+
+def _short(argument: object) -> str:
+    """An argument without any contents."""
+    if isinstance(argument, File | int):
+        return str(argument)
+    if isinstance(argument, Sequence):
+        return f"{sum(map(len, argument))} bytes"
+    return ""
