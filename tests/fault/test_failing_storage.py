@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import assert_restores, back_up, leftovers, levels
-from lab.disks import MIB, Disk, create, pattern
+from lab.aftermath import manifests
+from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
+from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.qemu import Qemu
 
 SIZE = 32 * MIB
@@ -129,6 +130,50 @@ def test_full_storage_of_the_vms_own_images_is_pointed_out(
         result = cli.run("--socket", vm.socket, *arguments).check()
         assert "no room" in result.err
         assert "vda" in result.err
+        vm.quit()
+    finally:
+        _run("umount", str(small))
+
+
+@pytest.mark.parametrize("room", [0, 128, 256])
+def test_bitmaps_that_find_no_room_when_the_vm_ends(
+    tmp_path: Path, start_qemu: StartQemu, room: int
+) -> None:
+    """`room` is what is left then, in KiB: for nothing, for a part, or for all of what is stored."""
+    small, target, scratch = tmp_path / "small", tmp_path / "target", ("--scratch", tmp_path)
+    small.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(small))
+    try:
+        image = create(small / "a.qcow2", SIZE, contents=pattern(SIZE, 4))
+        vm = start_qemu([Disk("vda", image)])
+        back_up(vm, target, "full", *scratch)
+        vm.write("vda", 0, MIB, 5)
+        back_up(vm, target, "inc", *scratch)
+        vm.write("vda", MIB, MIB, 6)
+        vm.flush()
+        contents = vm.contents("vda")
+        state = os.statvfs(small)
+        filler = small / "filler"
+        filler.write_bytes(bytes(state.f_bavail * state.f_frsize - room * 1024))
+        vm.quit()
+        # 3 is clusters that are wasted, which is no damage.
+        checked = subprocess.run(["qemu-img", "check", "-q", str(image)], check=False)
+        assert checked.returncode in {0, 3}
+        filler.unlink()
+        vm.start()
+        assert not first_difference(vm.contents("vda"), contents)
+        vm.write("vda", 2 * MIB, MIB, 7)
+        result = try_backup(vm, target, "inc", *scratch)
+        assert result.code in {0, 4}, result
+        if result.code == 4:
+            assert "vda" in result.err
+            assert "no room to store it" in result.err
+            assert levels(back_up(vm, target, "auto", *scratch)) == {"vda": "full"}
+        point = manifests(target)[-1]["id"]
+        assert_restores(target, point, {"vda": vm.contents("vda")}, tmp_path)
+        vm.write("vda", 3 * MIB, MIB, 8)
+        point = back_up(vm, target, "inc", *scratch)
+        assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
         vm.quit()
     finally:
         _run("umount", str(small))

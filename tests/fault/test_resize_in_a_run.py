@@ -88,3 +88,18 @@ def test_resized_at_a_spread_of_places(tmp_path: Path, grow: bool) -> None:
 @pytest.mark.parametrize("grow", [True, False])
 def test_resized_everywhere(tmp_path: Path, grow: bool) -> None:
     assert resize_everywhere(tmp_path, grow, step=1) >= 20
+
+
+def test_a_disk_that_grows_just_before_the_instant_is_named(tmp_path: Path) -> None:
+    with scene(tmp_path) as stage:
+        stage.renew("inc")
+        stage.write()
+
+        def hook(_proxy: Proxy, at: Place) -> None:
+            if at.command == "stop" and at.when == "before":
+                assert resize(stage, 12 * MIB)
+
+        failed = run(stage, hook).check(6)
+        assert "vda was resized" in failed.err
+        assert "Run again" in failed.err
+        stage.make_good("inc")

@@ -120,6 +120,26 @@ def test_recover_says_what_it_would_do_and_does_just_that(stage: Scene) -> None:
     stage.make_good("inc")
 
 
+def test_a_first_run_that_was_killed_leaves_a_target_without_points(
+    stage: Scene, tmp_path: Path
+) -> None:
+    stage.target = tmp_path / "new"
+    path = stage.vm.folder / "proxy"
+
+    def kill(proxy: Proxy, at: Place) -> None:
+        if at.command == "transaction" and not proxy.killed:
+            proxy.kill_client()
+
+    with Proxy(path, stage.vm.socket, kill):
+        cli.run(*stage.arguments("first", path)).check(-signal.SIGKILL)
+        stage.wait_for_rescue()
+    assert "no restore point yet" in cli.run("list", "--target", stage.target).check().err
+    assert cli.run("list", "--target", stage.target, "--json").check().out == ""
+    output = ("--output", tmp_path / "out")
+    assert "no restore point" in cli.run("restore", "-t", stage.target, *output).check(10).err
+    stage.make_good("first")
+
+
 def is_partial(path: Path) -> bool:
     return path.name.endswith(".partial")
 

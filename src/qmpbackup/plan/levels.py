@@ -166,8 +166,8 @@ def bitmap_obstacle(disk: Disk, name: str) -> str:
         )
     if bitmap is None:
         return (
-            "its change bitmap is gone (removed, or QEMU was killed, or the image was replaced by an "
-            "older copy, or a snapshot was put on top)"
+            "its change bitmap is gone (removed, or QEMU was killed, or there was no room to store it "
+            "when QEMU ended, or the image was replaced by an older copy, or a snapshot was put on top)"
         )
     return _fault(bitmap)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpbackup.errors import JobError, QmpBackupError, StorageError
+from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.names import RunNames
@@ -95,16 +95,20 @@ def copy_all(
     Raises:
         StorageError: a target could not be written.
         JobError: a view broke, or its disk could not be read.
+        VmError: QEMU did not begin a copy, as when a disk has just been resized.
         Interrupted, OutcomeUnknown: jobs may still be there.
     """
     started = [names.of("job", image.number) for image in images]
     try:
-        monitor.execute_all(
+        answers = monitor.execute_each(
             [
                 _backup(monitor, names, image, *source, options)
                 for image, source in zip(images, sources, strict=True)
             ]
         )
+        for image, answer in zip(images, answers, strict=True):
+            if isinstance(answer, CommandError):
+                raise _refused(image.disk_id, answer)
         ends = jobs.wait(monitor, started, watch)
     except QmpBackupError:
         jobs.sweep(monitor, started)
@@ -112,6 +116,15 @@ def copy_all(
     failed = [each for each in zip(images, ends, strict=True) if each[1].error]
     if failed:
         raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
+
+
+def _refused(disk_id: str, error: CommandError) -> VmError:
+    """The error for a copy that QEMU does not begin."""
+    if "different sizes" not in error.description:  # block/backup.c
+        return error
+    return VmError(
+        f"Disk {disk_id} was resized while the backup began.", "Run again; nothing was lost."
+    )
 
 
 def _file(image: Image, filename: str, names: RunNames) -> Step:
