@@ -44,7 +44,7 @@ _INDEX_BLOBS = 50_000
 
 
 class Writer:
-    """Stores blobs in a repository. `stop` ends it; what `flush` has not made durable is void."""
+    """Stores blobs in a repository. `stop` ends it after `flush`, `abandon` at any time."""
 
     def __init__(
         self, repository: "Repository", *, workers: int = 0, level: int = LEVEL, check: bool = False
@@ -74,10 +74,16 @@ class Writer:
         """Their bytes before compression."""
 
     def stop(self) -> None:
-        """End all stages; what is under way is given up. Harmless when repeated."""
-        self._fail(RuntimeError("the writer was stopped"))
+        """End all stages after `flush`. Harmless when repeated."""
+        with self._lock:
+            self._error = self._error or RuntimeError("the writer was stopped")
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._uploaders.shutdown(wait=True, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """End all stages soon; what is under way is given up. Harmless when repeated."""
+        self._repository.storage.give_up()
+        self.stop()
 
     def add(self, chunk: Buffer, done: Callable[[bytes, int], None]) -> None:
         """Store a data blob. A worker calls `done(id, stored)` once the buffer is free again.
@@ -143,6 +149,8 @@ class Writer:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
+        # What other threads wait for is of no use any more.
+        self._repository.storage.give_up()
 
     def _guarded(
         self, slots: threading.Semaphore, work: Callable[..., None], *arguments: object

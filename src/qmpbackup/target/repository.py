@@ -248,8 +248,8 @@ class RepositoryTarget:
     def missing_chunks(self, contents: Contents) -> int:
         """How many different chunks of a disk no index names."""
         chunks = contents.chunks
-        wanted = {chunks[at : at + ID] for at in range(0, len(chunks), ID)}
-        return sum(1 for each in wanted if not self.repository.index.has(BlobType.DATA, each))
+        wanted = (chunks[at : at + ID] for at in range(0, len(chunks), ID))
+        return len(set(self.repository.index.missing(BlobType.DATA, wanted)))
 
     def commit(self, writer: Writer, point: Point, disks: Mapping[str, Contents]) -> Point:
         """Make a point appear: trees, packs, indexes, and last of all its snapshot.
@@ -270,7 +270,7 @@ class RepositoryTarget:
         writer.flush()
         self.repository.save_snapshot(
             Snapshot(
-                time=point.time,
+                time=point.time.astimezone(),  # restic counts days by it
                 tree=root,
                 paths=(f"/{self.vm}",),
                 hostname=socket.gethostname(),

@@ -134,7 +134,7 @@ class IntoRepository:
         self._frame = frame
         self._target = target
         self._writer = Writer(target.repository, check=frame.request.check)
-        frame.rollback.push("end the writing", self._writer.stop)
+        frame.rollback.push("end the writing", self._writer.abandon)
         self._disks: dict[str, _Disk] = {}
         self._unrecorded: set[str] = set()
         self._zeros: dict[int, bytes] = {}
