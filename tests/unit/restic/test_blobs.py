@@ -88,9 +88,14 @@ def agree(blobs: BlobIndex, indexes: Indexes) -> None:
         assert blobs.has(type_, id_)
         other = BlobType(1 - type_)
         assert blobs.has(other, id_) == ((other, id_) in places)
-        near = id_[:-1] + bytes([id_[-1] ^ 1])
-        assert not blobs.has(type_, near)
-        assert blobs.find(type_, near) is None
+        nobody = id_[:-1] + bytes([id_[-1] ^ 1])
+        assert not blobs.has(type_, nobody)
+        assert blobs.find(type_, nobody) is None
+    near = [bytes([id_[0] ^ 1]) + id_[1:] for _, id_ in places]
+    for type_ in BlobType:
+        asked = [id_ for _, id_ in places] + near
+        lacking = {id_ for id_ in asked if (type_, id_) not in places}
+        assert set(blobs.missing(type_, asked)) == lacking
     assert len(blobs) == sum(map(len, places.values()))
 
 
