@@ -161,6 +161,21 @@ def test_damage_to_the_newest_file_is_found_by_the_next_run_itself(
     stage.make_good("inc")
 
 
+def test_damage_to_an_old_file_is_found_by_a_run_that_is_asked_to_look(
+    stage: Scene, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        stage.write()
+        cli.run(*stage.arguments("inc", stage.vm.socket), "--verify-chain").check()
+    flip(stored(stage, 1))
+    stage.write()
+    refused = cli.run(*stage.arguments("inc", stage.vm.socket), "--verify-chain").check(4)
+    assert stored(stage, 1).name in refused.err
+    arguments = (*stage.arguments("auto", stage.vm.socket), "--verify-chain", "--json")
+    assert levels(cli.run(*arguments).check()) == {"vda": "full", "vdb": "inc"}
+    check_newest(stage, tmp_path)
+
+
 @pytest.mark.parametrize("finder", ["verify", "restore"])
 def test_a_flipped_bit_that_was_found_is_remembered(
     stage: Scene, tmp_path: Path, finder: str

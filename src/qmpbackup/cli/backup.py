@@ -108,6 +108,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "against lost changes (default: 0.1%%; 0 for none); exit 9 where one differs",
     )
     add(
+        "--verify-chain",
+        action="store_true",
+        help="(folders) first read all files that an incremental is to build on; if one is damaged, "
+        "make a full with auto, and refuse with inc",
+    )
+    add(
         "--check-written",
         action="store_true",
         help="(repositories) open all data again before it is stored, against faulty memory",
@@ -235,6 +241,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         lock_wait=arguments.lock_wait,
         audit=arguments.audit,
         check=arguments.check_written,
+        verify_chain=arguments.verify_chain,
     )
 
 

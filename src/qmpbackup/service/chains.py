@@ -96,17 +96,25 @@ def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
         raise
 
 
-def fault(target: DirectoryTarget, points: Iterable[Point], point: Point, disk_id: str) -> str:
+def fault(
+    target: DirectoryTarget,
+    points: Iterable[Point],
+    point: Point,
+    disk_id: str,
+    limit: int | None = SMALL,
+) -> str:
     """Why the files of a disk of a point cannot be built upon, as far as a look inside is cheap.
 
-    All headers are read, and the whole of the newest file if it is small: an incremental mostly is,
-    and then reading it costs about what writing it did. Empty if nothing speaks against them.
+    All headers are read, and the whole of the newest file if that has `limit` bytes at most: an
+    incremental mostly has, and then reading it costs about what writing it did. Without a limit all
+    files are read. Empty if nothing speaks against them.
     """
     try:
         links = chain(points, point, disk_id)
         parent = ""
         for link in links:
-            _check_inside(target, link.disk, parent, whole=link is links[-1])
+            whole = limit is None or (link is links[-1] and link.disk.file_size <= limit)
+            _check_inside(target, link.disk, parent, whole=whole)
             parent = link.disk.file.rpartition("/")[2]
     except (DamagedError, StorageError) as error:
         return error.message.removesuffix(".")
@@ -119,7 +127,7 @@ def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, who
         check_length(target, disk, fd)
         with storage_errors(f"read {target.path / disk.file}"):
             images.check_link(Layer(fd, disk.file.rpartition("/")[2]), parent)
-        if whole and disk.file_size <= SMALL:
+        if whole:
             check_digest(target, disk, fd)
     finally:
         os.close(fd)

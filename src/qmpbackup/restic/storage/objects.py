@@ -49,9 +49,7 @@ class ObjectStorage(Storage):
         import obstore
 
         data = b"".join(parts)
-        mode: Literal["create", "overwrite"] = (
-            "create" if file.kind is Kind.CONFIG else "overwrite"
-        )
+        mode: Literal["create", "overwrite"] = "create" if file.kind is Kind.CONFIG else "overwrite"
         try:
             with self._explained(f"write {file}"), suppress(obstore.exceptions.AlreadyExistsError):
                 obstore.put(self._store, _path(file), data, mode=mode, use_multipart=False)

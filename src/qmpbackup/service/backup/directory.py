@@ -30,12 +30,13 @@ class Directory:
     chunk = 0
 
     def __init__(
-        self, path: Path, target: DirectoryTarget | None, stored: Inventory, uuid: str
+        self, path: Path, target: DirectoryTarget | None, stored: Inventory, request: Request
     ) -> None:
         self.place = str(path)
         self.stored = stored
-        self.id = target.id if target else uuid or secrets.token_hex(4)
+        self.id = target.id if target else request.uuid or secrets.token_hex(4)
         self._target = target
+        self._verify_chain = request.verify_chain
 
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why the files of a disk of a point cannot be built upon."""
@@ -46,7 +47,8 @@ class Directory:
             return reason
         from qmpbackup.service import chains
 
-        return chains.fault(self._target, self.stored.points, point, disk_id)
+        limit = None if self._verify_chain else chains.SMALL
+        return chains.fault(self._target, self.stored.points, point, disk_id, limit)
 
     def distrust(self, disks: frozenset[str]) -> None:
         """QEMU copies; there is nothing to audit."""
@@ -64,7 +66,7 @@ def looked_at(request: Request, folder: Path) -> Iterator[Directory]:
     """The target as it is, or would be; nothing is changed and nothing held."""
     path = _path(request, folder)
     target = DirectoryTarget.peek(path)
-    yield Directory(path, target, target.load() if target else Inventory(), request.uuid)
+    yield Directory(path, target, target.load() if target else Inventory(), request)
 
 
 @contextmanager
@@ -77,13 +79,13 @@ def opened(
     """
     path = _path(request, folder)
     if DirectoryTarget.peek(path) is None:
-        before_creation(Directory(path, None, Inventory(), request.uuid))
+        before_creation(Directory(path, None, Inventory(), request))
     target = _open(request, folder, vm)
     settle(target, request.lock_wait)
     with target.lock(write=True, wait=request.lock_wait):
         for done in target.recover():
             log.info("Cleaned up after a run that died: %s.", done)
-        yield Directory(path, target, target.load(), request.uuid)
+        yield Directory(path, target, target.load(), request)
 
 
 def _path(request: Request, folder: Path) -> Path:

@@ -98,6 +98,10 @@ def _refuse_what_makes_no_sense(request: Request) -> None:
         )
     if request.uuid:
         raise UsageError("The id of a repository is its own.", "Leave --uuid out.")
+    if request.verify_chain:
+        raise UsageError(
+            "In a repository no point builds on the files of others.", "Leave --verify-chain out."
+        )
 
 
 class _Disk:

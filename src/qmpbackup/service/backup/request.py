@@ -16,7 +16,8 @@ class Request:
 
     `speed` is bytes a second for each disk (0: no limit). `audit` is the share of unchanged chunks
     that an incremental into a repository reads again. With `check`, what goes into a repository is
-    opened again before it is stored.
+    opened again before it is stored; with `verify_chain`, the files in a folder that an incremental is
+    to build on are read whole before.
     """
 
     address: str
@@ -34,6 +35,7 @@ class Request:
     lock_wait: float = 0.0
     audit: float = AUDIT
     check: bool = False
+    verify_chain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
