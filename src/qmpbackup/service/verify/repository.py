@@ -81,7 +81,7 @@ class _Verification:
         self._bad: dict[bytes, str] = {}
         """Packs with something wrong, and what."""
         self._broken: dict[bytes, str] = {}
-        """Chunks that can be read from nowhere, and why."""
+        """Chunks that can be read from nowhere, and why, in sentences."""
 
     @property
     def needed_size(self) -> int:
@@ -144,7 +144,7 @@ class _Verification:
         if place is not None:
             self.needed.add(place.pack)
         else:
-            self._broken[blob_id] = "no index names it"
+            self._broken[blob_id] = f"No index names the {kind.name.lower()} blob {blob_id.hex()}."
 
     def look_at_packs(self, *, only_needed: bool) -> None:
         """Compare the packs that are there with the index."""
@@ -191,25 +191,24 @@ class _Verification:
                     place = self._repository.index.find(BlobType.DATA, chunk_id)
                     if place and place.pack in self._bad and chunk_id not in tried:
                         tried.add(chunk_id)
-                        self._try(chunk_id)
+                        self._try(chunk_id, place.pack.hex())
 
-    def _try(self, chunk_id: bytes) -> None:
+    def _try(self, chunk_id: bytes, pack: str) -> None:
         interrupt.check()
         try:
             self._repository.load_blob(BlobType.DATA, chunk_id)
         except DamagedError as error:
-            self._broken[chunk_id] = error.message
+            where = "" if pack in error.message else f" It lies in pack {pack}."
+            self._broken[chunk_id] = error.message + where
 
     def _blame(self, point: Point) -> None:
         for disk in point.disks:
             found = _Lists(self._target).news_if_whole(point, disk)
             broken = dict.fromkeys(chunk_id for chunk_id in found if chunk_id in self._broken)
             if broken:
-                first = next(iter(broken))
-                self._problems[point.id][
-                    f"Disk {disk.id} lacks {len(broken)} of its chunks; the first is {first.hex()}: "
-                    f"{self._broken[first].removesuffix('.')}."
-                ] = None
+                reason = self._broken[next(iter(broken))]
+                sentence = f"Disk {disk.id} lacks {len(broken)} of its chunks. {reason}"
+                self._problems[point.id][sentence] = None
 
 
 class _Lists:

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restores from repositories give back the bytes of the instant, or fail, say what is damaged, and
+leave nothing."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from lab import cli
+from qmpbackup.errors import (
+    DamagedError,
+    NoSuchTarget,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+    WrongPassword,
+)
+from qmpbackup.service.restore import Request, restore
+from stored import MIB, contents, run
+from stored_repository import VM, StoredRepository
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+WILD = "a/../b: c"
+
+
+def bytes_of(seed: int, length: int) -> bytes:
+    """Bytes that are always the same, and that nothing makes smaller."""
+    return Random(seed).randbytes(length)  # noqa: S311 - no secret
+
+
+FIRST = {
+    # zeros, a chunk twice, zeros within a chunk, and an end that fills none
+    "hd0": bytes_of(1, MIB)
+    + bytes(3 * MIB)
+    + bytes_of(1, MIB)
+    + bytes_of(2, MIB // 2)
+    + bytes(MIB // 2)
+    + b"text " * 1000
+    + bytes(MIB - 5000)
+    + bytes_of(3, 512 * 7),
+    WILD: bytes(2 * MIB + 512),
+}
+SECOND = {"hd0": bytes_of(4, MIB) + FIRST["hd0"][MIB:], WILD: bytes_of(5, MIB) + bytes(2 * MIB)}
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoredRepository:
+    """Two points of two disks, one of them with a name that is no name of a file."""
+    stored = StoredRepository(tmp_path)
+    for name, value in stored.made.environment.items():
+        monkeypatch.setenv(name, value)
+    stored.add(FIRST)
+    stored.add(SECOND)
+    return stored
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def assert_restores(
+    stored: StoredRepository, out: Path, number: int = -1, *, format_: str = "raw", vm: str = ""
+) -> None:
+    """A point gives back all its disks."""
+    point = stored.points[number]
+    outcome = restore(Request(stored.place, point.id, folder=out, format=format_, vm=vm))
+    assert outcome.point == point
+    assert {each.disk_id for each in outcome.disks} == {disk.id for disk in point.disks}
+    for each in outcome.disks:
+        assert contents(each.path, format_) == stored.expected[point.id, each.disk_id]
+
+
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_point_gives_back_every_byte(
+    stored: StoredRepository, out: Path, format_: str, number: int
+) -> None:
+    assert_restores(stored, out, number, format_=format_)
+    for path in out.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        if format_ == "qcow2":
+            run("qemu-img", "check", "-q", str(path))
+
+
+def test_it_is_what_restic_gives_back(stored: StoredRepository, out: Path) -> None:
+    restore(Request(stored.place, folder=out, format="raw"))
+    found = {path.stem: path.read_bytes() for path in out.iterdir()}
+    assert found == stored.made.restored(stored.points[-1].id)
+
+
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+def test_files_are_sparse(stored: StoredRepository, out: Path, format_: str) -> None:
+    file = out / "disk"
+    restore(Request(stored.place, stored.points[0].id, ("hd0",), file=file, format=format_))
+    data = 3 * MIB  # of 7 MiB; the rest is zeros
+    assert file.stat().st_blocks * 512 < data + MIB // 4
+
+
+def test_an_image_can_be_written_to_and_holds_more_afterwards(
+    stored: StoredRepository, out: Path
+) -> None:
+    file = out / "disk.qcow2"
+    restore(Request(stored.place, stored.points[0].id, ("hd0",), file=file))
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P 7 {2 * MIB} {MIB}", str(file))
+    run("qemu-img", "check", "-q", str(file))
+    expected = FIRST["hd0"]
+    found = contents(file, "qcow2")
+    assert found == expected[: 2 * MIB] + b"\7" * MIB + expected[3 * MIB :]
+
+
+def test_a_chunk_that_stands_everywhere(stored: StoredRepository, out: Path) -> None:
+    chunk = bytes_of(8, MIB)
+    stored.add({"hd0": chunk * 150})
+    assert_restores(stored, out)
+
+
+def test_what_restic_has_forgotten_pruned_and_rewritten(
+    stored: StoredRepository, out: Path
+) -> None:
+    restic = stored.made.restic
+    restic("forget", stored.made.snapshot_of(stored.points[0].id)["id"])
+    restic("prune", "--max-unused", "0")
+    restic("tag", "--add", "kept", "latest")
+    assert_restores(stored, out)
+    with pytest.raises(NoSuchTarget):
+        restore(Request(stored.place, stored.points[0].id, folder=out / "first"))
+
+
+def test_without_a_cache(stored: StoredRepository, out: Path) -> None:
+    shutil.rmtree(stored.made.folder / "cache")
+    assert_restores(stored, out)
+
+
+def test_one_of_several_vms(stored: StoredRepository, out: Path) -> None:
+    first = list(stored.points)
+    stored.vm = replace(VM, name="other", uuid="")
+    stored.points = []
+    stored.add({"hd0": bytes_of(9, MIB)})
+    with pytest.raises(UsageError, match="other, vm"):
+        restore(Request(stored.place, folder=out))
+    assert_restores(stored, out, vm="other")
+    stored.points = first
+    assert_restores(stored, out / "vm", vm="vm")
+    with pytest.raises(NoSuchTarget):
+        restore(Request(stored.place, folder=out / "none", vm="third"))
+
+
+def test_the_command_line(stored: StoredRepository, out: Path) -> None:
+    arguments = ("--target", str(stored.made), "--output", out, "--format", "raw", "--json")
+    (result,) = cli.run("restore", *arguments).check().objects
+    assert result["type"] == "restore"
+    assert result["point"] == stored.points[-1].id
+    for each in result["disks"]:
+        assert Path(each["file"]).read_bytes() == SECOND[each["id"]]
+
+
+class TestRefused:
+    """What is asked for is not there, or something is in the way."""
+
+    def test_existing_files_stay_unless_told_otherwise(
+        self, stored: StoredRepository, out: Path
+    ) -> None:
+        out.mkdir()
+        (out / "hd0.raw").write_text("mine")
+        request = Request(stored.place, disks=("hd0",), folder=out, format="raw")
+        with pytest.raises(UsageError, match="exists already"):
+            restore(request)
+        assert (out / "hd0.raw").read_text() == "mine"
+        restore(replace(request, force=True))
+        assert (out / "hd0.raw").read_bytes() == SECOND["hd0"]
+
+    def test_a_place_in_the_repository(self, stored: StoredRepository) -> None:
+        for folder in (stored.path, stored.path / "data" / "more"):
+            with pytest.raises(UsageError, match="lies in a restic repository"):
+                restore(Request(stored.place, folder=folder, force=True))
+        assert not (stored.path / "data" / "more").exists()
+
+    def test_another_password(
+        self, stored: StoredRepository, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RESTIC_PASSWORD", "another")
+        with pytest.raises(WrongPassword):
+            restore(Request(stored.place, folder=out))
+        assert not out.exists()
+
+    def test_no_such_disk(self, stored: StoredRepository, out: Path) -> None:
+        with pytest.raises(UsageError, match="does not hold disk sda"):
+            restore(Request(stored.place, disks=("sda",), folder=out))
+        assert not out.exists()
+
+
+class TestDamage:
+    """Any damage to what a point needs is named, and no output is left."""
+
+    def refused(
+        self, stored: StoredRepository, out: Path, *matches: str, point: str = "latest"
+    ) -> None:
+        for format_ in ("raw", "qcow2"):
+            with pytest.raises(DamagedError) as caught:
+                restore(Request(stored.place, point, folder=out, format=format_))
+            for match in matches:
+                assert match in str(caught.value)
+            assert not out.exists()
+
+    def test_a_changed_byte_in_a_chunk_names_disk_and_pack(
+        self, stored: StoredRepository, out: Path
+    ) -> None:
+        pack = first_pack(stored)
+        flip(pack, 1000)
+        self.refused(stored, out, "Disk hd0", pack.name, point=stored.points[0].id)
+
+    def test_points_that_do_not_need_it_are_still_restored(
+        self, stored: StoredRepository, out: Path
+    ) -> None:
+        # The first chunk of the second point's disk lies in a pack of its own run.
+        newest = [each for each in stored.files("data") if each.stat().st_size > MIB][-1]
+        flip(newest, 1000)
+        self.refused(stored, out, newest.name)
+        assert_restores(stored, out, 0)
+
+    def test_a_missing_pack(self, stored: StoredRepository, out: Path) -> None:
+        pack = first_pack(stored)
+        pack.unlink()
+        self.refused(stored, out, pack.name, point=stored.points[0].id)
+
+    def test_a_cut_pack(self, stored: StoredRepository, out: Path) -> None:
+        pack = first_pack(stored)
+        os.truncate(pack, MIB // 2)
+        self.refused(stored, out, pack.name, point=stored.points[0].id)
+
+    def test_a_lost_index(self, stored: StoredRepository, out: Path) -> None:
+        for each in stored.files("index"):
+            each.unlink()
+        self.refused(stored, out)
+
+    def test_a_damaged_index_costs_only_what_it_names(
+        self, stored: StoredRepository, out: Path
+    ) -> None:
+        flip(stored.files("index")[-1], 100)
+        shutil.rmtree(stored.made.folder / "cache")
+        self.refused(stored, out, "index")
+        assert_restores(stored, out, 0)
+
+    def test_a_damaged_snapshot(self, stored: StoredRepository, out: Path) -> None:
+        name = stored.made.snapshot_of(stored.points[1].id)["id"]
+        flip(stored.path / "snapshots" / name, 50)
+        shutil.rmtree(stored.made.folder / "cache")
+        self.refused(stored, out, "latest", name)
+        assert_restores(stored, out, 0)
+
+    def test_damaged_trees(self, stored: StoredRepository, out: Path) -> None:
+        trees = tree_packs(stored)
+        assert trees
+        for pack in trees:
+            flip(pack, 20)
+        shutil.rmtree(stored.made.folder / "cache")
+        self.refused(stored, out)
+
+    def test_what_lies_in_two_packs_is_read_from_the_whole_one(
+        self, stored: StoredRepository, out: Path
+    ) -> None:
+        before = set(stored.files("data"))
+        indexes = stored.path / "index"
+        indexes.rename(stored.path / "kept")
+        indexes.mkdir()
+        stored.add(FIRST)  # which finds no chunk, and stores all of them again
+        for each in (stored.path / "kept").iterdir():
+            each.rename(indexes / each.name)
+        (stored.path / "kept").rmdir()
+        for pack in before:
+            if pack not in tree_packs(stored):
+                flip(pack, 20)
+        assert_restores(stored, out)
+
+
+@needs_root
+class TestFull:
+    """The file system that is restored to has no room."""
+
+    @pytest.mark.parametrize("format_", ["qcow2", "raw"])
+    def test_no_room_is_said_and_nothing_is_left(
+        self, stored: StoredRepository, tmp_path: Path, format_: str
+    ) -> None:
+        small = tmp_path / "small"
+        small.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("cannot mount here")
+        try:
+            with pytest.raises(StorageError, match="No space left") as caught:
+                restore(Request(stored.place, folder=small, format=format_))
+            assert caught.value.exit_code == 7
+            assert list(small.iterdir()) == []
+        finally:
+            run("umount", str(small))
+
+
+@needs_root
+class TestDevice:
+    """Onto a block device: zeros too, after all packs were seen, and never onto one in use."""
+
+    @pytest.fixture
+    def attach(self, tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+        """Makes block devices full of ones."""
+        attached: list[str] = []
+
+        def attach(size: int) -> Path:
+            file = tmp_path / f"device{len(attached)}"
+            file.write_bytes(b"\xff" * size)
+            command = ["losetup", "--find", "--show", str(file)]
+            result = subprocess.run(command, check=False, capture_output=True, text=True)
+            if result.returncode:
+                pytest.skip("no loop devices here")
+            attached.append(result.stdout.strip())
+            return Path(attached[-1])
+
+        yield attach
+        for each in attached:
+            run("losetup", "--detach", each)
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_all_bytes_are_written_and_the_rest_stays(
+        self, stored: StoredRepository, attach: Callable[[int], Path], number: int
+    ) -> None:
+        point = stored.points[number]
+        for disk in ("hd0", WILD):
+            device = attach(10 * MIB)
+            restore(Request(stored.place, point.id, (disk,), file=device))
+            expected = stored.expected[point.id, disk]
+            assert device.read_bytes() == expected + b"\xff" * (10 * MIB - len(expected))
+
+    def test_a_missing_pack_is_found_before_the_first_byte(
+        self, stored: StoredRepository, attach: Callable[[int], Path]
+    ) -> None:
+        device = attach(10 * MIB)
+        first_pack(stored).unlink()
+        with pytest.raises(DamagedError, match="Disk hd0"):
+            restore(Request(stored.place, stored.points[0].id, disks=("hd0",), file=device))
+        assert device.read_bytes() == b"\xff" * 10 * MIB
+
+    def test_nothing_wrong_is_ever_written(
+        self, stored: StoredRepository, attach: Callable[[int], Path]
+    ) -> None:
+        device = attach(10 * MIB)
+        flip(first_pack(stored), 1000)
+        with pytest.raises(DamagedError, match="Disk hd0"):
+            restore(Request(stored.place, stored.points[0].id, ("hd0",), file=device))
+        found, expected = device.read_bytes(), FIRST["hd0"]
+        for at in range(0, len(expected), 512):
+            assert found[at : at + 512] in {expected[at : at + 512], b"\xff" * 512}
+
+    def test_images_and_small_devices_are_refused(
+        self, stored: StoredRepository, attach: Callable[[int], Path]
+    ) -> None:
+        device = attach(2 * MIB)
+        for request in (
+            Request(stored.place, disks=("hd0",), file=device, format="qcow2"),
+            Request(stored.place, disks=("hd0",), file=device),
+        ):
+            with pytest.raises(UsageError):
+                restore(request)
+        assert device.read_bytes() == b"\xff" * 2 * MIB
+
+
+class TestInterrupted:
+    """A restore that is ended by a signal leaves nothing; one that is killed is in nobody's way."""
+
+    @pytest.fixture
+    def large(self, stored: StoredRepository) -> StoredRepository:
+        """A disk that takes a while: few chunks, each in many places."""
+        stored.add({"hd0": (bytes_of(1, MIB) + bytes_of(2, MIB)) * 150})
+        return stored
+
+    def start(self, large: StoredRepository, out: Path) -> cli.Running:
+        """A restore that has begun to write."""
+        running = cli.start("restore", "--target", str(large.made), "--output", out, "-f", "raw")
+        partial = out / "hd0.raw.partial"
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_blocks):
+            assert running.process.poll() is None, "it ended before it had begun"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return running
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_ended(self, large: StoredRepository, out: Path, number: signal.Signals) -> None:
+        with self.start(large, out) as running:
+            running.signal(number)
+            running.wait().check(128 + number)
+        assert not out.exists()
+
+    def test_killed_and_run_again(self, large: StoredRepository, out: Path) -> None:
+        with self.start(large, out) as running:
+            running.signal(signal.SIGKILL)
+            running.wait()
+        assert [path.name for path in out.iterdir()] == ["hd0.raw.partial"]
+        assert_restores(large, out)
+        assert [path.name for path in out.iterdir()] == ["hd0.raw"]
+
+
+def test_a_planted_partial_file_is_not_followed(
+    stored: StoredRepository, out: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    out.mkdir()
+    (out / "hd0.raw.partial").symlink_to(secret)
+    with pytest.raises(QmpBackupError):
+        restore(Request(stored.place, disks=("hd0",), folder=out, format="raw"))
+    assert secret.read_bytes() == b"secret"
+
+
+def first_pack(stored: StoredRepository) -> Path:
+    """The pack with the first point's chunks."""
+    return next(each for each in stored.files("data") if each.stat().st_size > MIB)
+
+
+def tree_packs(stored: StoredRepository) -> list[Path]:
+    """The packs with trees."""
+    names = {blob["pack"] for blob in index_entries(stored) if blob["type"] == "tree"}
+    return [each for each in stored.files("data") if each.name in names]
+
+
+def index_entries(stored: StoredRepository) -> list[dict[str, str]]:
+    """What the indexes say, as restic reads them: each blob with its pack."""
+    restic = stored.made.restic
+    found = []
+    for name in restic("list", "index").text.split():
+        for pack in restic("cat", "index", name).json["packs"]:
+            found += [{**blob, "pack": pack["id"]} for blob in pack["blobs"]]
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte of a file, which may be write-protected."""
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        old = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([old ^ 1]))
