@@ -88,6 +88,7 @@ class BlobIndex:
         self._changing = threading.RLock()
         self._own: tuple[dict[bytes, Place], ...] = tuple({} for _ in BlobType)
         self._source: Source | None = None
+        self._damaged: Callable[[str, DamagedError], None] | None = None
 
     @classmethod
     def open(cls, cache: Path | None, repository_id: str) -> Self:
@@ -102,7 +103,7 @@ class BlobIndex:
         """Let go of everything."""
         self._files = ()
         self._own = tuple({} for _ in BlobType)
-        self._source = None
+        self._source = self._damaged = None
         self._folder.close()
 
     def __enter__(self) -> Self:
@@ -216,7 +217,7 @@ class BlobIndex:
             StorageError: the storage fails, or neither cache nor temporary files can be written.
         """
         with self._changing:
-            self._source = source
+            self._source, self._damaged = source, damaged
             self._synced(source, damaged, thorough=False)
 
     def _synced(
@@ -327,7 +328,7 @@ class BlobIndex:
             if self._source is None:
                 self._files = tuple(places for places in files if places.intact())
             else:
-                self._synced(self._source, None, thorough=True)
+                self._synced(self._source, self._damaged, thorough=True)
 
 
 def _ahead(
@@ -443,14 +444,14 @@ class _Folder:
         return places
 
     def _nameless(self, fill: Callable[[int], None]) -> Places:
-        with storage_errors("write a temporary file for the index"):
+        """A file that goes with us, in the cache's folder if there is one with room."""
+        if self._path is not None:
             try:
-                file = tempfile.TemporaryFile(dir=self._path)  # noqa: SIM115 - its descriptor stays
-            except OSError:
-                file = tempfile.TemporaryFile()  # noqa: SIM115
-            with file:
-                fd = os.dup(file.fileno())
-            return self._filled(fd, fill)
+                return self._filled(_unnamed(self._path), fill)
+            except OSError as error:
+                _log.debug("There is no room for the index at %s: %s", self._path, error)
+        with storage_errors(f"write the index to {tempfile.gettempdir()}"):
+            return self._filled(_unnamed(None), fill)
 
     def _filled(self, fd: int, fill: Callable[[int], None]) -> Places:
         try:
@@ -466,6 +467,11 @@ class _Folder:
         if path is not None and self._held:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _unnamed(folder: Path | None) -> int:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())
 
 
 def _made(path: Path) -> bool:

@@ -239,9 +239,11 @@ def check_blob(blob: PackedBlob, what: str, *, compressed: bool) -> None:
     """
     type_, _, offset, length, raw_length = blob
     plain_length = raw_length if compressed else length - OVERHEAD
+    # What is compressed in vain, as restic does it, is longer than before by little.
+    most = 2 * raw_length + 4096 + OVERHEAD if compressed else LARGEST_PACK
     if not (
         0 <= offset <= LARGEST_PACK - length
-        and OVERHEAD + compressed <= length
+        and OVERHEAD + compressed <= length <= most
         and compressed <= plain_length <= LARGEST_BLOB[type_]
     ):
         raise DamagedError(f"{what} is damaged: it says impossible lengths of a {blob}.")

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -174,11 +173,15 @@ def _rescued(repository: Readable, pack: bytes, blob: PackedBlob, error: QmpBack
     """
     places = repository.index.find_all(blob.type, blob.id)
     for place in sorted(places, key=lambda each: each.pack == pack):
-        with suppress(DamagedError, StorageError):
+        try:
             sealed = load_part(repository.storage, place.pack, place.offset, place.length)
             plain = open_blob(repository.key, sealed, place.packed(blob.type, blob.id))
-            _log.warning("%s It was read again, from pack %s.", error.message, place.pack.hex())
-            return plain
+        except (Temporary, Refused):
+            raise
+        except (DamagedError, StorageError):
+            continue
+        _log.warning("%s It was read again, from pack %s.", error.message, place.pack.hex())
+        return plain
     if isinstance(error, DamagedError):
         raise DamagedError(f"{error.message} It lies in pack {pack.hex()}.", _HINT) from error
     raise error

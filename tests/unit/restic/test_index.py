@@ -22,8 +22,8 @@ BLOBS = st.builds(
     st.sampled_from(BlobType),
     IDS,
     st.integers(0, 1 << 31),
-    st.integers(OVERHEAD + 1, 128 << 20),
-    st.integers(0, 128 << 20),
+    st.integers(OVERHEAD + 1, 64 << 20),
+    st.just(0) | st.integers(32 << 20, 128 << 20),
 )
 PACKS = st.lists(st.tuples(IDS.map(bytes.hex), st.lists(BLOBS, max_size=5)), min_size=1, max_size=5)
 GOOD = {
@@ -120,6 +120,7 @@ def test_a_pack_may_have_no_blobs(blobs: Any) -> None:
         {"length": 1 << 32},
         {"length": OVERHEAD},
         {"offset": (1 << 32) - 50},
+        {"length": 100 << 20},
         {"uncompressed_length": -1},
         {"uncompressed_length": 1 << 40},
         {"uncompressed_length": 10**400},
