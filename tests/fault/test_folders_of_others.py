@@ -13,7 +13,7 @@ from lab import cli
 from lab.scene import Scene, scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-STORAGE = 7
+STORAGE, DAMAGED = 7, 8
 NOBODY = 65534
 
 
@@ -99,4 +99,13 @@ def test_points_in_a_folder_of_others_can_still_be_read(
     cli.run("list", "--target", stage.target).check()
     cli.run("verify", "--target", stage.target).check()
     cli.run("restore", "--target", stage.target, "--output", tmp_path / "out").check()
+    assert everything(stage.target) == before
+    (full,) = (stage.target / "vda").glob("FULL-*")
+    with full.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"damage")
+    before = everything(stage.target)
+    told = cli.run("verify", "--target", stage.target).check(DAMAGED)
+    assert full.name in told.out
+    assert "could not be marked" in told.err
     assert everything(stage.target) == before

@@ -74,10 +74,12 @@ def put(top: Folder, disk: StoredDisk, reason: str) -> None:
     Raises:
         OSError: it could not be written.
         DamagedError: `points` is no folder.
+        StorageError: it is somebody else's folder.
     """
     mark = Mark(disk.file, disk.digest, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", reason)
     with top.sub(POINTS) as points:
         if _read(points, disk) is None:
+            points.require_ours()
             points.write(mark_name(disk.file), mark.encode())
 
 
@@ -87,10 +89,14 @@ def remove(top: Folder, name: str) -> bool:
     Raises:
         OSError: it could not be removed.
         DamagedError: `points` is no folder.
+        StorageError: it is somebody else's folder.
     """
     with top.sub(POINTS) as points:
         # Looked for first: removing fails on read-only media even where nothing is.
-        if not points.exists(mark_name(name)) or not points.remove(mark_name(name)):
+        if not points.exists(mark_name(name)):
+            return False
+        points.require_ours()
+        if not points.remove(mark_name(name)):
             return False
         points.sync()
         return True
