@@ -7,7 +7,7 @@ block that waits for it is left in whatever way, and by the kernel when we die.
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -22,6 +22,8 @@ _POLL_SECONDS = 0.1
 _LARGEST_OUTPUT = 64 * 1024 * 1024
 _KEPT_MESSAGES = 64 * 1024
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,16 @@ class Result:
 class Child:
     """A running program; use as a context manager, which kills it unless it has ended."""
 
-    def __init__(self, arguments: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] = NOTHING,
+    ) -> None:
         """Start it, without input, its output captured and its messages in English.
+
+        `environment` is what it is told beside what we were told.
 
         Raises:
             QmpBackupError: there is no such program, or it cannot be started.
@@ -64,7 +74,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=pass_fds,
-                env={**os.environ, "LC_ALL": "C"},
+                env={**os.environ, "LC_ALL": "C", **environment},
                 process_group=0,  # so that Ctrl-C reaches us alone, and we end it in order
                 preexec_fn=_DieWithParent(),  # noqa: PLW1509 - only calls prctl and sigprocmask
             )
@@ -161,7 +171,11 @@ class Child:
 
 
 def run(
-    arguments: Sequence[str], *, pass_fds: Sequence[int] = (), timeout: float | None = None
+    arguments: Sequence[str],
+    *,
+    pass_fds: Sequence[int] = (),
+    environment: Mapping[str, str] = NOTHING,
+    timeout: float | None = None,
 ) -> Result:
     """Run a program to its end; its failure is in the result.
 
@@ -169,11 +183,14 @@ def run(
         QmpBackupError: it is not installed, or took longer than `timeout` seconds.
         Interrupted: a signal is waiting; the program was killed.
     """
-    with Child(arguments, pass_fds=pass_fds) as child:
+    with Child(arguments, pass_fds=pass_fds, environment=environment) as child:
         return child.wait(timeout)
 
 
-_INSTALL = {"qemu-img": "Install it; on Debian and Ubuntu: apt install qemu-utils."}
+_INSTALL = {
+    "qemu-img": "Install it; on Debian and Ubuntu: apt install qemu-utils.",
+    "restic": "Install it; on Debian and Ubuntu: apt install restic.",
+}
 
 
 class _DieWithParent:

@@ -35,8 +35,12 @@ class Target(Protocol):
 
 
 @contextmanager
-def opened(place: Place, vm: str = "") -> "Iterator[DirectoryTarget | RepositoryTarget]":
+def opened(
+    place: Place, vm: str = "", secret: str = ""
+) -> "Iterator[DirectoryTarget | RepositoryTarget]":
     """Open a target to read from; in a repository the named VM's, or that of the only one.
+
+    `secret` is the password of a repository, if it has been asked for already.
 
     Raises:
         NoSuchTarget: there is none.
@@ -46,7 +50,7 @@ def opened(place: Place, vm: str = "") -> "Iterator[DirectoryTarget | Repository
     if isinstance(place, Location):
         from qmpbackup.target.repository import RepositoryTarget
 
-        with repository(place) as found:
+        with repository(place, secret) as found:
             yield RepositoryTarget.only(found, vm)
         return
     from qmpbackup.target.directory import DirectoryTarget
@@ -57,8 +61,10 @@ def opened(place: Place, vm: str = "") -> "Iterator[DirectoryTarget | Repository
 
 
 @contextmanager
-def repository(place: Location) -> "Iterator[Repository]":
+def repository(place: Location, secret: str = "") -> "Iterator[Repository]":
     """Open a restic repository, with location and password as restic takes them.
+
+    `secret` is the password, if it has been asked for already.
 
     Raises:
         NoSuchTarget: there is no repository.
@@ -73,6 +79,6 @@ def repository(place: Location) -> "Iterator[Repository]":
 
     with (
         connect(place.text, os.environ) as storage,
-        Repository.open(storage, password.read(os.environ)) as found,
+        Repository.open(storage, secret or password.read(os.environ)) as found,
     ):
         yield found

@@ -1,14 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a restic repository: decided here, forgotten and swept by restic's own program."""
+"""Prune a restic repository: decided here, forgotten and swept by restic's own program.
 
+Points do not build on each other, so what the policy does not keep simply goes. restic is told which
+snapshots; location and password reach it by its environment, as they reached us. Must not know the
+format of repositories.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
-from qmpbackup.errors import UsageError
+from qmpbackup import interrupt, process
+from qmpbackup.errors import (
+    Locked,
+    NoSuchTarget,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+    WrongPassword,
+)
 from qmpbackup.model import Location
+from qmpbackup.plan.pruning import keep_newest
+from qmpbackup.plan.retention import Verdict, decide
+from qmpbackup.process import Result
+from qmpbackup.restic import password
+from qmpbackup.restic.storage.interface import Kind
+from qmpbackup.service import targets
 from qmpbackup.service.prune import Outcome, Request
+from qmpbackup.target.inventory import Inventory
+from qmpbackup.target.repository import RepositoryTarget
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 1000
+"""Snapshots that are named in one call; a command line has room for many times more."""
+
+_ASK_AGAIN = 2.0
+"""Seconds between two tries to lock the repository."""
+
+_EXITS: Mapping[int, type[QmpBackupError]] = {
+    3: StorageError,
+    10: NoSuchTarget,
+    11: Locked,
+    12: WrongPassword,
+}
+"""What restic 0.17 and later mean by their exit codes; before, all was 1, and its words tell."""
+
+_WORDS: Mapping[str, type[QmpBackupError]] = {
+    "already locked": Locked,
+    "wrong password": WrongPassword,
+    "is there a repository at": NoSuchTarget,
+    "no space left": StorageError,
+    "permission denied": StorageError,
+    "operation not permitted": StorageError,
+    "read-only file system": StorageError,
+    "unexpected http": StorageError,
+    "403 forbidden": StorageError,
+    "unable to remove": StorageError,
+    "unable to create lock": StorageError,
+}
+
+_HINTS: Mapping[type[QmpBackupError], str] = {
+    Locked: "Wait with --lock-wait; `restic unlock` removes locks of programs that died.",
+    StorageError: "Who may only add to a repository cannot prune it.",
+}
 
 
 def prune(request: Request, location: Location, now: datetime) -> Outcome:
     """Prune the points of one VM in a repository; see `service.prune.prune`."""
-    del request, now
-    raise UsageError(f"{location} cannot be pruned yet.", "Use `restic forget --prune`.")
+    if not request.merging:
+        raise UsageError("Nothing is merged in a repository.", "Leave --no-merge out.")
+    until = time.monotonic() + request.lock_wait
+    # Once: what was typed here is not in the environment that restic inherits.
+    secret = password.read(os.environ)
+    with interrupt.held(), targets.opened(location, request.vm, secret) as target:
+        if not isinstance(target, RepositoryTarget):
+            raise TypeError("a location is that of a repository")
+        with target.lock(wait=request.lock_wait):
+            found = target.load()
+        verdicts = _decide(target, found, request, now)
+        gone = [target.snapshot_of(each.point).id for each in verdicts if not each.kept]
+        if request.dry_run or not gone:
+            return Outcome(verdicts, None if gone else 0)
+        # Our own lock is released: restic takes one that leaves room for no other.
+        before = _stored(target)
+        with _told(location, secret) as (environment, fds):
+            for first in range(0, len(gone), _AT_ONCE):
+                part = gone[first : first + _AT_ONCE]
+                sweep = ["--prune"] if part[-1] == gone[-1] else []
+                _restic(["forget", "--quiet", *sweep, "--", *part], environment, fds, until)
+        return Outcome(verdicts, before - _stored(target))
+
+
+def _decide(
+    target: RepositoryTarget, found: Inventory, request: Request, now: datetime
+) -> tuple[Verdict, ...]:
+    for damage in found.damaged:
+        log.warning("Damaged, so left alone: %s: %s", damage.path, damage.reason)
+    tags = {point.id: target.snapshot_of(point).tags for point in found.points}
+    return keep_newest(found.points, decide(found.points, request.policy, now, tags))
+
+
+def _stored(target: RepositoryTarget) -> int:
+    return sum(size for _, size in target.repository.storage.list(Kind.DATA))
+
+
+@contextmanager
+def _told(location: Location, secret: str) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """What restic has to know, by its environment and by descriptors that it inherits.
+
+    The location is not in the command line either, as it may contain a password.
+    """
+    environment = {"RESTIC_PROGRESS_FPS": "0"}
+    if location.text:
+        environment |= {"RESTIC_REPOSITORY": location.text, "RESTIC_REPOSITORY_FILE": ""}
+    if any(os.environ.get(name) for name in _PASSWORDS):
+        yield environment, []
+        return
+    fd = os.memfd_create("password", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, secret.encode())
+        yield {**environment, "RESTIC_PASSWORD_FILE": f"/dev/fd/{fd}"}, [fd]
+    finally:
+        os.close(fd)
+
+
+_PASSWORDS = ("RESTIC_PASSWORD", "RESTIC_PASSWORD_FILE", "RESTIC_PASSWORD_COMMAND")
+
+
+def _restic(
+    arguments: Sequence[str], environment: Mapping[str, str], fds: Sequence[int], until: float
+) -> None:
+    """Run restic; while the repository is locked, again and again `until` then."""
+    while True:
+        result = process.run(["restic", *arguments], environment=environment, pass_fds=fds)
+        if result.code == 0:
+            return
+        error = _failure(result)
+        if not isinstance(error, Locked) or time.monotonic() + _ASK_AGAIN > until:
+            raise error
+        log.info("The repository is locked; waiting.")
+        wake = time.monotonic() + _ASK_AGAIN
+        while time.monotonic() < wake:
+            interrupt.check()
+            time.sleep(0.1)
+
+
+def _failure(result: Result) -> QmpBackupError:
+    """The error for a restic that failed: its exit code, or where all are 1, what it said."""
+    lines = [line.strip() for line in result.messages.splitlines() if line.strip()]
+    told = {word: line for line in reversed(lines) for word in _WORDS if word in line.lower()}
+    word = next((each for each in _WORDS if each in told), "")
+    kind = _EXITS.get(result.code) or (_WORDS[word] if word else QmpBackupError)
+    said = (told.get(word) or result.reason).removeprefix("Fatal: ").rstrip(".")
+    return kind(f"restic could not prune: {said}.", _HINTS.get(kind, ""))

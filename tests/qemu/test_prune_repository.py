@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning a restic repository: restic forgets and sweeps, and just what the policy does not keep."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.backups import back_up, levels
+from lab.disks import MIB, Disk, create, pattern
+from lab.qemu import Qemu
+from lab.restic import Backing
+from qmpbackup.model import VmIdentity
+from stored_repository import StoredRepository
+
+DISK = "hd0"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> StoredRepository:
+    """Four points of a VM, an hour apart, that share all but one of their chunks."""
+    stored = StoredRepository(tmp_path)
+    for number in range(4):
+        stored.add({DISK: pattern(2 * MIB, 1) + pattern(MIB, 10 + number)})
+    return stored
+
+
+def prune(stored: StoredRepository, *more: cli.Argument, **variables: str) -> cli.Result:
+    environment = {**stored.made.environment, **variables}
+    return cli.run("prune", "--target", str(stored.made), *more, env=environment)
+
+
+def assert_left(stored: StoredRepository, numbers: Sequence[int]) -> None:
+    """restic has just these snapshots of the VM, whole, and nothing that nobody needs."""
+    expected = {stored.points[number].id for number in numbers}
+    ours = [each for each in stored.made.snapshots() if "vm=vm" in each["tags"]]
+    assert {
+        tag[6:] for each in ours for tag in each["tags"] if tag.startswith("point=")
+    } == expected
+    for number in numbers:
+        point = stored.points[number].id
+        assert stored.made.restored(point) == {DISK: stored.expected[point, DISK]}
+    stored.made.assert_whole(read_data=True)
+
+
+def test_the_policy_decides_and_restic_sweeps(stored: StoredRepository) -> None:
+    before = sum(each.stat().st_size for each in stored.files("data"))
+    result = prune(stored, "--keep-last", 2, "--json").check()
+    *verdicts, summary = result.objects
+    assert [each["keep"] for each in verdicts] == [False, False, True, True]
+    assert verdicts[-1]["reasons"] == ["last", "newest point"]
+    assert summary["freed"] == before - sum(each.stat().st_size for each in stored.files("data"))
+    assert summary["freed"] > 100000
+    assert_left(stored, [2, 3])
+    assert prune(stored, "--keep-last", 2, "--json").check().objects[-1]["removed"] == 0
+
+
+def test_a_dry_run_changes_nothing(stored: StoredRepository) -> None:
+    before = {each.name for kind in ("snapshots", "data", "index") for each in stored.files(kind)}
+    result = prune(stored, "--keep-last", 1, "--dry-run").check()
+    assert result.out.splitlines()[-1] == "1 kept, 3 would be removed."
+    assert before == {each.name for k in ("snapshots", "data", "index") for each in stored.files(k)}
+
+
+def test_tags_that_restic_sets(stored: StoredRepository) -> None:
+    restic = stored.made.restic
+    restic("tag", "--add", "mine", stored.made.snapshot_of(stored.points[1].id)["id"])
+    prune(stored, "--keep-tag", "mine").check()
+    assert_left(stored, [1, 3])
+
+
+def test_other_vms_and_other_programs_keep_theirs(stored: StoredRepository, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("somebody's")
+    stored.made.restic("backup", "--tag", "other", tmp_path / "file")
+    mine, stored.vm = stored.vm, VmIdentity(name="another")
+    other = stored.add({DISK: pattern(MIB, 99)})
+    stored.vm = mine
+    prune(stored, "--keep-last", 1).check(2)
+    prune(stored, "--keep-last", 1, "--vm", "none").check(10)
+    prune(stored, "--keep-last", 1, "--vm", "vm").check()
+    assert len(stored.made.snapshots()) == 3
+    assert stored.made.restored(other.id) == {DISK: stored.expected[other.id, DISK]}
+    assert_left(stored, [3])
+
+
+def test_the_password_is_in_no_command_line(stored: StoredRepository, tmp_path: Path) -> None:
+    """Nor is the location, in which restic allows a password, too."""
+    folder, log = spy(tmp_path)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    prune(stored, "--keep-last", 1, PATH=path, SPY=str(log)).check()
+    said = log.read_text()
+    assert "forget" in said
+    assert stored.made.password not in said
+    assert stored.made.location not in said
+    assert_left(stored, [3])
+
+
+def spy(tmp_path: Path) -> tuple[Path, Path]:
+    """A `restic` that writes down its command line, then is the real one."""
+    folder, real = tmp_path / "bin", shutil.which("restic")
+    folder.mkdir()
+    (folder / "restic").write_text(f'#!/bin/sh\necho "$@" >>"$SPY"\nexec {real} "$@"\n')
+    (folder / "restic").chmod(0o755)
+    return folder, tmp_path / "log"
+
+
+def test_a_password_file_and_a_location_from_the_environment(
+    stored: StoredRepository, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text(stored.made.password + "\n")
+    environment = {
+        **stored.made.environment,
+        "RESTIC_PASSWORD": "",
+        "RESTIC_PASSWORD_FILE": str(tmp_path / "password"),
+        "RESTIC_REPOSITORY": stored.made.location,
+    }
+    cli.run("prune", "--target", "restic:", "--keep-last", 1, env=environment).check()
+    assert_left(stored, [3])
+
+
+def test_without_restic_it_is_said_what_to_install(stored: StoredRepository) -> None:
+    result = prune(stored, "--keep-last", 1, PATH="/nowhere").check(1)
+    assert "apt install restic" in result.err
+    assert_left(stored, range(4))
+
+
+def test_wrong_password_and_no_repository(stored: StoredRepository, tmp_path: Path) -> None:
+    environment = stored.made.environment
+    wrong = prune(stored, "--keep-last", 1, RESTIC_PASSWORD="wrong")  # noqa: S106
+    wrong.check(12)
+    target = f"restic:{tmp_path / 'none'}"
+    cli.run("prune", "--target", target, "--keep-last", 1, env=environment).check(10)
+    assert_left(stored, range(4))
+
+
+@pytest.mark.parametrize("option", [[], ["--keep-last", 1, "--no-merge"], ["--keep-tag", "none"]])
+def test_what_is_refused(stored: StoredRepository, option: list[cli.Argument]) -> None:
+    prune(stored, *option).check(2)
+    assert len(stored.files("snapshots")) == 4
+
+
+def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> None:
+    with stored.made.held_alone():
+        prune(stored, "--keep-last", 1).check(11)
+    with Backing(stored.made.restic) as backup:  # whom our own lock leaves alone
+        wait_for_lock(stored)
+        result = prune(stored, "--keep-last", 2).check(11)
+        assert "lock" in result.err
+        assert len(stored.files("snapshots")) == 4
+        arguments = ("prune", "--target", str(stored.made), "--keep-last", 2, "--lock-wait", 60)
+        with cli.start(*arguments, env=stored.made.environment) as running:
+            backup.__exit__()
+            running.wait().check()
+    assert_left(stored, [2, 3])
+
+
+def wait_for_lock(stored: StoredRepository) -> None:
+    end = time.monotonic() + 30
+    while not stored.files("locks"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: Callable[..., Qemu]) -> None:
+    made = StoredRepository(tmp_path / "live").made
+    vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
+    for value in range(1, 4):
+        vm.write("vda", value * MIB, MIB, value)
+        back_up(vm, made)
+    arguments = ("prune", "--target", str(made), "--keep-last", 1)
+    cli.run(*arguments, env=made.environment).check()
+    vm.write("vda", 5 * MIB, MIB, 5)
+    point = back_up(vm, made)
+    assert levels(point) == {"vda": "inc"}
+    assert made.restored(point["id"]) == {"vda": vm.contents("vda")}
+    made.assert_whole(read_data=True)
