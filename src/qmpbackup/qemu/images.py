@@ -69,16 +69,6 @@ class CheckResult:
     compressed: int = 0
 
 
-def check_chain(layers: Sequence[Layer]) -> list[Header]:
-    """Read all headers, and make sure that each file names exactly the one before it.
-
-    Raises:
-        DamagedError: a link is another, or an image needs something outside the chain.
-    """
-    parents = ("", *(layer.name for layer in layers))
-    return [check_link(layer, parent) for layer, parent in zip(layers, parents, strict=False)]
-
-
 def check_link(layer: Layer, parent: str) -> Header:
     """Read the header of one file, and make sure that it names exactly `parent` (empty: none).
 
@@ -118,7 +108,7 @@ def _check_header(header: Header, name: str, parent: str) -> None:
 def opened(layers: Sequence[Layer]) -> Iterator[list[str]]:
     """The arguments by which qemu-img opens the last of `layers`, on top of all the others.
 
-    The descriptors must be passed to the program. `check_chain` comes first.
+    The descriptors must be passed to the program. `check_link` of each comes first.
     """
     if len(layers) <= _DEEPEST_SPELLED_OUT:
         yield [spelled_out(layers)]

@@ -15,6 +15,7 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
 from qmpbackup.qemu import images
 from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.qcow2 import Header
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.target.digest import digest
 from qmpbackup.target.directory import DirectoryTarget
@@ -71,10 +72,16 @@ def _check_links(target: DirectoryTarget, files: Sequence[OpenFile], disk: Store
         with marking(target, file.link.disk):
             header = images.check_link(file.layer, parent)
             parent = file.layer.name
-            if file is files[-1] and not disk.snapshot and header.size != disk.size:
-                raise DamagedError(
-                    f"{disk.file} is an image of {header.size} bytes instead of {disk.size}.", _HINT
-                )
+            if file is files[-1]:
+                _check_size(header, disk)
+
+
+def _check_size(header: Header, disk: StoredDisk) -> None:
+    """The image is as large as the disk was; an internal snapshot may have had another size."""
+    if not disk.snapshot and header.size != disk.size:
+        raise DamagedError(
+            f"{disk.file} is an image of {header.size} bytes instead of {disk.size}.", _HINT
+        )
 
 
 @contextmanager
@@ -126,7 +133,8 @@ def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, who
     try:
         check_length(target, disk, fd)
         with storage_errors(f"read {target.path / disk.file}"):
-            images.check_link(Layer(fd, disk.file.rpartition("/")[2]), parent)
+            header = images.check_link(Layer(fd, disk.file.rpartition("/")[2]), parent)
+        _check_size(header, disk)
         if whole:
             check_digest(target, disk, fd)
     finally:
