@@ -17,10 +17,16 @@ ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the end of the block."""
+    """Hold SIGINT and SIGTERM back until the end of the block.
+
+    One that nobody took until a block has done its work came too late to end anything, and is
+    forgotten: what is done is reported as done.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
+        while waiting := signal.sigpending() & ENDING:
+            signal.sigwait(waiting)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -15,7 +15,7 @@ from lab import cli
 from lab.aftermath import assert_clean, assert_only_named, manifests
 from lab.backups import assert_restores
 from lab.proxy import Place, Proxy
-from lab.scene import SIZES, Scene, scene
+from lab.scene import SIZES, WHERE, Scene, Where, scene
 
 SPREAD = 40
 PARTS = 3
@@ -54,7 +54,7 @@ def run(stage: Scene, hook: Callable[[Proxy, Place], None]) -> cli.Result:
     """An incremental run through a proxy."""
     path = stage.vm.folder / "proxy"
     with Proxy(path, stage.vm.socket, hook):
-        return cli.run(*stage.arguments("inc", path))
+        return stage.run("inc", socket=path)
 
 
 def cut_at(place: Place) -> Callable[[Proxy, Place], None]:
@@ -67,41 +67,43 @@ def cut_at(place: Place) -> Callable[[Proxy, Place], None]:
     return hook
 
 
-def cut_at_all(folder: Path, choose: Choice) -> None:
-    with scene(folder) as stage:
+def cut_at_all(folder: Path, where: Where, choose: Choice) -> None:
+    with scene(folder, where) as stage:
         stage.renew("inc")
         for place in choose(stage):
             stage.write()
-            before = len(manifests(stage.target))
+            before = len(manifests(stage.place))
             result = run(stage, cut_at(place))
-            made = len(manifests(stage.target)) - before
+            made = len(manifests(stage.place)) - before
             assert (result.code, made) in {(LOST, 0), (DONE, 1), (3, 1)}, (place, str(result))
             assert made or "connection" in result.err, (place, result.err)
             stage.make_good("inc")
 
 
-def test_the_connection_is_cut_at_a_spread_of_places(tmp_path: Path) -> None:
-    cut_at_all(tmp_path, some_places)
+@pytest.mark.parametrize("where", WHERE)
+def test_the_connection_is_cut_at_a_spread_of_places(tmp_path: Path, where: Where) -> None:
+    cut_at_all(tmp_path, where, some_places)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_the_connection_is_cut_everywhere(tmp_path: Path, part: int) -> None:
-    cut_at_all(tmp_path, lambda stage: all_places(stage, part))
+@pytest.mark.parametrize("where", WHERE)
+def test_the_connection_is_cut_everywhere(tmp_path: Path, where: Where, part: int) -> None:
+    cut_at_all(tmp_path, where, lambda stage: all_places(stage, part))
 
 
-def kill_at_all(folder: Path, choose: Choice) -> None:
-    with scene(folder) as stage:
+def kill_at_all(folder: Path, where: Where, choose: Choice) -> None:
+    with scene(folder, where) as stage:
         stage.renew("inc")
         for place in choose(stage):
             stage.write()
             stage.vm.flush()
-            before = len(manifests(stage.target))
+            before = len(manifests(stage.place))
             result = run(stage, kill_qemu_at(stage, place))
             stage.vm.kill()
-            made = len(manifests(stage.target)) - before
+            made = len(manifests(stage.place)) - before
             assert (result.code, made) in {(LOST, 0), (DONE, 1), (3, 1)}, (place, str(result))
-            assert_only_named(stage.target)
+            assert_only_named(stage.place)
             restart_and_go_on(stage, folder)
 
 
@@ -118,39 +120,41 @@ def kill_qemu_at(stage: Scene, place: Place) -> Callable[[Proxy, Place], None]:
 def restart_and_go_on(stage: Scene, folder: Path) -> None:
     stage.vm.start()
     stage.write()
-    refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+    refused = stage.run("inc").check(4)
     assert "vda" in refused.err
     assert "QEMU was killed" in refused.err
-    result = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+    result = stage.run("auto", "--json").check()
     point = json.loads(result.out)["point"]
     assert {disk["level"] for disk in point["disks"]} == {"full"}
-    assert_clean(stage.vm, stage.target)
+    assert_clean(stage.vm, stage.place)
     live = {disk: stage.vm.contents(disk) for disk in SIZES}
-    assert_restores(stage.target, point["id"], live, folder)
+    assert_restores(stage.place, point["id"], live, folder)
     stage.make_good("inc")
 
 
-def test_qemu_is_killed_at_a_spread_of_places(tmp_path: Path) -> None:
-    kill_at_all(tmp_path, some_places)
+@pytest.mark.parametrize("where", WHERE)
+def test_qemu_is_killed_at_a_spread_of_places(tmp_path: Path, where: Where) -> None:
+    kill_at_all(tmp_path, where, some_places)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_qemu_is_killed_everywhere(tmp_path: Path, part: int) -> None:
-    kill_at_all(tmp_path, lambda stage: all_places(stage, part))
+@pytest.mark.parametrize("where", WHERE)
+def test_qemu_is_killed_everywhere(tmp_path: Path, where: Where, part: int) -> None:
+    kill_at_all(tmp_path, where, lambda stage: all_places(stage, part))
 
 
 def test_only_the_disks_without_their_bitmaps_are_made_whole(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         stage.renew("inc")
         (node,) = (disk.node for disk in stage.vm.disks if disk.id == "vda")
-        for point in manifests(stage.target):
+        for point in manifests(stage.place):
             bitmap = next(disk["bitmap"] for disk in point["disks"] if disk["id"] == "vda")
             remove = {"node": node, "name": bitmap}
             stage.vm.qmp.command("block-dirty-bitmap-remove", remove)
-        refused = cli.run(*stage.arguments("inc", stage.vm.socket)).check(4)
+        refused = stage.run("inc").check(4)
         assert "Disk vda" in refused.err
-        result = cli.run(*stage.arguments("auto", stage.vm.socket), "--json").check()
+        result = stage.run("auto", "--json").check()
         found = {d["id"]: d["level"] for d in json.loads(result.out)["point"]["disks"]}
         assert found == {"vda": "full", "vdb": "inc"}
         stage.make_good("inc")

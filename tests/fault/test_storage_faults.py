@@ -2,11 +2,9 @@
 """Storage that is full, read-only or strange: the run fails with a sentence, the guest never does,
 and the next run goes on incrementally."""
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from lab.aftermath import assert_clean, manifests
 from lab.disks import CLUSTER, MIB
 from lab.proxy import Place, Proxy
 from lab.scene import Scene, scene
+from lab.small import fill, needs_root, small_folder
 from qmpbackup.target.directory import DirectoryTarget
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 STORAGE, LOCKED, VM = 7, 11, 6
 
 
@@ -29,29 +27,8 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield stage
 
 
-@contextmanager
-def small_folder(path: Path, size: int) -> Iterator[Path]:
-    """A folder with room for so many bytes."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    subprocess.run(mount, check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
 def run(stage: Scene, level: str, *more: cli.Argument) -> cli.Result:
     return cli.run(*stage.arguments(level, stage.vm.socket), *more)
-
-
-def fill(folder: Path) -> Path:
-    """Take all room of a small folder but 128 KiB; the file that took it."""
-    state = os.statvfs(folder)
-    filler = folder / "filler"
-    with filler.open("wb") as file:
-        file.write(bytes(max(0, state.f_bavail * state.f_frsize - 128 * 1024)))
-    return filler
 
 
 @needs_root

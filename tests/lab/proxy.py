@@ -99,6 +99,11 @@ class Proxy:
         select.select([death], [], [], 30)
         os.close(death)
 
+    def signal_client(self, number: signal.Signals) -> None:
+        """Send the client a signal."""
+        assert self._client
+        os.kill(_peer(self._client), number)
+
     def cut(self) -> None:
         """Close the connection between client and proxy."""
         assert self._client

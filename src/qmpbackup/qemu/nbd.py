@@ -136,6 +136,7 @@ class Connection:
         with suppress(Error):
             if not self.handle.aio_in_flight():
                 self.handle.aio_disconnect()
+        _hang_up(self.handle)
         self.handle = None
 
     @property
@@ -254,6 +255,15 @@ def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:
     nbd = _library()
     handle = nbd.NBD()
     try:
+        return _connected(handle, path, export, contexts)
+    except BaseException:
+        _hang_up(handle)
+        raise
+
+
+def _connected(handle: Any, path: str, export: str, contexts: Sequence[str]) -> Connection:
+    nbd = _library()
+    try:
         handle.set_export_name(export)
         for context in contexts:
             handle.add_meta_context(context)
@@ -270,6 +280,20 @@ def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:
     if missing:
         raise NbdError(0, f"the export has no {missing[0]}")
     return Connection(handle)
+
+
+def _hang_up(handle: Any) -> None:
+    """End a connection now, whoever still refers to it, as the frames of an error do.
+
+    QEMU 7.2 waits with all of the VM for a client that is still negotiating when the server is
+    stopped.
+    """
+    import socket
+
+    from nbd import Error
+
+    with suppress(Error, OSError), socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _turn(handle: Any) -> None:
