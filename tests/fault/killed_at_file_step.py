@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product's command, which dies by SIGKILL before its step number N on a file system.
+"""The product's command, which gets a signal before its step number N on a file system.
 
-`python killed_at_file_step.py N qmpbackup's arguments…`. Steps are what Python's audit events tell:
+`python killed_at_file_step.py SIGNAL N qmpbackup's arguments…`. Steps are what Python's audit events tell:
 files created, renamed, removed, truncated, folders made and removed. (Writes and fsync have none; what
 differs between two events is seen by nobody unless the machine itself goes down.)
 """
 
 import os
-import signal
 import sys
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -20,22 +19,26 @@ def creates(event: str, arguments: tuple[object, ...]) -> bool:
 
 
 def main() -> None:
-    """Count, die, or run to the end."""
-    left = int(sys.argv[1])
+    """Count, be signalled, or run to the end."""
+    number, left = int(sys.argv[1]), int(sys.argv[2])
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
         if event in STEPS or creates(event, arguments):
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
     from qmpbackup.cli.main import qmpbackup
 
-    sys.argv[1:] = sys.argv[2:]
+    sys.argv[1:] = sys.argv[3:]
     sys.dont_write_bytecode = True
     sys.addaudithook(hook)
-    qmpbackup()
+    try:
+        qmpbackup()
+    finally:
+        if left > 0:
+            print("no such file step", file=sys.stderr)
 
 
 if __name__ == "__main__":

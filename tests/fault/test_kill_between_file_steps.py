@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.aftermath import assert_clean, manifests
 from lab.scene import KINDS, WHERE, Scene, Where, scene
 
 PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
@@ -50,15 +51,43 @@ def kill_until_one_survives(folder: Path, where: Where, kind: str, step: int) ->
     return kills
 
 
+@pytest.mark.parametrize(("where", "step"), [("directory", 4), ("repository", 6)])
+def test_interrupted_before_file_steps(tmp_path: Path, where: Where, step: int) -> None:
+    """A run that is told to end leaves nothing, whatever it was doing; one that had made its point
+    may say so."""
+    with scene(tmp_path, where) as stage:
+        stage.renew("inc")
+        interrupted = 0
+        for number in range(1, 10000, step):
+            stage.write()
+            before = len(manifests(stage.place))
+            result = run_signalled(stage, "inc", signal.SIGTERM, number)
+            made = len(manifests(stage.place)) - before
+            assert (result.returncode, made) in {(143, 0), (0, 1)}, (number, result.stderr)
+            assert_clean(stage.vm, stage.place)
+            if result.returncode == 0 and "file step" in result.stderr:
+                break
+            interrupted += result.returncode == 143
+        assert interrupted > 3
+        stage.make_good("inc")
+
+
 def run_killed(stage: Scene, kind: str, fatal: int) -> bool:
     """Run, and say whether the run was killed; else it must have succeeded."""
+    result = run_signalled(stage, kind, signal.SIGKILL, fatal)
+    assert result.returncode in {0, -signal.SIGKILL}, result.stderr
+    return result.returncode != 0
+
+
+def run_signalled(
+    stage: Scene, kind: str, number: signal.Signals, step: int
+) -> "subprocess.CompletedProcess[str]":
+    """Run a backup that gets a signal before a step; one with fewer steps says so at its end."""
     arguments = map(str, stage.arguments(kind, stage.vm.socket))
-    result = subprocess.run(
-        [sys.executable, str(PROGRAM), str(fatal), *arguments],
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), str(int(number)), str(step), *arguments],
         env={**os.environ, **stage.environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode in {0, -signal.SIGKILL}, result.stderr
-    return result.returncode != 0
