@@ -87,3 +87,19 @@ def test_encrypted_disks_are_pointed_out(tmp_path: Path, start_qemu: StartQemu) 
     disk = Disk("vda", image, "luks", options={"key-secret": "s"})
     vm = start_qemu(args=("-object", "secret,id=s,data=passphrase", *disk.arguments()))
     assert "plain text" in texts(findings(vm), "vda")
+
+
+def test_what_is_known_of_the_target_is_told(tmp_path: Path, start_qemu: StartQemu) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
+    target = tmp_path / "target"
+    back_up(vm, target)
+    (full,) = (target / "vda").glob("FULL-*")
+    whole = full.read_bytes()
+    full.write_bytes(whole[:-1] + b"!")
+    cli.run("verify", "--target", target).check(8)
+    assert full.name in texts(findings(vm, "--target", target, code=1), "target")
+    full.write_bytes(whole)
+    cli.run("verify", "--target", target).check()
+    (target / "points" / "vda.merge").write_text("a journal")
+    (finding,) = (each for each in findings(vm, "--target", target) if "merge" in each["text"])
+    assert "qmprestore commit" in finding["todo"]

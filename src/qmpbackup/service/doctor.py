@@ -14,6 +14,7 @@ from qmpbackup.plan.sizes import human
 from qmpbackup.qemu import copy, inventory, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
+from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.target.inventory import Inventory
 
 FIRST_WITHOUT_EXPORT_BUG = (8, 2)
@@ -210,6 +211,9 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
     except NoSuchTarget:
         yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
         return
+    for folder in interrupted(target):
+        text = f"a merge in {folder} was interrupted, or is under way"
+        yield Finding("target", Health.ADVICE, text, merge_hint(target, folder))
     stored = target.load()
     for damage in (*stored.damaged, *stored.marked):
         yield Finding(
