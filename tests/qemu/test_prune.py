@@ -305,6 +305,16 @@ def test_a_manifest_that_cannot_be_read_stops_everything(stored: Stored) -> None
     assert tree(stored.path) == before
 
 
+def test_points_that_lack_disks_take_no_place(tmp_path: Path) -> None:
+    stored = chain_of(Stored(tmp_path / "target"), 4, DISK, OTHER)
+    cli.run("rebase", "--dir", stored.path / DISK, program="qmprebase").check()
+    outcome = prune(request(stored, last=2), NOW)
+    ids = [point.id for point in stored.points]
+    assert reasons(outcome)[ids[2]] == ("last", "lacks disks, so not counted")
+    assert {point.id for point in outcome.removed} == set(ids[:2])
+    assert_left(stored, [3], prune(request(stored, last=1), NOW))
+
+
 # --- what is refused
 
 

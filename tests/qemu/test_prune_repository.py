@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> 
     with stored.made.held_alone():
         prune(stored, "--keep-last", 1).check(11)
     with Backing(stored.made.restic) as backup:  # whom our own lock leaves alone
-        wait_for_lock(stored)
+        wait_until(lambda: bool(stored.files("locks")))
         result = prune(stored, "--keep-last", 2).check(11)
         assert "lock" in result.err
         assert len(stored.files("snapshots")) == 4
@@ -156,13 +157,6 @@ def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> 
             backup.__exit__()
             running.wait().check()
     assert_left(stored, [2, 3])
-
-
-def wait_for_lock(stored: StoredRepository) -> None:
-    end = time.monotonic() + 30
-    while not stored.files("locks"):
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: Callable[..., Qemu]) -> None:
@@ -178,3 +172,25 @@ def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: Callable[.
     assert levels(point) == {"vda": "inc"}
     assert made.restored(point["id"]) == {"vda": vm.contents("vda")}
     made.assert_whole(read_data=True)
+
+
+def test_a_signal_lets_restic_end_in_order(stored: StoredRepository, tmp_path: Path) -> None:
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    script = f"trap 'echo ended >>{log}; exit 130' INT\necho begun >>{log}\n"
+    (folder / "restic").write_text(f"#!/bin/sh\n{script}while :; do sleep 0.1; done\n")
+    (folder / "restic").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    arguments = ("prune", "--target", str(stored.made), "--keep-last", 1)
+    with cli.start(*arguments, env={**stored.made.environment, "PATH": path}) as running:
+        wait_until(lambda: log.exists() and "begun" in log.read_text())
+        running.process.send_signal(signal.SIGTERM)
+        running.wait().check(143)
+    assert log.read_text().split() == ["begun", "ended"]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

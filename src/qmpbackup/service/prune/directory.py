@@ -44,12 +44,12 @@ def prune(request: Request, path: Path, now: datetime, each: Observer) -> Outcom
         _require_ours(target)
         for done in (*target.recover(), *journal.roll_forward(target, each)):
             log.warning("Cleaned up after a run that died: %s.", done)
-        points = _points(target)
+        before = points = _points(target)
         decided = _decide(target, points, request, now)
         for step in decided.steps:
             interrupt.check()
-            _perform(target, step, each)
-        freed = _stored(points) - _stored(_points(target))
+            points = _perform(target, points, step, each)
+        freed = _stored(before) - _stored(points)
     return Outcome(decided.verdicts, freed, _merges(decided))
 
 
@@ -102,7 +102,10 @@ def _decide(
     target: DirectoryTarget, points: Sequence[Point], request: Request, now: datetime
 ) -> Pruning:
     damaged = _damaged(target, points)
-    verdicts = _among_whole(points, request.policy, now, damaged)
+    partial = {point.id for point in points if point.merged} - damaged.keys()
+    poor = dict.fromkeys(partial, "lacks disks, so not counted")
+    poor |= dict.fromkeys(damaged, "damaged, so not counted")
+    verdicts = _among_whole(points, request.policy, now, poor)
     verdicts = pruning.keep_newest(points, verdicts)
     held = _held_by_strays(target, points)
     held |= _held_by_damage(points, {each.point.id for each in verdicts if each.kept}, damaged)
@@ -110,21 +113,19 @@ def _decide(
 
 
 def _among_whole(
-    points: Sequence[Point], policy: Policy, now: datetime, damaged: Mapping[str, str]
+    points: Sequence[Point], policy: Policy, now: datetime, poor: Mapping[str, str]
 ) -> tuple[Verdict, ...]:
-    """What the policy says; a point known to be damaged never takes the place of a whole one."""
+    """What the policy says. The points in `poor` never take the place of others, and go once they
+    would go even if they did; why is added to their reasons."""
     verdicts = decide(points, policy, now)
-    if not damaged:
+    if not poor:
         return verdicts
-    whole = [point for point in points if point.id not in damaged]
-    among = {each.point.id: each for each in decide(whole, policy, now)} if whole else {}
+    rich = [point for point in points if point.id not in poor]
+    among = {each.point.id: each for each in decide(rich, policy, now)} if rich else {}
     return tuple(
-        among.get(each.point.id) or replace(each, reasons=_but_damaged(each)) for each in verdicts
+        among.get(each.point.id) or (each.also(poor[each.point.id]) if each.kept else each)
+        for each in verdicts
     )
-
-
-def _but_damaged(verdict: Verdict) -> tuple[str, ...]:
-    return (*verdict.reasons, "damaged, so not counted") if verdict.kept else ()
 
 
 def _damaged(target: DirectoryTarget, points: Iterable[Point]) -> dict[str, str]:
@@ -174,19 +175,22 @@ def _held_by_strays(target: DirectoryTarget, points: Sequence[Point]) -> dict[st
     return held
 
 
-def _perform(target: DirectoryTarget, step: Step, each: Observer) -> None:
-    points = _points(target)
+def _perform(
+    target: DirectoryTarget, points: Sequence[Point], step: Step, each: Observer
+) -> tuple[Point, ...]:
+    """Carry out a step; the points that there are then."""
     if isinstance(step, Removal):
         target.remove_point(step.point, _files_of(points, step.point))
         log.info("Removed point %s", step.point)
         each(f"removed {step.point}")
-        return
+        return tuple(point for point in points if point.id != step.point)
     newest = next(point for point in points if point.id == step.points[-1])
     links = chain(points, newest, step.disk)[-len(step.points) :]
     if tuple(link.point.id for link in links) != step.points:
         raise ValueError(f"the chain of {step.disk} is not the one that was planned")
     place = Place(target.path / folder_name(step.disk), target)
     merge.merge_part(place, points, links, each)
+    return _points(target)
 
 
 def _files_of(points: Iterable[Point], point_id: str) -> tuple[str, ...]:

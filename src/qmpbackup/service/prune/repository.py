@@ -8,13 +8,15 @@ format of repositories.
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 
 from qmpbackup import interrupt, process
 from qmpbackup.errors import (
+    Interrupted,
     Locked,
     NoSuchTarget,
     QmpBackupError,
@@ -40,6 +42,9 @@ _AT_ONCE = 1000
 
 _ASK_AGAIN = 2.0
 """Seconds between two tries to lock the repository."""
+
+_ENDS_WITHIN = 30.0
+"""Seconds that restic gets to remove its lock when we are interrupted."""
 
 _EXITS: Mapping[int, type[QmpBackupError]] = {
     3: StorageError,
@@ -136,7 +141,7 @@ def _restic(
 ) -> None:
     """Run restic; while the repository is locked, again and again `until` then."""
     while True:
-        result = process.run(["restic", *arguments], environment=environment, pass_fds=fds)
+        result = _run(["restic", *arguments], environment, fds)
         if result.code == 0:
             return
         error = _failure(result)
@@ -147,6 +152,18 @@ def _restic(
         while time.monotonic() < wake:
             interrupt.check()
             time.sleep(0.1)
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]) -> Result:
+    """Run it; where a signal ends us, let it end in order, so that no lock of it stays."""
+    with process.Child(arguments, environment=environment, pass_fds=fds) as child:
+        try:
+            return child.wait()
+        except Interrupted:
+            os.kill(child.pid, signal.SIGINT)
+            with suppress(QmpBackupError):
+                child.wait(_ENDS_WITHIN)
+            raise
 
 
 def _failure(result: Result) -> QmpBackupError:
