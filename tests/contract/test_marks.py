@@ -92,3 +92,26 @@ def test_a_mark_that_was_half_written_goes_with_the_next_run(stored: Stored) -> 
         stored.target.recover()
     assert not half.exists()
     assert stored.target.load().marked == ()
+
+
+@pytest.mark.parametrize("what", ["rubbish", "of another file", "a folder", "a link"])
+def test_a_mark_that_says_nothing_clear_counts_and_hinders_nobody(
+    stored: Stored, what: str
+) -> None:
+    stored.target.mark_damaged(record(stored, 1), "It smells.")
+    (mark,) = marks(stored)
+    text = mark.read_text()
+    mark.unlink()
+    if what == "a folder":
+        mark.mkdir()
+    elif what == "a link":
+        mark.symlink_to("/etc/passwd")
+    else:
+        other = text.replace(record(stored, 1).file, "other/FULL-1")
+        mark.write_text("[" * 100_000 if what == "rubbish" else other)
+    assert fault(stored, 0) == ""
+    assert "marked as damaged" in fault(stored, 1)
+    assert [each.path for each in stored.target.load().marked] == [record(stored, 1).file]
+    assert stored.target.load().points == tuple(stored.points)
+    stored.target.mark_damaged(record(stored, 1), "It smells.")
+    assert "marked as damaged" in fault(stored, 1)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from qmpbackup.errors import DamagedError, QmpBackupError
+from qmpbackup.errors import QmpBackupError
 from qmpbackup.model import StoredDisk
 from qmpbackup.target.folder import Folder
 from qmpbackup.target.manifest import SCHEMA, Reader, parse_object
@@ -126,11 +126,11 @@ def _read(points: Folder, disk: StoredDisk) -> Mark | None:
     if not points.exists(name):
         return None
     try:
-        mark = Mark.decode(points.read(name, _LARGEST), f"{POINTS}/{name}")
+        mark: Mark | None = Mark.decode(points.read(name, _LARGEST), f"{POINTS}/{name}")
     except FileNotFoundError:
         return None  # just removed
     except (OSError, QmpBackupError):
+        mark = None
+    if mark is None or mark.file != disk.file:
         return Mark(disk.file, disk.digest, "", "It is marked as damaged.")
-    if mark.file != disk.file:
-        raise DamagedError(f"{POINTS}/{name} speaks of another file.", "Remove it.")
     return mark if mark.digest == disk.digest else None
