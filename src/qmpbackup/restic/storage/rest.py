@@ -155,6 +155,8 @@ class RestStorage(Storage):
             )
             with connection.getresponse() as answer:
                 data = answer.read(_LARGEST_LISTING)
+                if answer.length:  # with a bound, read(…) does not mind an end that comes early
+                    raise http.client.IncompleteRead(data, answer.length)
         except ssl.SSLCertVerificationError as error:
             self._drop()
             raise StorageError(
