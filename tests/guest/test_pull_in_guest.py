@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views are read over NBD while a Linux guest writes without pause, and while QEMU copies the same
-views by itself: both find the same bytes."""
+"""Views are read over NBD while a Linux guest writes without pause, and QEMU copies the same views by
+itself, mostly meanwhile: both find the same bytes."""
 
 import os
 import threading
@@ -15,6 +15,7 @@ from lab.guest import Guest
 from lab.pulling import CHUNK, Puller, Read
 from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu import copy
+from qmpbackup.qemu.pull import Way
 from qmpbackup.undo import UndoStack
 
 pytestmark = pytest.mark.guest
@@ -66,6 +67,8 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     found: dict[str, Read] = {}
     reading = threading.Thread(target=lambda: found.update(run.read()))
     reading.start()
+    if run.vm.has_iothreads and run.pull.way is Way.V1:
+        reading.join()  # QEMU 10.0 hangs as a whole if a job starts beside it
     sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
     copy.copy_all(run.monitor, images, sources, names, copy.CopyOptions())
     reading.join()
