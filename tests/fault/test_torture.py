@@ -18,6 +18,7 @@ import pytest
 from lab.backups import assert_restores, back_up, leftovers, levels, restored
 from lab.disks import MIB, Disk, create
 from lab.guest import Guest
+from lab.repositories import Target, repository
 
 pytestmark = pytest.mark.guest
 
@@ -66,7 +67,7 @@ class Torture:
         self._guest = guest
         self._folder = folder
         self._number = itertools.count()
-        self.target = folder / "target"
+        self.target: Target = folder / "target"
 
     def start(self) -> None:
         """Begin to write; return when all writers are at work."""
@@ -93,7 +94,7 @@ class Torture:
         acknowledged = int(self._guest.run("cat /run/counted"))
         point = back_up(self._guest, self.target, level, *more)
         issued = int(self._guest.run("cat /run/number"))
-        assert set(levels(point).values()) == {level}
+        assert set(levels(point).values()) == {"inc" if level == "auto" else level}
         numbers = self._numbers(point["id"])
         first, last = numbers[0], numbers[-1]
         assert first - last in {0, 1} and sorted(numbers, reverse=True) == numbers, numbers
@@ -147,7 +148,25 @@ def test_points_of_a_guest_that_writes_without_pause(torture: Torture) -> None:
     endure(torture, [("full",), ("inc",), ("inc", "--compress"), ("diff",), ("inc",), ("inc",)])
 
 
+def test_points_in_a_repository_of_a_guest_that_writes_without_pause(
+    torture: Torture, tmp_path: Path
+) -> None:
+    torture.target = made = repository(tmp_path / "repository")
+    endure(torture, [("full",), ("inc", "--audit", "100%"), ("copy",), ("auto", "--audit", "5%")])
+    made.assert_whole(read_data=True)
+
+
 @pytest.mark.slow
 def test_many_points_of_a_guest_that_writes_without_pause(torture: Torture) -> None:
     more = [("inc",), ("inc", "--compress"), ("diff",), ("inc",), ("copy",)] * 8
     endure(torture, [("full",), *more, ("full",), ("inc",), ("inc",)])
+
+
+@pytest.mark.slow
+def test_many_points_in_a_repository_of_a_guest_that_writes_without_pause(
+    torture: Torture, tmp_path: Path
+) -> None:
+    torture.target = made = repository(tmp_path / "repository")
+    more = [("inc",), ("inc", "--audit", "10%"), ("copy",), ("auto",)] * 6
+    endure(torture, [("full",), *more, ("full",), ("inc",)])
+    made.assert_whole(read_data=True)
