@@ -9,8 +9,11 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+_C: Final = ctypes.CDLL(None, use_errno=True)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 """Modes of fallocate(2): linux/falloc.h."""
+_START_WRITING: Final = 2
+"""SYNC_FILE_RANGE_WRITE of linux/fs.h."""
 _BLKZEROOUT: Final = 0x127F
 """linux/fs.h: write zeros to a range of a block device, by whatever means it has."""
 _STEP: Final = 256 * 1024 * 1024
@@ -33,6 +36,15 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Let the kernel begin to store a range, so that the fsync at the end finds little left to do.
+
+    Where that cannot be (sync_file_range(2)), nothing happens; what fails shows in the fsync.
+    """
+    start, count = ctypes.c_int64(offset), ctypes.c_int64(length)
+    _C.sync_file_range(fd, start, count, _START_WRITING)
+
+
 def write_zeros(fd: int, offset: int, length: int, each: Callable[[], None]) -> None:
     """Make a range of a block device read as zeros, freeing it where the device can; `each` is called
     now and then.
@@ -53,9 +65,8 @@ def write_zeros(fd: int, offset: int, length: int, each: Callable[[], None]) -> 
 def _punch(fd: int, offset: int, length: int) -> bool:
     """Free a range so that it reads as zeros, as Linux promises for block devices; false where that
     cannot be (block/fops.c, blkdev_fallocate)."""
-    library = ctypes.CDLL(None, use_errno=True)
     mode = _PUNCH_HOLE | _KEEP_SIZE
-    if library.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+    if _C.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
         return True
     number = ctypes.get_errno()
     if number in _NOT_ABLE:

@@ -186,6 +186,7 @@ class _Stream:
             self._write_data(data, offset)
         else:
             blocks.write(self._fd, data, offset)
+        blocks.start_writeback(self._fd, offset, len(data))
 
     def _write_data(self, data: bytes, offset: int) -> None:
         """Write all of a chunk but its longer zeros, into a file that reads as zeros there."""
