@@ -31,6 +31,16 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def let_through() -> Iterator[None]:
+    """Take signals at once inside the block, as for somebody who waits at a terminal."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def check() -> None:
     """Raise `Interrupted` if a held signal is waiting, and take it off the queue."""
     waiting = signal.sigpending() & ENDING

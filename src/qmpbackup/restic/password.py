@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from qmpbackup import interrupt
 from qmpbackup.errors import UsageError
 
 
@@ -50,7 +51,8 @@ def _asked_for(confirm: bool) -> str:
         )
     import getpass
 
-    password = getpass.getpass("Password of the repository: ")
-    if confirm and getpass.getpass("Once more: ") != password:
-        raise UsageError("The two passwords differ.", "Try again.")
+    with interrupt.let_through():
+        password = getpass.getpass("Password of the repository: ")
+        if confirm and getpass.getpass("Once more: ") != password:
+            raise UsageError("The two passwords differ.", "Try again.")
     return password

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kind of target a place is, opened to be read; what use cases ask of any kind."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from qmpbackup.errors import UsageError
@@ -58,6 +58,28 @@ def opened(
     if vm:
         raise UsageError("A folder holds the points of one VM.", "Leave --vm out.")
     yield DirectoryTarget.open(place)
+
+
+@contextmanager
+def repository_ahead(place: Location) -> "Iterator[Callable[[], Repository]]":
+    """Open a repository in a thread: what a password costs takes a while, and needs nobody to wait.
+
+    Gives the function that waits for it, and raises what `repository` raises.
+    """
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    from qmpbackup.restic import password
+    from qmpbackup.restic.repository import Repository
+    from qmpbackup.restic.storage.location import connect
+
+    secret = password.read(os.environ)
+    with ExitStack() as stack:
+        storage = stack.enter_context(connect(place.text, os.environ))
+        thread = stack.enter_context(ThreadPoolExecutor(1, "opening"))
+        opening = thread.submit(Repository.open, storage, secret)
+        stack.push(lambda *error: storage.give_up() if error[0] else None)
+        yield lambda: stack.enter_context(opening.result())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ until the new point is durable, so a failed run costs nothing but itself.
 """
 
 import secrets
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -34,7 +34,7 @@ from qmpbackup.service import session
 from qmpbackup.service.backup import directory
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
-from qmpbackup.service.backup.way import Destination, Watch, seats
+from qmpbackup.service.backup.way import Destination, Opening, Watch, seats
 from qmpbackup.service.quiesce import Guest
 
 __all__ = ["Outcome", "Plan", "Request", "back_up", "dry_run"]
@@ -46,11 +46,11 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     Raises:
         QmpBackupError: no point was made, and what was begun has been undone.
     """
-    with interrupt.held(), ExitStack() as stack:
+    with interrupt.held(), _opening(request) as opening, ExitStack() as stack:
         opened = session.opened(request.address, lock_wait=request.lock_wait, recover=True)
         vm = stack.enter_context(opened)
         _heal(request, vm)
-        destination = stack.enter_context(_destination(request, vm.vm))
+        destination = stack.enter_context(opening.destination(vm.vm))
         try:
             return _run(request, vm, destination, watch)
         except UnrecordedChanges as alarm:
@@ -86,8 +86,9 @@ def dry_run(request: Request) -> Plan:
     """
     with (
         interrupt.held(),
+        _opening(request, look_only=True) as opening,
         session.opened(request.address, lock_wait=request.lock_wait) as vm,
-        _destination(request, vm.vm, look_only=True) as destination,
+        opening.destination(vm.vm) as destination,
     ):
         return _plan(request, vm.vm, destination)
 
@@ -103,18 +104,20 @@ def _heal(request: Request, vm: session.Session) -> None:
         log.warning("A run that died may have left the guest frozen: %s", error)
 
 
-def _destination(
-    request: Request, vm: Vm, *, look_only: bool = False
-) -> AbstractContextManager[Destination]:
-    """The target, opened and locked; with `look_only` as it is, neither made nor changed."""
+def _opening(request: Request, *, look_only: bool = False) -> AbstractContextManager[Opening]:
+    """The target, about to be opened; with `look_only` as it is, neither made nor changed."""
     if isinstance(request.target, Location):
         from qmpbackup.service.backup import repository
 
-        return repository.opened(request, request.target, vm)
-    if look_only:
-        return directory.looked_at(request, request.target)
+        return repository.opening(request, request.target)
     # What is impossible leaves no empty target.
-    return directory.opened(request, request.target, vm, lambda each: _plan(request, vm, each))
+    return nullcontext(
+        directory.Opening(
+            request,
+            request.target,
+            None if look_only else lambda vm, destination: _plan(request, vm, destination),
+        )
+    )
 
 
 def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:

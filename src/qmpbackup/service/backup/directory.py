@@ -61,31 +61,39 @@ class Directory:
         return IntoDirectory(frame, self._target)
 
 
-@contextmanager
-def looked_at(request: Request, folder: Path) -> Iterator[Directory]:
-    """The target as it is, or would be; nothing is changed and nothing held."""
-    path = _path(request, folder)
-    target = DirectoryTarget.peek(path)
-    yield Directory(path, target, target.load() if target else Inventory(), request)
+class Opening:
+    """A folder that is named, and about to be opened.
 
-
-@contextmanager
-def opened(
-    request: Request, folder: Path, vm: Vm, before_creation: Callable[[Directory], object]
-) -> Iterator[Directory]:
-    """Open the target for writing and hold it, after what a run that died has left was cleared up.
-
-    `before_creation` may refuse before there is a new target.
+    `before_creation` may refuse before there is a new target; without one nothing is made or changed.
     """
-    path = _path(request, folder)
-    if DirectoryTarget.peek(path) is None:
-        before_creation(Directory(path, None, Inventory(), request))
-    target = _open(request, folder, vm)
-    settle(target, request.lock_wait)
-    with target.lock(write=True, wait=request.lock_wait):
-        for done in target.recover():
-            log.info("Cleaned up after a run that died: %s.", done)
-        yield Directory(path, target, target.load(), request)
+
+    def __init__(
+        self,
+        request: Request,
+        folder: Path,
+        before_creation: Callable[[Vm, Directory], object] | None,
+    ) -> None:
+        self._request = request
+        self._folder = folder
+        self._before_creation = before_creation
+
+    @contextmanager
+    def destination(self, vm: Vm) -> Iterator[Directory]:
+        """The target, held for writing after what a run that died has left was cleared up, or only
+        looked at."""
+        request, path = self._request, _path(self._request, self._folder)
+        target = DirectoryTarget.peek(path)
+        if self._before_creation is None:
+            yield Directory(path, target, target.load() if target else Inventory(), request)
+            return
+        if target is None:
+            self._before_creation(vm, Directory(path, None, Inventory(), request))
+        target = _open(request, self._folder, vm)
+        settle(target, request.lock_wait)
+        with target.lock(write=True, wait=request.lock_wait):
+            for done in target.recover():
+                log.info("Cleaned up after a run that died: %s.", done)
+            yield Directory(path, target, target.load(), request)
 
 
 def _path(request: Request, folder: Path) -> Path:

@@ -11,7 +11,7 @@ What is not a chunk of the parent any more, because the disk grew, is read like 
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from qmpbackup.qemu.nbd import Chunk, Flow
 from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
 from qmpbackup.qemu.view import Seat, View
 from qmpbackup.restic.pack import BlobType
+from qmpbackup.restic.repository import Repository as OpenRepository
 from qmpbackup.restic.writer import Writer
 from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
@@ -68,22 +69,39 @@ class Repository:
         return IntoRepository(frame, self._target)
 
 
-@contextmanager
-def opened(request: Request, location: Location, vm: Vm) -> Iterator[Repository]:
-    """Open the repository, hold it as restic's own backups do, and read what it holds of the VM.
+class Opening:
+    """A repository that is being opened while the VM is looked at."""
 
-    Raises:
-        UsageError: the request is none for a repository, or the points there are another VM's.
-    """
-    _refuse_what_makes_no_sense(request)
-    with targets.repository(location) as repository:
-        target = RepositoryTarget.of(repository, vm.config.identity)
-        with target.lock(write=True, wait=request.lock_wait):
+    def __init__(self, request: Request, found: Callable[[], OpenRepository]) -> None:
+        self._request = request
+        self._found = found
+
+    @contextmanager
+    def destination(self, vm: Vm) -> Iterator[Repository]:
+        """Hold it as restic's own backups do, and read what it holds of the VM.
+
+        Raises:
+            QmpBackupError: it could not be opened, or the points there are another VM's.
+        """
+        target = RepositoryTarget.of(self._found(), vm.config.identity)
+        with target.lock(write=True, wait=self._request.lock_wait):
             stored = target.load()
             for damage in stored.damaged:
                 log.warning("Damaged: %s: %s", damage.path, damage.reason)
             target.require(vm.config.identity, stored)
             yield Repository(target, stored)
+
+
+@contextmanager
+def opening(request: Request, location: Location) -> Iterator[Opening]:
+    """Begin to open the repository.
+
+    Raises:
+        UsageError: the request is none for a repository, or there is no password.
+    """
+    _refuse_what_makes_no_sense(request)
+    with targets.repository_ahead(location) as found:
+        yield Opening(request, found)
 
 
 def _refuse_what_makes_no_sense(request: Request) -> None:

@@ -2,11 +2,12 @@
 """What a run asks of the way into a target, whichever it is."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qmpbackup.model import Point
+from qmpbackup.model import Point, Vm
 from qmpbackup.plan.levels import DiskPlan, change_bitmap_name, end_mark_name
 from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu import jobs, scratch
@@ -109,6 +110,13 @@ class Destination(Protocol):
 
     def way(self, frame: Frame) -> Way:
         """The way of a run into it."""
+
+
+class Opening(Protocol):
+    """A target that is named, and about to be opened."""
+
+    def destination(self, vm: Vm) -> AbstractContextManager[Destination]:
+        """The target, opened and held."""
 
 
 def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str, chunk: int) -> tuple[Seat, ...]:

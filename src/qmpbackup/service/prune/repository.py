@@ -169,7 +169,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], fds: Sequence
 def _failure(result: Result) -> QmpBackupError:
     """The error for a restic that failed: its exit code, or where all are 1, what it said."""
     lines = [line.strip() for line in result.messages.splitlines() if line.strip()]
-    told = {word: line for line in reversed(lines) for word in _WORDS if word in line.lower()}
+    told = {word: line for line in lines for word in _WORDS if word in line.lower()}  # the last
     word = next((each for each in _WORDS if each in told), "")
     kind = _EXITS.get(result.code) or (_WORDS[word] if word else QmpBackupError)
     said = (told.get(word) or result.reason).removeprefix("Fatal: ").rstrip(".")
