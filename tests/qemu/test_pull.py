@@ -170,3 +170,38 @@ def test_disks_of_iothreads(start_qemu: StartQemu, tmp_path: Path, firmware: str
     assert (found["vda"].changed, found["vda"].wanted) == ([3], [3, 19])
     for disk, contents in instant.items():
         assert not first_difference(found[disk].over(base[disk]), contents)
+
+
+def test_of_a_disk_that_grew_the_new_part_can_be_sampled(
+    start_qemu: StartQemu, tmp_path: Path, way: Way
+) -> None:
+    vm = two_disks(start_qemu, tmp_path)
+    base = vm.contents("vdb")
+    with Puller(vm, tmp_path) as first:
+        first.take()
+    vm.qmp("block_resize", node_name="node-vdb", size=ODD + 3 * MIB)
+    vm.write("vdb", ODD + MIB, 512, 1)
+    vm.write("vdb", MIB, 512, 2)
+    instant = vm.contents("vdb")
+    with Puller(vm, tmp_path, first.bitmaps, way=way) as run:
+        run.take(samples={1: range(ODD // CHUNK, ODD // CHUNK + 4)})
+        vm.write("vdb", 0, ODD + 3 * MIB, 3)
+        found = run.read()["vdb"]
+        run.pull.finish()
+    assert found.wanted == [1, 9, 10, 11, 12]
+    assert not first_difference(found.over(base + bytes(3 * MIB)), instant)
+    assert run.complaints == []
+
+
+def test_a_vm_that_does_not_run_is_read(start_qemu: StartQemu, tmp_path: Path, way: Way) -> None:
+    image = create(tmp_path / "c", SIZE, contents=pattern(SIZE, 7))
+    vm = start_qemu([Disk("vda", image)], paused=True)
+    contents = vm.contents("vda")
+    with Puller(vm, tmp_path, way=way) as run:
+        run.take()
+        found = run.read()["vda"]
+        run.pull.finish()
+    assert not first_difference(found.over(bytes(SIZE)), contents)
+    assert run.complaints == []
+    assert leftovers(vm) == []
+    assert vm.qmp("query-status")["status"] == "prelaunch"
