@@ -246,7 +246,17 @@ class Repository:
             StorageError: it could not be stored, or the lock that we had is lost.
         """
         data = snapshot.encode(new)
-        name = self.save_unpacked(Kind.SNAPSHOT, data)
+        name, sealed = self.seal_unpacked(Kind.SNAPSHOT, data)
+        self.require_lock()
+        file = File(Kind.SNAPSHOT, name)
+        try:
+            self.storage.save(file, [sealed])
+        except BaseException:
+            # It may be there all the same, where only the answer was lost.
+            self.storage.give_up()
+            with suppress(QmpBackupError):
+                self.storage.remove(file)
+            raise
         self.cache(f"snapshot-{name}", data)
         return name
 

@@ -9,6 +9,7 @@ alone; then each size is asked for.
 import base64
 import http.client
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ from qmpbackup.restic.storage.interface import (
 
 _V2: Final = "application/vnd.x.restic.rest.v2"
 _SECONDS: Final = 60.0
+_LAST_SECONDS: Final = 10.0
+"""How long a server may be silent once what it is asked for has been given up."""
+
 _LARGEST_LISTING: Final = 1 << 30
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED: Final = frozenset({401, 403, 405})
@@ -64,6 +68,7 @@ class RestStorage(Storage):
         self._name = f"rest:{parts.scheme}://{masked}{place}{self._path}"
         self._local = threading.local()
         self._open: list[http.client.HTTPConnection] = []
+        self._asking: set[http.client.HTTPConnection] = set()
 
     @property
     def name(self) -> str:
@@ -133,6 +138,18 @@ class RestStorage(Storage):
         """Have the server remove a file."""
         self._ask("DELETE", str(file), f"remove {file}")
 
+    def give_up(self) -> None:
+        """Break off what is under way; what is asked for from now on has little time."""
+        self._seconds = min(self._seconds, _LAST_SECONDS)
+        for connection in [*self._open]:
+            sock: socket.socket | None = connection.sock
+            if sock is not None:
+                with suppress(OSError):
+                    sock.settimeout(self._seconds)
+                    if connection in self._asking:
+                        # As TLS's own method of this name changes what another thread is using.
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close all connections."""
         while self._open:
@@ -148,8 +165,9 @@ class RestStorage(Storage):
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """One request; status, headers and body of an answer that is none of an error."""
         action = f"{action} at {self._name}"
+        connection = self._connection()
+        self._asking.add(connection)
         try:
-            connection = self._connection()
             connection.request(
                 method, self._path + path, body=body, headers={**self._headers, **(headers or {})}
             )
@@ -169,6 +187,8 @@ class RestStorage(Storage):
             raise Temporary(
                 f"Cannot {action}: {why}.", "See that the server can be reached."
             ) from (error)
+        finally:
+            self._asking.discard(connection)
         if not http.HTTPStatus.OK <= answer.status < http.HTTPStatus.MULTIPLE_CHOICES:
             self._drop()
             raise _failure(action, answer.status, answer.reason)
