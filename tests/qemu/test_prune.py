@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning a folder: what a policy keeps gives back every byte, and nothing else is left."""
 
+import os
+import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,7 @@ from lab import cli
 from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
 from lab.qemu import Qemu
-from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, UsageError
+from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.model import Level
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
@@ -193,6 +195,24 @@ def test_grown_disks(tmp_path: Path) -> None:
     assert_left(stored, [0, 3], outcome)
 
 
+@pytest.mark.parametrize("chosen", range(3))
+def test_any_history(tmp_path: Path, chosen: int) -> None:
+    chance = random.Random(chosen)  # noqa: S311 - the same histories in each run
+    stored = Stored(tmp_path / "target", size=2 * MIB)
+    stored.add(Level.FULL, {DISK: write(1)[:1], OTHER: write(1)[:1]})
+    for _ in range(7):
+        level = chance.choice([*[Level.INC] * 5, Level.DIFF, Level.FULL, Level.COPY])
+        writes = [
+            Write(chance.randrange(256), 512 * chance.randrange(3900), 512 * chance.randrange(190))
+            for _ in range(3)
+        ]
+        disks = chance.choice([[DISK], [DISK, OTHER], [DISK, OTHER]])
+        stored.add(level, dict.fromkeys(disks, writes))
+    outcome = prune_but(stored, chance.sample(range(7), 4))
+    kept = {each.point.id for each in outcome.kept}
+    assert_left(stored, [n for n, point in enumerate(stored.points) if point.id in kept], outcome)
+
+
 # --- what stays although the policy does not keep it
 
 
@@ -294,6 +314,29 @@ def test_what_damaged_points_build_on_stays_until_they_go(stored: Stored) -> Non
     assert left == [point.id for point in stored.points], outcome
     assert tree(stored.path) == before
     assert_left(stored, [6], prune(request(stored, last=1), NOW))
+
+
+@pytest.fixture
+def little_room(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    place = tmp_path / "little"
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place))
+    yield place
+    run("umount", str(place))
+
+
+def test_without_room_for_a_merge_what_can_go_without_goes(little_room: Path) -> None:
+    stored = Stored(little_room / "target", size=16 * MIB)
+    stored.add(Level.COPY, {DISK: [Write(5, 0, MIB)]})
+    stored.add(Level.FULL, {DISK: [Write(1, 0, 12 * MIB)]})
+    stored.add(Level.INC, {DISK: [Write(2, 0, MIB)]})
+    with pytest.raises(StorageError, match="are free"):
+        prune(request(stored, last=1), NOW)
+    assert list(stored.target.load().points) == stored.points[1:]
+    assert verify(VerifyRequest(stored.path)).whole
 
 
 def test_a_manifest_that_cannot_be_read_stops_everything(stored: Stored) -> None:
