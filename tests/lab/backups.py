@@ -34,18 +34,27 @@ def restored(target: Target, point: str, folder: Path) -> dict[str, bytes]:
     """What a restore gives back, for each disk by its folder's name; of a repository, restic's."""
     if isinstance(target, Repository):
         return target.restored(point)
+    return _restored_by_us(target, point, folder)
+
+
+def _restored_by_us(target: Target, point: str, folder: Path) -> dict[str, bytes]:
     output = folder / f"restored-{point}"
-    arguments = ("--point", point, "--output", output, "--format", "raw", "--force")
-    cli.run("restore", "--target", target, *arguments).check()
+    arguments = ["--point", point, "--output", str(output), "--format", "raw", "--force"]
+    if isinstance(target, Repository):
+        arguments += ["--vm", target.vm_of(point)]
+    environment = environment_of(target)
+    cli.run("restore", "--target", str(target), *arguments, env=environment).check()
     return {image.name.removesuffix(".raw"): image.read_bytes() for image in output.iterdir()}
 
 
 def assert_restores(target: Target, point: str, expected: dict[str, bytes], folder: Path) -> None:
-    """A point gives back just these disks and bytes."""
-    found = restored(target, point, folder)
-    assert set(found) == set(expected)
-    for disk, contents in expected.items():
-        assert not first_difference(found[disk], contents), disk
+    """A point gives back just these disks and bytes; that of a repository by restic and by us."""
+    by_us = _restored_by_us(target, point, folder)
+    ways = [by_us, target.restored(point)] if isinstance(target, Repository) else [by_us]
+    for found in ways:
+        assert set(found) == set(expected)
+        for disk, contents in expected.items():
+            assert not first_difference(found[disk], contents), disk
 
 
 def leftovers(vm: Qemu) -> list[str]:

@@ -98,6 +98,11 @@ class Repository:
         (found,) = (each for each in self.snapshots() if f"point={point}" in each["tags"])
         return found
 
+    def vm_of(self, point: str) -> str:
+        """The name of the VM of a point, as it stands in paths."""
+        (path,) = self.snapshot_of(point)["paths"]
+        return str(path).removeprefix("/")
+
     def restored(self, point: str) -> dict[str, bytes]:
         """What restic gives back of a point: the bytes of each disk."""
         dumped = self.restic("dump", self.snapshot_of(point)["id"], "/")
