@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,10 @@ from random import Random
 import pytest
 
 from lab import cli
+from lab.http_proxy import Fate, HttpProxy
+from lab.http_proxy import Request as HttpRequest
+from lab.repositories import Repository
+from lab.rest_server import RestServer
 from qmpbackup.errors import (
     DamagedError,
     NoSuchTarget,
@@ -25,6 +30,7 @@ from qmpbackup.errors import (
     WrongPassword,
 )
 from qmpbackup.service.restore import Request, restore
+from qmpbackup.target.names import folder_name
 from stored import MIB, contents, run
 from stored_repository import VM, StoredRepository
 
@@ -406,6 +412,57 @@ class TestInterrupted:
         assert [path.name for path in out.iterdir()] == ["hd0.raw.partial"]
         assert_restores(large, out)
         assert [path.name for path in out.iterdir()] == ["hd0.raw"]
+
+
+class TestServer:
+    """The repository lies behind a REST server."""
+
+    @pytest.fixture
+    def served(self, stored: StoredRepository) -> Iterator[tuple[Repository, HttpProxy]]:
+        with RestServer(stored.path) as server, HttpProxy(server.url) as proxy:
+            yield Repository(f"rest:{proxy.url}/", stored.made.folder / "caches"), proxy
+
+    def start(self, repository: Repository, out: Path) -> cli.Running:
+        arguments = ("--target", str(repository), "--output", out, "-f", "raw")
+        return cli.start("restore", *arguments, env=repository.environment)
+
+    def test_whose_requests_each_fail_once(
+        self, served: tuple[Repository, HttpProxy], out: Path
+    ) -> None:
+        repository, proxy = served
+        seen: set[str] = set()
+
+        def hook(request: HttpRequest) -> Fate:
+            if request.when == "after" or request.path in seen:
+                return "pass"
+            seen.add(request.path)
+            return "503" if request.number % 2 else "cut"
+
+        proxy.hook = hook
+        with self.start(repository, out) as running:
+            running.wait().check()
+        assert len(seen) > 5
+        found = {path.stem: path.read_bytes() for path in out.iterdir()}
+        assert found == {"hd0": SECOND["hd0"], folder_name(WILD): SECOND[WILD]}
+
+    def test_that_never_answers_holds_up_nobody(
+        self, served: tuple[Repository, HttpProxy], out: Path
+    ) -> None:
+        repository, proxy = served
+        asked = threading.Event()
+
+        def hook(request: HttpRequest) -> Fate:
+            if "/data/" in request.path and (out / "hd0.raw.partial").exists():
+                asked.set()
+                return "stall"
+            return "pass"
+
+        proxy.hook = hook
+        with self.start(repository, out) as running:
+            assert asked.wait(60)
+            running.signal(signal.SIGTERM)
+            running.wait(45).check(143)
+        assert not out.exists()
 
 
 def test_a_planted_partial_file_is_not_followed(

@@ -103,6 +103,7 @@ def read_blobs(
         lambda request: _read(repository, request, deliver),
         lambda request: request.memory,
         threads,
+        repository.storage.give_up,
     )
 
 
@@ -265,7 +266,7 @@ def check_packs(
             report(Problem(pack[0], error.message))
         checked(pack[1])
 
-    in_threads(packs, check, lambda _: 3 * _REQUEST, threads)
+    in_threads(packs, check, lambda _: 3 * _REQUEST, threads, repository.storage.give_up)
 
 
 def check_pack(repository: Readable, name: str, size: int) -> Iterator[Problem]:
@@ -331,12 +332,16 @@ def _blob_problems(
 
 
 def in_threads(
-    jobs: Iterable[T], work: Callable[[T], None], memory: Callable[[T], int], threads: int
+    jobs: Iterable[T],
+    work: Callable[[T], None],
+    memory: Callable[[T], int],
+    threads: int,
+    give_up: Callable[[], None] = lambda: None,
 ) -> None:
     """Do all jobs, as many at a time as there are threads and room in `MEMORY` for.
 
-    Jobs are taken from their source in this thread. The first error ends all in order: what has
-    begun is finished, nothing else is begun.
+    Jobs are taken from their source in this thread. The first error ends all in order: nothing else
+    is begun, `give_up` is called to break off what is under way, and its end is waited for.
 
     Raises:
         Interrupted: a signal is waiting, and this is the main thread.
@@ -351,6 +356,7 @@ def in_threads(
             room.take(MEMORY)
         except BaseException as error:
             room.fail(error)
+            give_up()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -111,8 +111,9 @@ class _Verification:
                 with self._lock:
                     self._indexes[name] = error.message
 
-        names = [name for name, _ in self._repository.storage.list(Kind.INDEX)]
-        in_threads(names, look, lambda _: 2 * LARGEST, _THREADS)
+        storage = self._repository.storage
+        names = [name for name, _ in storage.list(Kind.INDEX)]
+        in_threads(names, look, lambda _: 2 * LARGEST, _THREADS, storage.give_up)
 
     def look_at_points(self) -> None:
         """Read what describes the points, and ask the index for all their chunks."""
