@@ -20,7 +20,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -164,7 +163,6 @@ class Machine(RuleBasedStateMachine):
         self._world.verify()
         self._then(then)
 
-    @precondition(lambda self: self._world.damaged)
     @rule(then=THEN)
     def repair(self, then: str) -> None:
         self._world.repair()
@@ -175,10 +173,18 @@ class Machine(RuleBasedStateMachine):
         self._world.merge(disk, keep=keep)
         self._then(then)
 
-    @precondition(lambda self: self._world.points)
-    @rule(data=st.data())
-    def restore(self, data: st.DataObject) -> None:
-        self._world.restore(data.draw(st.sampled_from(list(self._world.points))))
+    @rule(last=st.integers(1, 4), then=THEN)
+    def prune(self, last: int, then: str) -> None:
+        self._world.prune(last)
+        self._then(then)
+
+    @rule(number=st.integers(0, 50))
+    def restore(self, number: int) -> None:
+        # What is drawn must not depend on the world: which points there are is a matter of when
+        # exactly somebody was killed.
+        points = list(self._world.points)
+        if points:
+            self._world.restore(points[number % len(points)])
 
 
 def run(folder: Path, chosen: int, examples: int, steps: int) -> None:

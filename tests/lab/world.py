@@ -519,6 +519,29 @@ class World:
             self._forget(disk, [point for point, _ in chain[1:]])
         self._trust[disk].diff = self._trust[disk].inc
 
+    def prune(self, last: int) -> None:
+        """Keep so many of the newest points, and what cannot go; damage may end it in between."""
+        before = manifests(self.target)
+        wanted = {point["id"] for point in before[-last:]}
+        result = cli.run("prune", "--target", self.target, "--keep-last", last, "--json")
+        result.check(DAMAGED if result.code == DAMAGED and self.damaged else DONE)
+        after = {point["id"]: point for point in manifests(self.target)}
+        assert wanted <= set(after), str(result)
+        if result.code == DONE:
+            kept = {each["id"] for each in result.objects if each.get("keep")}
+            assert set(after) == kept, str(result)
+        for point in [each for each in self.points if each not in wanted]:
+            held = {each["id"] for each in after[point]["disks"]} if point in after else set()
+            lost = self.points[point].keys() - held
+            assert not lost or result.code == DAMAGED or not held, str(result)
+            for disk in lost:
+                self._forget(disk, [point])
+        if self._stored(before) != self._stored(after.values()):
+            for trust in self._trust.values():
+                trust.diff = False  # the full that the next one would be from may have been merged
+        named = self._stored_files()
+        self.damaged = {path: data for path, data in self.damaged.items() if path in named}
+
     def _branches(
         self, disks: Mapping[tuple[str, str], Any], disk: str, chain: list[tuple[str, str]]
     ) -> bool:
