@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning a folder: what a policy keeps gives back every byte, and nothing else is left."""
 
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,8 @@ from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, U
 from qmpbackup.model import Level
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
+from qmpbackup.qemu import images
+from qmpbackup.qemu.images import Layer
 from qmpbackup.service.prune import Outcome, Request, prune
 from qmpbackup.service.rebase.merge import merge_part
 from qmpbackup.service.rebase.place import Place
@@ -128,6 +131,26 @@ def prune_but(stored: Stored, gone: Sequence[int]) -> Outcome:
         stored.points[number] = replace(point, time=time)
         stored.target.replace_manifest(stored.points[number])
     return prune(request(stored, daily=day), NOW)
+
+
+def test_zeros_are_told_from_nothing(tmp_path: Path) -> None:
+    """Both show zeros where nothing lies below; only one does where something does."""
+    held = {}
+    for name, command in {"zeros": "write -z 1M 128k", "nothing": "read 0 512"}.items():
+        path = tmp_path / name
+        run(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "x", "-F", "raw", str(path), "4M"
+        )
+        run("qemu-io", "-c", command, "json:" + over_nothing(path))
+        with path.open("rb") as file, images.stand_in(2 * MIB) as ground:
+            held[name] = images.held_ranges([Layer(file.fileno(), name)], ground, 2 * MIB)
+    assert held == {"zeros": [(MIB, MIB + 128 * 1024)], "nothing": []}
+
+
+def over_nothing(path: Path) -> str:
+    """An image without its backing file."""
+    node = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None}
+    return json.dumps(node)
 
 
 def test_pruning_again_changes_nothing(stored: Stored) -> None:
