@@ -75,7 +75,7 @@ def _naming(disk: StoredDisk) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        if disk.id in error.message:
+        if error.message.startswith(f"Disk {disk.id} "):
             raise
         raise DamagedError(f"Disk {disk.id}: {error.message}", error.hint) from error
 

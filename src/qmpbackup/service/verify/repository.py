@@ -81,7 +81,7 @@ class _Verification:
         self._bad: dict[bytes, str] = {}
         """Packs with something wrong, and what."""
         self._broken: dict[bytes, str] = {}
-        """Chunks that can be read from nowhere, and why, in sentences."""
+        """Chunks that can be read from nowhere, and why, in sentences; none if no index names them."""
 
     @property
     def needed_size(self) -> int:
@@ -145,7 +145,7 @@ class _Verification:
         if place is not None:
             self.needed.add(place.pack)
         else:
-            self._broken[blob_id] = f"No index names the {kind.name.lower()} blob {blob_id.hex()}."
+            self._broken[blob_id] = ""
 
     def look_at_packs(self, *, only_needed: bool) -> None:
         """Compare the packs that are there with the index."""
@@ -207,7 +207,8 @@ class _Verification:
             found = _Lists(self._target).news_if_whole(point, disk)
             broken = dict.fromkeys(chunk_id for chunk_id in found if chunk_id in self._broken)
             if broken:
-                reason = self._broken[next(iter(broken))]
+                first = next(iter(broken))
+                reason = self._broken[first] or f"No index names the data blob {first.hex()}."
                 sentence = f"Disk {disk.id} lacks {len(broken)} of its chunks. {reason}"
                 self._problems[point.id][sentence] = None
 
