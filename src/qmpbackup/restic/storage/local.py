@@ -8,6 +8,7 @@ names of files, so listings do not show what a run that died has left.
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from qmpbackup.durable import storage_error, sync_folder
 from qmpbackup.errors import StorageError
 from qmpbackup.restic.storage.interface import (
+    CONFIG,
     Buffer,
     File,
     Kind,
@@ -27,6 +29,7 @@ from qmpbackup.restic.storage.interface import (
 
 _FOLDERS = [kind for kind in Kind if kind is not Kind.CONFIG]
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
 _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
 
@@ -88,19 +91,27 @@ class LocalStorage(Storage):
             raise _failure(f"look at {path}", error) from error
 
     def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
-        """What lies in the kind's folder, and for packs in the folders below."""
+        """What lies in the kind's folder, or for packs in the folders below."""
         folder = self._path / kind
         try:
-            folders = [folder]
-            if kind is Kind.DATA:
-                folders += [Path(each.path) for each in os.scandir(folder) if each.is_dir()]
-            for each in folders:
-                for entry in os.scandir(each):
-                    if is_name(entry.name) and entry.is_file():
-                        with suppress(FileNotFoundError):  # removed meanwhile
-                            yield entry.name, entry.stat().st_size
+            for each, prefix in self._folders(kind):
+                yield from _listed(each, prefix)
         except OSError as error:
             raise _failure(f"read {folder}", error) from error
+
+    def _folders(self, kind: Kind) -> Sequence[tuple[Path, str]]:
+        """Folders in which files of a kind lie, and how their names begin there."""
+        folder = self._path / kind
+        try:
+            entries = [*folder.iterdir()]
+        except FileNotFoundError:
+            # Copies of repositories may lack empty folders; one that went away lacks more.
+            if self._where(CONFIG).exists():
+                return []
+            raise
+        if kind is not Kind.DATA:
+            return [(folder, "")]
+        return [(each, each.name) for each in entries if _PREFIX.fullmatch(each.name)]
 
     def remove(self, file: File) -> None:
         """Remove a file, durably."""
@@ -110,6 +121,19 @@ class LocalStorage(Storage):
             _sync(path.parent)
         except OSError as error:
             raise _failure(f"remove {path}", error) from error
+
+
+def _listed(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return  # removed meanwhile
+    with entries:
+        for entry in entries:
+            if is_name(entry.name) and entry.name.startswith(prefix):
+                with suppress(FileNotFoundError):  # likewise
+                    if entry.is_file():
+                        yield entry.name, entry.stat().st_size
 
 
 def _make(folder: Path) -> None:

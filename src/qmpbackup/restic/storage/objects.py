@@ -6,8 +6,9 @@ as restic's default layout has them (`data/ab/ab…`). An overwritten object has
 its name is their hash; only `config` is asked to be new.
 """
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal
 
 from qmpbackup.errors import StorageError
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 _LONGEST_REASON: Final = 300
 _LISTED_AT_ONCE: Final = 1000
+_STATUS: Final = re.compile(r"status code: (\d{3})")
+_QUERY: Final = re.compile(r"(?<!<)\?\S+")
+_NOT_THERE: Final = 404
+_NOT_ALLOWED: Final = frozenset({401, 403})
+_LASTING: Final = frozenset({501, 507})
+_PASSING: Final = frozenset({408, 409, 425, 429})
+"""What of 4xx may pass; 409 is what stores say of operations that meet each other."""
 
 
 class ObjectStorage(Storage):
@@ -49,14 +57,18 @@ class ObjectStorage(Storage):
         import obstore
 
         data = b"".join(parts)
-        mode: Literal["create", "overwrite"] = "create" if file.kind is Kind.CONFIG else "overwrite"
+        new = file.kind is Kind.CONFIG
         try:
-            with self._explained(f"write {file}"), suppress(obstore.exceptions.AlreadyExistsError):
+            with self._explained(f"write {file}"):
+                mode: Literal["create", "overwrite"] = "create" if new else "overwrite"
                 obstore.put(self._store, _path(file), data, mode=mode, use_multipart=False)
-        except Missing as error:
+        except Missing:
             raise StorageError(
                 f"Cannot write {file} at {self._name}: there is no such bucket.", "Make it first."
-            ) from error
+            ) from None
+        except _Exists:
+            if not new or not self.size(file):
+                raise
 
     def load(self, file: File, offset: int = 0, length: int | None = None) -> bytes:
         """One GET, of a range where a part is wanted."""
@@ -89,7 +101,7 @@ class ObjectStorage(Storage):
             for page in obstore.list(self._store, f"{kind}/", chunk_size=_LISTED_AT_ONCE):
                 for found in page:
                     name = found["path"].rpartition("/")[2]
-                    if is_name(name):
+                    if is_name(name) and found["path"] == _path(File(kind, name)):
                         yield name, found["size"]
 
     def remove(self, file: File) -> None:
@@ -106,21 +118,9 @@ class ObjectStorage(Storage):
 
         try:
             yield
-        except (exceptions.NotFoundError, FileNotFoundError) as error:
-            raise Missing(f"Cannot {action} at {self._name}: it is not there.") from error
-        except (
-            exceptions.PermissionDeniedError,
-            exceptions.UnauthenticatedError,
-            PermissionError,
-        ) as error:
-            raise Refused(
-                f"Cannot {action} at {self._name}: the store does not allow it.",
-                "Check the keys, and what they are allowed to do.",
-            ) from error
-        except (exceptions.GenericError, TimeoutError, ConnectionError) as error:
-            raise Temporary(f"Cannot {action} at {self._name}: {_reason(error)}.") from error
         except (exceptions.BaseError, OSError, ValueError) as error:
-            raise StorageError(f"Cannot {action} at {self._name}: {_reason(error)}.") from error
+            # Without its cause: in some stores the addresses in it are secrets.
+            raise _failure(f"Cannot {action} at {self._name}", error) from None
 
 
 def _path(file: File) -> str:
@@ -129,7 +129,42 @@ def _path(file: File) -> str:
     return str(file)
 
 
+class _Exists(Temporary):
+    """The store says that it is there already, or that somebody else is at it."""
+
+
+def _failure(cannot: str, error: Exception) -> StorageError:
+    from obstore import exceptions
+
+    status = _status(error)
+    if isinstance(error, exceptions.NotFoundError | FileNotFoundError) or status == _NOT_THERE:
+        return Missing(f"{cannot}: it is not there.")
+    denied = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
+    if isinstance(error, denied) or status in _NOT_ALLOWED:
+        return Refused(
+            f"{cannot}: the store does not allow it.",
+            "Check the keys, and what they are allowed to do.",
+        )
+    said = f"{cannot}: {_reason(error)}."
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return _Exists(said)
+    if "incorrectly configured region" in said:
+        return StorageError(said, "AWS_DEFAULT_REGION names the region of the bucket.")
+    passing = status is None or (status >= 500 and status not in _LASTING) or status in _PASSING
+    lost = isinstance(error, exceptions.GenericError | TimeoutError | ConnectionError)
+    return Temporary(said) if lost and passing else StorageError(said)
+
+
+def _status(error: Exception) -> int | None:
+    """The server's answer, which the library tells in words alone."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
 def _reason(error: Exception) -> str:
-    """What the library says, without the chain of causes that it shows for developers."""
+    """What the library says, without the chain of causes that it shows for developers, and without
+    what follows an address, where Azure's signatures are."""
     said = str(error).partition("\n\nDebug source")[0].strip().splitlines()
-    return (said[0] if said else type(error).__name__)[:_LONGEST_REASON].rstrip(".")
+    first = _QUERY.sub("?…", said[0]) if said else type(error).__name__
+    first = first.partition(": <")[0]  # the answer's XML
+    return first[:_LONGEST_REASON].rstrip(".")

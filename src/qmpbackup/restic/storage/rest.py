@@ -7,8 +7,10 @@ alone; then each size is asked for.
 """
 
 import base64
+import errno
 import http.client
 import json
+import os
 import socket
 import ssl
 import threading
@@ -51,8 +53,8 @@ class RestStorage(Storage):
         try:
             parts = urlsplit(address)
             port = parts.port
-        except ValueError as error:
-            raise UsageError("The address behind rest: is none.", _EXAMPLE) from error
+        except ValueError:
+            raise UsageError("The address behind rest: is none.", _EXAMPLE) from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError("The address behind rest: is none.", _EXAMPLE)
         self._secure = parts.scheme == "https"
@@ -82,15 +84,22 @@ class RestStorage(Storage):
     def save(self, file: File, parts: Sequence[Buffer]) -> None:
         """Upload a file; servers that append only refuse one that is there already."""
         length = sum(len(part) for part in parts)
+        if file.kind is Kind.CONFIG and self._length(file) is not None:
+            return  # other servers would replace it
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         try:
             self._ask("POST", str(file), f"write {file}", headers, parts)
         except Refused:
             # Which of both it was, only another question tells.
-            with suppress(StorageError):
-                if self.size(file) == length:
-                    return
-            raise
+            if self._length(file) != length:
+                raise
+
+    def _length(self, file: File) -> int | None:
+        """The length of a file, or None where there is no such file, or it may not be asked for."""
+        try:
+            return self.size(file)
+        except (Missing, Refused):
+            return None
 
     def load(self, file: File, offset: int = 0, length: int | None = None) -> bytes:
         """Download a file, or a range of it."""
@@ -168,13 +177,18 @@ class RestStorage(Storage):
         connection = self._connection()
         self._asking.add(connection)
         try:
-            connection.request(
-                method, self._path + path, body=body, headers={**self._headers, **(headers or {})}
-            )
+            sent = False
+            with suppress(BrokenPipeError, ConnectionResetError):
+                all_headers = {**self._headers, **(headers or {})}
+                connection.request(method, self._path + path, body=body, headers=all_headers)
+                sent = True
+            # A server may say no, and hang up, before it has read all that is sent.
             with connection.getresponse() as answer:
                 data = answer.read(_LARGEST_LISTING)
                 if answer.length:  # with a bound, read(…) does not mind an end that comes early
                     raise http.client.IncompleteRead(data, answer.length)
+                if not sent and answer.status < http.HTTPStatus.BAD_REQUEST:
+                    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         except ssl.SSLCertVerificationError as error:
             self._drop()
             raise StorageError(
