@@ -64,6 +64,11 @@ def test_nobody_there(address: Path) -> None:
     with pytest.raises(QuiesceError, match="no socket"):
         Agent.connect(str(address))
     address.touch()
+    with pytest.raises(QuiesceError, match="is a file, not a socket"):
+        Agent.connect(str(address))
+    address.unlink()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(address))
     with pytest.raises(QuiesceError, match="Nobody listens"):
         Agent.connect(str(address))
     with pytest.raises(UsageError):

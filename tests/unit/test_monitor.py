@@ -70,6 +70,11 @@ def test_nobody_there(address: Path) -> None:
     with pytest.raises(ConnectError, match="no socket"):
         Monitor.connect(str(address))
     address.touch()
+    with pytest.raises(ConnectError, match="is a file, not a socket"):
+        Monitor.connect(str(address))
+    address.unlink()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(address))
     with pytest.raises(ConnectError, match="Nobody listens"):
         Monitor.connect(str(address))
 

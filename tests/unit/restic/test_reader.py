@@ -270,7 +270,7 @@ def test_a_signal_ends_reading_in_order(stored: Stored) -> None:
 
     def deliver(id_: bytes, _plain: bytes) -> None:
         if not delivered:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         delivered.append(id_)
 
     with interrupt.held(), pytest.raises(Interrupted):
