@@ -353,6 +353,7 @@ class TestAfterRestic:
         target.restic("forget", target.snapshot_of(lost["id"])["id"], "--prune")
         self.goes_on(tmp_path, vm, target)
 
+    @pytest.mark.slow
     def test_everything_is_forgotten(self, tmp_path: Path, vm: Qemu, target: Repository) -> None:
         back_up(vm, target)
         target.restic("forget", target.snapshots()[0]["id"], "--prune")
@@ -389,6 +390,7 @@ class TestAfterRestic:
         assert levels(point) == {"vda": "full", "vdb": "full"}
         self.goes_on(tmp_path, vm, new)
 
+    @pytest.mark.slow
     def test_an_older_state_of_the_repository_comes_back(
         self, tmp_path: Path, vm: Qemu, target: Repository
     ) -> None:
