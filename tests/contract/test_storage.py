@@ -25,7 +25,7 @@ from lab.faulty import FaultyStorage
 from lab.http_proxy import Fate, HttpProxy, Request
 from lab.rest_server import RestServer
 from lab.restic import Restic
-from lab.servers import BUCKET, KEYS, answering, s3_server
+from lab.servers import BUCKET, KEYS, answering, certificate, s3_server
 from lab.small import fill, needs_root, small_folder
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted, StorageError
@@ -496,6 +496,20 @@ def test_a_server_that_cannot_have_read_it_all() -> None:
         pytest.raises(Temporary),
     ):
         put(storage, bytes(64 * MIB))
+
+
+def test_only_certificates_that_are_trusted(tmp_path: Path) -> None:
+    own, other = certificate(tmp_path / "own"), certificate(tmp_path / "other")
+    with answering(200, b"config", certificate=own) as url:
+        for environment in ({}, {"RESTIC_CACERT": str(other)}):
+            with (
+                RestStorage(f"{url}/", environment) as storage,
+                pytest.raises(StorageError, match="certificate is not trusted") as raised,
+            ):
+                storage.load(CONFIG)
+            assert not isinstance(raised.value, Temporary)
+        with RestStorage(f"{url}/", {"RESTIC_CACERT": str(own)}) as storage:
+            assert storage.load(CONFIG) == b"config"
 
 
 def test_no_server_at_all() -> None:

@@ -5,11 +5,18 @@
 """
 
 import http.client
+import ipaddress
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
 
 KEYS = {
@@ -43,8 +50,13 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
-def answering(status: int, body: bytes = b"", *, reads: bool = True) -> Iterator[str]:
-    """A server with one answer to everything, which may come before it `reads`; its URL."""
+def answering(
+    status: int, body: bytes = b"", *, reads: bool = True, certificate: Path | None = None
+) -> Iterator[str]:
+    """A server with one answer to everything, which may come before it `reads`; its URL.
+
+    With a `certificate` (a PEM file that holds its key, too) it speaks TLS.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         """One connection."""
@@ -68,11 +80,42 @@ def answering(status: int, body: bytes = b"", *, reads: bool = True) -> Iterator
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
     thread = threading.Thread(target=server.serve_forever, name="http server")
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join(30)
+
+
+def certificate(path: Path) -> Path:
+    """A PEM file with a new key and a certificate for loopback that it has signed itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path.write_bytes(
+        made.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path

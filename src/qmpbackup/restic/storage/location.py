@@ -5,8 +5,10 @@ Secrets come from the environment, under the names that restic reads. Messages a
 hold none of them.
 """
 
+import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -77,14 +79,19 @@ def _s3(text: str, environment: Environment) -> Storage:
     """`https://host:port/bucket/prefix`, or without the scheme."""
     if not text.startswith(("http://", "https://")):
         text = f"https://{text.removeprefix('//')}"
-    parts = urlsplit(text)
-    bucket, _, prefix = parts.path.strip("/").partition("/")
-    if not parts.hostname or not bucket or parts.username:
-        raise UsageError(
-            "The location behind s3: is none.",
-            "It reads like s3:https://host/bucket/prefix; keys are in AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY.",
-        )
+    wrong = UsageError(
+        "The location behind s3: is none.",
+        "It reads like s3:https://host/bucket/prefix; keys are in AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY.",
+    )
+    try:
+        parts = urlsplit(text)
+        usable = parts.hostname and not parts.username and parts.port != 0
+    except ValueError:
+        raise wrong from None  # the cause may show what stands before an @
+    bucket, _, prefix = _clean(parts.path).partition("/")
+    if not usable or not bucket or not parts.hostname:
+        raise wrong
     from obstore.store import S3Store
 
     from qmpbackup.restic.storage.objects import ObjectStorage
@@ -97,14 +104,15 @@ def _s3(text: str, environment: Environment) -> Storage:
         "region": region or (known["region"] if known else "us-east-1"),
         **keys,
     }
-    store = S3Store(
-        bucket,
-        prefix=prefix or None,
-        virtual_hosted_style_request=False,
-        client_options=_client(parts.scheme),
-        retry_config=_ONCE,
-        config=options,
-    )
+    with _explained("s3"):
+        store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            virtual_hosted_style_request=False,
+            client_options=_client(parts.scheme),
+            retry_config=_ONCE,
+            config=options,
+        )
     where = "/".join(filter(None, (bucket, prefix)))
     return ObjectStorage(store, f"s3:{parts.scheme}://{parts.netloc}/{where}")
 
@@ -141,14 +149,19 @@ def _gs(text: str, environment: Environment) -> Storage:
 
     from qmpbackup.restic.storage.objects import ObjectStorage
 
-    credentials = environment.get("GOOGLE_APPLICATION_CREDENTIALS")
-    store = GCSStore(
-        bucket,
-        prefix=prefix or None,
-        client_options=_client("https"),
-        retry_config=_ONCE,
-        config={"application_credentials": credentials} if credentials else None,
-    )
+    options: Any = {}
+    if token := environment.get("GOOGLE_ACCESS_TOKEN"):
+        options["credential_provider"] = lambda: {"token": token, "expires_at": None}
+    elif file := environment.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        options["config"] = {"application_credentials": file}
+    with _explained("gs"):
+        store = GCSStore(
+            bucket,
+            prefix=prefix or None,
+            client_options=_client("https"),
+            retry_config=_ONCE,
+            **options,
+        )
     return ObjectStorage(store, f"gs:{bucket}:/{prefix}")
 
 
@@ -166,21 +179,46 @@ def _azure(text: str, environment: Environment) -> Storage:
     options: Any = {
         ours: environment[theirs] for ours, theirs in names.items() if environment.get(theirs)
     }
-    store = AzureStore(
-        container,
-        prefix=prefix or None,
-        client_options=_client("https"),
-        retry_config=_ONCE,
-        config=options,
-    )
+    suffix = environment.get("AZURE_ENDPOINT_SUFFIX")
+    if suffix and "account_name" in options:
+        options["endpoint"] = f"https://{options['account_name']}.blob.{suffix}"
+    with _explained("azure"):
+        store = AzureStore(
+            container,
+            prefix=prefix or None,
+            client_options=_client("https"),
+            retry_config=_ONCE,
+            config=options,
+        )
     return ObjectStorage(store, f"azure:{container}:/{prefix}")
 
 
 def _bucket(text: str, example: str) -> tuple[str, str]:
-    bucket, _, path = text.partition(":")
-    if not bucket:
-        raise UsageError(f"The location {example.partition(':')[0]}:{text} is none.", example)
-    return bucket, path.strip("/")
+    bucket, colon, path = text.partition(":")
+    if not bucket or not colon:
+        kind = example.partition(":")[0]
+        raise UsageError(f"The location {kind}:{text} is none.", f"It reads like {example}.")
+    return bucket, _clean(path)
+
+
+def _clean(path: str) -> str:
+    """A path without slashes at its ends, and without `.` and `..`."""
+    return posixpath.normpath(f"/{path}").strip("/")
+
+
+@contextmanager
+def _explained(kind: str) -> Iterator[None]:
+    """What the library has against a location or against its variables."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, OSError, ValueError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(
+            f"The location behind {kind}: cannot be used: {why}.",
+            "Check it, and the variables of the store in the environment.",
+        ) from None
 
 
 _ONCE: Final[Any] = {"max_retries": 0}

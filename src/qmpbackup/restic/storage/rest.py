@@ -57,11 +57,11 @@ class RestStorage(Storage):
             raise UsageError("The address behind rest: is none.", _EXAMPLE) from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError("The address behind rest: is none.", _EXAMPLE)
-        self._secure = parts.scheme == "https"
+        self._trust = _trust(environment) if parts.scheme == "https" else None
         self._host, self._port = parts.hostname, port
-        self._path = parts.path if parts.path.endswith("/") else f"{parts.path}/"
+        path = quote(parts.path, safe=_IN_PATHS)
+        self._path = path if path.endswith("/") else f"{path}/"
         self._seconds = seconds
-        self._certificates = environment.get("RESTIC_CACERT") or None
         user = unquote(parts.username or "") or environment.get("RESTIC_REST_USERNAME", "")
         password = unquote(parts.password or "") or environment.get("RESTIC_REST_PASSWORD", "")
         self._headers = _authorization(user, password)
@@ -90,9 +90,15 @@ class RestStorage(Storage):
         try:
             self._ask("POST", str(file), f"write {file}", headers, parts)
         except Refused:
-            # Which of both it was, only another question tells.
-            if self._length(file) != length:
+            # Why it does so, only another question tells.
+            found = self._length(file)
+            if found is None:
                 raise
+            if found != length:
+                raise Temporary(
+                    f"Cannot write {file} at {self._name}: a part of it is there, which may still "
+                    "grow."
+                ) from None
 
     def _length(self, file: File) -> int | None:
         """The length of a file, or None where there is no such file, or it may not be asked for."""
@@ -195,7 +201,7 @@ class RestStorage(Storage):
                 f"Cannot {action}: its certificate is not trusted ({error.verify_message}).",
                 "RESTIC_CACERT names a file with the certificate to trust.",
             ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             self._drop()
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise Temporary(
@@ -217,11 +223,10 @@ class RestStorage(Storage):
         return found
 
     def _connect(self) -> http.client.HTTPConnection:
-        if not self._secure:
+        if self._trust is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=self._seconds)
-        context = ssl.create_default_context(cafile=self._certificates)
         return http.client.HTTPSConnection(
-            self._host, self._port, timeout=self._seconds, context=context
+            self._host, self._port, timeout=self._seconds, context=self._trust
         )
 
     def _drop(self) -> None:
@@ -234,7 +239,20 @@ class RestStorage(Storage):
                 self._open.remove(connection)
 
 
+_IN_PATHS: Final = "/%!$&'()*+,;=:@"
 _EXAMPLE: Final = "It reads like rest:https://host:8000/path/."
+
+
+def _trust(environment: Mapping[str, str]) -> ssl.SSLContext:
+    """The certificates of the machine, or in their place the ones of `RESTIC_CACERT`."""
+    file = environment.get("RESTIC_CACERT") or None
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UsageError(
+            f"RESTIC_CACERT: {file} cannot be used: {why}.", "Name a PEM file."
+        ) from error
 
 
 def _authorization(user: str, password: str) -> dict[str, str]:
