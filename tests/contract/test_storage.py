@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
 
@@ -580,6 +580,19 @@ def test_giving_up_ends_the_wait_of_all_threads() -> None:
         for each in waiting:
             with pytest.raises(Temporary):
                 each.result(30)
+
+
+def test_a_file_is_removed_also_by_who_has_given_up() -> None:
+    storage = FaultyStorage()
+    retrying = Retrying(storage, QUICK)
+    file = put(retrying, b"a lock")
+    retrying.give_up()
+    for _ in range(4):  # wherever the faults fall
+        with suppress(Missing):
+            retrying.remove(file)
+    assert storage.faults > 1
+    with pytest.raises(Missing):
+        Retrying(storage, QUICK).size(file)
 
 
 def test_only_so_many_at_once() -> None:

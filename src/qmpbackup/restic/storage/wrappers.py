@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is the same for every storage, as wrappers around one: retries, a limit, a log."""
 
+import itertools
 import logging
 import random
 import threading
@@ -14,6 +15,7 @@ from qmpbackup.restic.storage.interface import Buffer, File, Kind, Missing, Stor
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.1
+_LEAST_TRIES_TO_REMOVE: Final = 3
 
 T = TypeVar("T")
 
@@ -92,20 +94,29 @@ class Retrying(_Wrapper):
                 if tries == 1:
                     raise
 
-        self._call(remove)
+        # A lock that stays keeps others out: it is worth more than one try even after giving up.
+        self._persist(remove, (), least=_LEAST_TRIES_TO_REMOVE)
 
     def _call(self, what: Callable[..., T], *arguments: object) -> T:
+        return self._persist(what, arguments, least=1)
+
+    def _persist(self, what: Callable[..., T], arguments: Sequence[object], least: int) -> T:
         deadline = time.monotonic() + self._patience.total
         pause = self._patience.first
-        while True:
+        for tries in itertools.count(1):
             try:
                 return what(*arguments)
             except Temporary as error:
-                if self._given_up.is_set() or time.monotonic() + pause > deadline:
+                if self._given_up.is_set():
+                    if tries >= least:
+                        raise
+                    time.sleep(_POLL_SECONDS)
+                elif time.monotonic() + pause > deadline:
                     raise
                 _log.warning("%s Trying again.", error.message)
             self._rest(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
             pause = min(2 * pause, self._patience.longest)
+        raise AssertionError("counting ended")
 
     def _rest(self, seconds: float) -> None:
         """Let time pass; giving up ends it, and in the main thread a signal."""
