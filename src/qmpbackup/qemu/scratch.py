@@ -57,7 +57,7 @@ def create(
     try:
         _require_room(folder, min(needed, LEAST_FREE))
         fd = _open_named(path) if named else _open_nameless(folder, path)
-        undo.push(f"close scratch {path}", lambda: _discard(fd))
+        undo.push(f"close scratch {path}", lambda: os.close(fd))
         if named:
             undo.push(f"remove scratch {path}", lambda: path.unlink(missing_ok=True))
         os.ftruncate(fd, size)
@@ -74,18 +74,18 @@ def await_answer(fd: int, path: Path) -> None:
 
     Removing a view whose scratch hangs makes QEMU wait for that scratch with its main loop, and so
     with the guest (seen with 7.2). The view itself does no harm for as long: it is broken, and guest
-    writes pass it by. The byte that is written here nobody reads any more.
+    writes pass it by. What is asked for here changes nothing, and waits where writes wait.
 
     Raises:
         Interrupted: a signal came first.
     """
     import threading
 
-    def write() -> None:
+    def change() -> None:
         with suppress(OSError):
-            os.pwrite(fd, b"\0", max(os.fstat(fd).st_size - 1, 0))
+            os.fchmod(fd, 0o600)
 
-    writer = threading.Thread(target=write, name="scratch", daemon=True)
+    writer = threading.Thread(target=change, name="scratch", daemon=True)
     writer.start()
     writer.join(_PATIENCE)
     if writer.is_alive():
@@ -95,13 +95,12 @@ def await_answer(fd: int, path: Path) -> None:
         writer.join(_PATIENCE)
 
 
-def _discard(fd: int) -> None:
-    """Empty the file, then close it: QEMU keeps descriptors for as long as the VM does not run, and
-    with them the space of a file that has no name any more."""
-    try:
-        os.ftruncate(fd, 0)
-    finally:
-        os.close(fd)
+def empty(fd: int) -> None:
+    """Give the room back, once QEMU has closed the file: it keeps descriptors for as long as the VM
+    does not run. Never before: an image that is cut off while it is open is ejected, and QEMU then
+    refuses to list its nodes (seen with 7.2).
+    """
+    os.ftruncate(fd, 0)
 
 
 def _require_room(folder: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ Both are ready before the instant; nothing is read from or written to them befor
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from qmpbackup.errors import StorageError
@@ -12,7 +13,7 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import jobs
+from qmpbackup.qemu import jobs, scratch
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.steps import Step, carry_out
@@ -46,11 +47,16 @@ def open_all(
         filename = hand_over(monitor, fd, path, name, undo)
         add = commands.blockdev_add(name, "file", filename=filename, **_OPTIONS)
         words = f"close the scratch image of {disk.id}"
-        steps.append(Step(add, words, commands.blockdev_del(name)))
+        steps.append(Step(add, words, partial(_close, monitor, name, fd)))
     carry_out(monitor, steps, undo)
     if readable:
         _create(monitor, disks, names, undo)
         carry_out(monitor, [_above(number, disk, names) for number, disk in disks], undo)
+
+
+def _close(monitor: Monitor, name: str, fd: int) -> None:
+    monitor.execute(commands.blockdev_del(name))
+    scratch.empty(fd)
 
 
 def _create(
