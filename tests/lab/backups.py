@@ -70,6 +70,12 @@ def leftovers(vm: Qemu) -> list[str]:
     return [name for name in names if name.startswith("qmpbackup-")]
 
 
+def is_copying(vm: Qemu) -> bool:
+    """Whether a run is copying a view; small jobs that prepare one do not count."""
+    jobs = vm.qmp("query-jobs")
+    return any("-job" in job["id"] and job["status"] == "running" for job in jobs)
+
+
 def bitmaps(vm: Qemu) -> set[tuple[str, str]]:
     """All bitmaps of the VM, as (node, name)."""
     return {

@@ -11,7 +11,7 @@ from typing import Literal
 
 from lab import cli
 from lab.aftermath import assert_clean
-from lab.backups import assert_restores
+from lab.backups import assert_restores, is_copying
 from lab.disks import CLUSTER, MIB, Disk, create, pattern
 from lab.qemu import Qemu
 from lab.repositories import Repository, Target, environment_of, repository
@@ -98,12 +98,8 @@ class Scene:
         with cli.start(
             *arguments, "--speed-limit", "10000", *more, env=self.environment
         ) as running:
-            self.vm.qmp.poll(self._copying)
+            self.vm.qmp.poll(lambda: is_copying(self.vm))
             yield running
-
-    def _copying(self) -> bool:
-        jobs = self.vm.qmp("query-jobs")
-        return any(job["type"] == "backup" and job["status"] == "running" for job in jobs)
 
     def make_good(self, kind: str) -> None:
         """The next run succeeds (as an incremental, where there ever was a full), leaves nothing of

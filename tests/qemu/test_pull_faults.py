@@ -44,6 +44,22 @@ def small(path: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
+@contextmanager
+def bounded(seconds: int) -> Iterator[None]:
+    """End what would never end by itself."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"not over after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @needs_root
 def test_a_full_scratch_fails_the_run_and_not_the_guest(
     start_qemu: StartQemu, tmp_path: Path
@@ -102,12 +118,16 @@ def test_nothing_to_read_is_no_fault(start_qemu: StartQemu, tmp_path: Path) -> N
     assert run.complaints == []
 
 
-def test_a_qemu_that_dies_ends_the_reading(start_qemu: StartQemu, tmp_path: Path) -> None:
+@pytest.mark.parametrize("speed", [0, 1])
+def test_a_qemu_that_dies_ends_the_reading(
+    speed: int, start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    """Also where a limit would have let the next request go only in days."""
     vm = one_disk(start_qemu, tmp_path)
-    with Puller(vm, tmp_path) as run:
+    with Puller(vm, tmp_path) as run, bounded(60):
         run.take()
         with pytest.raises(ConnectionLost):
-            run.read(Flow(requests=1, buffers=1), after_each=vm.kill)
+            run.read(Flow(requests=1, buffers=1, speed=speed), after_each=vm.kill)
 
 
 def test_a_signal_ends_the_reading(start_qemu: StartQemu, tmp_path: Path) -> None:

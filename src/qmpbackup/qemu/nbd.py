@@ -421,13 +421,13 @@ class Reader:
                 )
 
     def _wait(self, ahead: Chunk | None) -> None:
-        """Wait until something arrives, a buffer comes back, or the limit allows more."""
+        """Wait until something arrives, a buffer comes back, the limit allows more, or a server
+        goes away."""
         poll = select.poll()
         if ahead is not None:
             poll.register(self._pool.fileno(), select.POLLIN)
         for line in self._connections:
-            if line.waiting:
-                poll.register(line.fileno(), line.events())
+            poll.register(line.fileno(), line.events())
         patience = _POLL_SECONDS
         if ahead is not None and 0 < self._throttle.wait < patience:
             patience = self._throttle.wait
@@ -487,9 +487,7 @@ class _Line:
             except Error as error:
                 raise _failure(error, self._connection.handle) from error
             yield chunk, buffer
-        if self.waiting and (
-            self._connection.handle.aio_is_dead() or self._connection.handle.aio_is_closed()
-        ):
+        if self._connection.handle.aio_is_dead() or self._connection.handle.aio_is_closed():
             raise NbdError(0, _LOST)
 
 

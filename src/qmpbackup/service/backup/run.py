@@ -3,11 +3,12 @@
 
 import logging
 import secrets
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import VmError
+from qmpbackup.errors import CommandError, JobError, StorageError, VmError
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
@@ -22,6 +23,9 @@ from qmpbackup.service.quiesce import Guest
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
+
+_REFUSALS = (CommandError, JobError, StorageError)
+"""What QEMU says when it will not touch a disk."""
 
 LEAST_FOR_BITMAPS = 16 * 1024 * 1024
 """Bytes that should be free beside an image: a bitmap of 1 TiB takes 2 MiB, of 4 TiB 8 MiB."""
@@ -83,8 +87,10 @@ class Run:
             require_present(status_of(self._monitor))
             self._dismantle()
             point = self._commit(way, instant, consistency)
-        except BaseException:
+        except BaseException as error:
             self._undo()
+            if isinstance(error, _REFUSALS):
+                self._require_present_still()
             raise
         self._retire_bitmaps(point)
         return Outcome(point, tuple(self._degraded))
@@ -156,6 +162,17 @@ class Run:
     def _await_scratches(self) -> None:
         for fd, path in self._scratches:
             scratch.await_answer(fd, path)
+
+    def _require_present_still(self) -> None:
+        """Say it where the VM has been migrated away: QEMU then refuses all kinds of commands.
+
+        Raises:
+            VmError: it has been.
+        """
+        status = ""
+        with suppress(VmError):
+            status = status_of(self._monitor)
+        require_present(status)
 
     def _undo(self) -> None:
         self._await_scratches()
