@@ -10,6 +10,7 @@ objects under one IV: IVs are 16 random bytes each.
 
 import hmac
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -61,9 +62,20 @@ def clamp(r: bytes) -> bytes:
 
 def seal(key: Key, plain: Buffer) -> bytes:
     """Encrypt and authenticate."""
+    return seal_blocks(key, [plain])
+
+
+def seal_blocks(key: Key, blocks: Iterable[Buffer]) -> bytes:
+    """Encrypt and authenticate what comes in blocks, as one object."""
     iv = os.urandom(IV)
-    ciphertext = Cipher(AES(key.encrypt), CTR(iv)).encryptor().update(plain)
-    return b"".join((iv, ciphertext, _mac(key, iv, ciphertext)))
+    encryptor = Cipher(AES(key.encrypt), CTR(iv)).encryptor()
+    mac = _mac(key, iv)
+    sealed = [iv]
+    for block in blocks:
+        ciphertext = encryptor.update(block)
+        mac.update(ciphertext)
+        sealed.append(ciphertext)
+    return b"".join([*sealed, mac.finalize()])
 
 
 def unseal(key: Key, sealed: Buffer, what: str) -> bytes:
@@ -72,16 +84,36 @@ def unseal(key: Key, sealed: Buffer, what: str) -> bytes:
     Raises:
         DamagedError: it is not what was sealed with this key.
     """
-    view = memoryview(sealed)
-    if len(view) < OVERHEAD:
-        raise DamagedError(f"{what} is damaged: it is too short.")
-    iv, ciphertext, mac = bytes(view[:IV]), view[IV:-MAC], bytes(view[-MAC:])
-    if not hmac.compare_digest(mac, _mac(key, iv, ciphertext)):
-        raise DamagedError(f"{what} is damaged: its authentication code does not fit.")
+    iv, ciphertext = _checked(key, sealed, what)
     return Cipher(AES(key.encrypt), CTR(iv)).decryptor().update(ciphertext)
 
 
-def _mac(key: Key, iv: bytes, ciphertext: Buffer) -> bytes:
+def unseal_blocks(key: Key, sealed: Buffer, what: str, size: int) -> Iterator[bytes]:
+    """Check all of an object, and decrypt it in blocks of `size` bytes.
+
+    Raises:
+        DamagedError: it is not what was sealed with this key; before there is any block.
+    """
+    iv, ciphertext = _checked(key, sealed, what)
+    decryptor = Cipher(AES(key.encrypt), CTR(iv)).decryptor()
+    for start in range(0, len(ciphertext), size):
+        yield decryptor.update(ciphertext[start : start + size])
+
+
+def _checked(key: Key, sealed: Buffer, what: str) -> tuple[bytes, memoryview]:
+    """IV and ciphertext of what was sealed with this key."""
+    view = memoryview(sealed)
+    if len(view) < OVERHEAD:
+        raise DamagedError(f"{what} is damaged: it is too short.")
+    iv, ciphertext, tag = bytes(view[:IV]), view[IV:-MAC], bytes(view[-MAC:])
+    mac = _mac(key, iv)
+    mac.update(ciphertext)
+    if not hmac.compare_digest(tag, mac.finalize()):
+        raise DamagedError(f"{what} is damaged: its authentication code does not fit.")
+    return iv, ciphertext
+
+
+def _mac(key: Key, iv: bytes) -> Poly1305:
     # One block of AES, as Poly1305-AES defines its one-time key; no mode of operation is meant.
     nonce = Cipher(AES(key.mac_k), ECB()).encryptor().update(iv)  # noqa: S305
-    return Poly1305.generate_tag(key.mac_r + nonce, ciphertext)
+    return Poly1305(key.mac_r + nonce)

@@ -10,12 +10,20 @@ nothing of indexes, nor of what the blobs mean.
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import IO, Final, NamedTuple, cast
 
 from qmpbackup.errors import DamagedError
-from qmpbackup.restic.crypto import OVERHEAD, Buffer, Key, seal, unseal
+from qmpbackup.restic.crypto import (
+    OVERHEAD,
+    Buffer,
+    Key,
+    seal,
+    seal_blocks,
+    unseal,
+    unseal_blocks,
+)
 from qmpbackup.restic.storage.interface import File, Kind, Storage
 
 LARGEST_HEADER: Final = 16 << 20
@@ -44,6 +52,9 @@ class BlobType(IntEnum):
 LARGEST_BLOB: Final = {BlobType.DATA: 128 << 20, BlobType.TREE: 2 << 30}
 """Bytes of plaintext that are believed. Restic's own chunks end at 8 MiB and its packs at 128; the
 tree with a large disk's list of chunks takes 64 MiB a million."""
+
+_BLOCK: Final = 1 << 20
+"""Bytes of a large blob that are dealt with at a time."""
 
 
 class PackedBlob(NamedTuple):
@@ -85,20 +96,88 @@ def seal_blob(key: Key, plain: Buffer, level: int | None = 1) -> tuple[bytes, in
     return seal(key, compressed), len(plain)
 
 
+def seal_large_blob(
+    key: Key, blocks: Iterable[Buffer], length: int, level: int | None = 1
+) -> tuple[bytes, int]:
+    """As `seal_blob`, for `length` bytes that come in blocks and are never held whole; they are
+    compressed in any case."""
+    if level is None or not length:
+        return seal_blocks(key, blocks), 0
+    return seal_blocks(key, _compress(blocks, length, level)), length
+
+
+def _compress(blocks: Iterable[Buffer], length: int, level: int) -> Iterator[bytes]:
+    import zstandard
+
+    frame = zstandard.ZstdCompressor(level=level, write_checksum=False).compressobj(size=length)
+    for block in blocks:
+        yield frame.compress(block)
+    yield frame.flush()
+
+
+def open_large_blob(key: Key, sealed: Buffer, blob: PackedBlob) -> Iterator[bytes]:
+    """As `open_blob`, in blocks: nothing of them is to be believed before the last one has come.
+
+    Raises:
+        DamagedError: it is not the blob that `blob` says.
+    """
+    _check_length(sealed, blob)
+    blocks = unseal_blocks(key, sealed, f"The {blob}", _BLOCK)
+    digest = hashlib.sha256()
+    for block in _decompress_blocks(blocks, blob) if blob.raw_length else blocks:
+        digest.update(block)
+        yield block
+    if digest.digest() != blob.id:
+        raise DamagedError(f"The {blob} is damaged: its content is another.")
+
+
+def _decompress_blocks(blocks: Iterator[bytes], blob: PackedBlob) -> Iterator[bytes]:
+    import zstandard
+
+    try:
+        reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", _Source(blocks)))
+        left = blob.raw_length
+        # One byte more than there should be, to find out what is too long.
+        while block := reader.read(min(_BLOCK, left + 1)):
+            left -= len(block)
+            if left < 0:
+                break
+            yield block
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise DamagedError(f"The {blob} is damaged: it cannot be decompressed.") from error
+    if left:
+        raise DamagedError(f"The {blob} is damaged: its compressed form has another length.")
+
+
+class _Source:
+    """Blocks as what a stream of zstd reads from."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+
+    def read(self, _size: int) -> bytes:
+        """The next block, whatever its size; none at the end."""
+        return next(self._blocks, b"")
+
+
 def open_blob(key: Key, sealed: Buffer, blob: PackedBlob) -> bytes:
     """Check and decrypt a sealed blob, decompress it within its bounds, and check its hash.
 
     Raises:
         DamagedError: it is not the blob that `blob` says.
     """
-    if len(sealed) != blob.length or blob.plain_length > LARGEST_BLOB[blob.type]:
-        raise DamagedError(f"The {blob} is damaged: its length is wrong.")
+    _check_length(sealed, blob)
     plain = unseal(key, sealed, f"The {blob}")
     if blob.raw_length:
         plain = _decompress(plain, blob)
     if hashlib.sha256(plain).digest() != blob.id:
         raise DamagedError(f"The {blob} is damaged: its content is another.")
     return plain
+
+
+def _check_length(sealed: Buffer, blob: PackedBlob) -> None:
+    if len(sealed) != blob.length or blob.plain_length > LARGEST_BLOB[blob.type]:
+        raise DamagedError(f"The {blob} is damaged: its length is wrong.")
 
 
 def _decompress(compressed: bytes, blob: PackedBlob) -> bytes:

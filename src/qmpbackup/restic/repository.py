@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from qmpbackup import interrupt
 from qmpbackup.errors import (
@@ -26,15 +26,17 @@ from qmpbackup.errors import (
 )
 from qmpbackup.restic import config as configs
 from qmpbackup.restic import index, keyfile, lock, snapshot, tree
-from qmpbackup.restic.blobs import BlobIndex, Place, cache_folder
+from qmpbackup.restic.blobs import BlobIndex, cache_folder
 from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
-from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob
+from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob, open_large_blob
 from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage
 from qmpbackup.restic.tree import Node
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -296,20 +298,19 @@ class Repository:
             DamagedError: it is missing or damaged in all of them.
             StorageError: the storage fails.
         """
+        return self._opened(kind, id_, lambda sealed, blob: open_blob(self.key, sealed, blob))
+
+    def _opened(self, kind: BlobType, id_: bytes, open_: Callable[[bytes, PackedBlob], T]) -> T:
         error = DamagedError(
             f"The {kind.name.lower()} blob {id_.hex()} is missing.", "`restic check` tells more."
         )
         for place in self.index.find_all(kind, id_):
             try:
-                return self._read(kind, id_, place)
+                sealed = load_part(self.storage, place.pack, place.offset, place.length)
+                return open_(sealed, place.packed(kind, id_))
             except DamagedError as found:
                 error = found
         raise error
-
-    def _read(self, kind: BlobType, id_: bytes, place: Place) -> bytes:
-        sealed = load_part(self.storage, place.pack, place.offset, place.length)
-        blob = PackedBlob(kind, id_, place.offset, place.length, place.raw_length)
-        return open_blob(self.key, sealed, blob)
 
     def load_tree(self, id_: bytes) -> list[Node]:
         """The nodes of a tree.
@@ -318,7 +319,12 @@ class Repository:
             DamagedError: it is missing or damaged.
             StorageError: the storage fails.
         """
-        return tree.parse(self.load_blob(BlobType.TREE, id_), f"The tree {id_.hex()}")
+        what = f"The tree {id_.hex()}"
+        return self._opened(
+            BlobType.TREE,
+            id_,
+            lambda sealed, blob: tree.parse_blocks(open_large_blob(self.key, sealed, blob), what),
+        )
 
     # Locks
 

@@ -10,7 +10,6 @@ stored.
 """
 
 import binascii
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -74,20 +73,27 @@ def encode(nodes: Iterable[Node]) -> bytes:
     Raises:
         ValueError: a name is none, or there twice; or a content has not whole ids.
     """
+    return b"".join(encode_blocks(nodes))
+
+
+def encode_blocks(nodes: Iterable[Node]) -> Iterator[bytes]:
+    """A tree's JSON in blocks of a megabyte at most.
+
+    Raises:
+        ValueError: as `encode`.
+    """
     ordered = sorted(nodes, key=lambda node: node.name.encode(errors="surrogateescape"))
     names = [node.name for node in ordered]
     if len(set(names)) != len(names) or not all(map(_is_name, names)):
         raise ValueError("names in a folder must be names, and differ")
-    document = io.BytesIO()
-    document.write(b'{"nodes":[')
+    yield b'{"nodes":['
     for number, node in enumerate(ordered):
-        document.write(b"," if number else b"")
-        _write(document, node)
-    document.write(b"]}\n")
-    return document.getvalue()
+        yield b"," if number else b""
+        yield from _encode_node(node)
+    yield b"]}\n"
 
 
-def _write(document: io.BytesIO, node: Node) -> None:
+def _encode_node(node: Node) -> Iterator[bytes]:
     if len(node.content) % ID or len(node.subtree or bytes(ID)) != ID:
         raise ValueError(f"{node.name!r} has no whole ids")
     always = {"name", "type", "mtime", "atime", "ctime", "uid", "gid"}
@@ -109,16 +115,16 @@ def _write(document: io.BytesIO, node: Node) -> None:
         "linktarget": node.link_target,
     }
     head = gojson.dump({k: v for k, v in members.items() if v or k in always})
-    document.write(head.removesuffix("}").encode() + b',"content":')
+    yield head.removesuffix("}").encode() + b',"content":'
     if node.type == "file" or node.content:
-        document.write(b"[")
-        document.writelines(_encode_ids(node.content))
-        document.write(b"]")
+        yield b"["
+        yield from _encode_ids(node.content)
+        yield b"]"
     else:
-        document.write(b"null")
+        yield b"null"
     if node.subtree is not None:
-        document.write(f',"subtree":"{node.subtree.hex()}"'.encode())
-    document.write(b"}")
+        yield f',"subtree":"{node.subtree.hex()}"'.encode()
+    yield b"}"
 
 
 def _encode_ids(content: bytes) -> Iterator[bytes]:
@@ -134,57 +140,112 @@ def parse(data: bytes, what: str = "A tree") -> list[Node]:
     Raises:
         DamagedError: this is none.
     """
-    contents: list[bytes] = []
-    # Nobody who wrote the tree can have known this word, so it stands for what we put there alone.
-    mark = os.urandom(16).hex()
-    members = gojson.load(_without_contents(data, mark, contents), what)
+    return parse_blocks([data], what)
+
+
+def parse_blocks(blocks: Iterable[bytes], what: str = "A tree") -> list[Node]:
+    """The nodes of a tree that comes in blocks, of which no more than one is kept.
+
+    Raises:
+        DamagedError: this is none.
+    """
+    lists = _Lists()
+    for block in blocks:
+        lists.feed(block)
+    members = gojson.load(lists.finish(), what)
     nodes = members.get("nodes")
     if nodes is None:
         nodes = []
     if not isinstance(nodes, list):
         raise gojson.damaged(what, "its nodes are no list")
-    found = [_node(each, what, mark, contents) for each in nodes]
+    found = [_node(each, what, lists) for each in nodes]
     if len({node.name for node in found}) != len(found):
         raise gojson.damaged(what, "it has a name twice")
     return found
 
 
-def _without_contents(data: bytes, mark: str, contents: list[bytes]) -> bytes:
-    """The JSON with a mark and a number in the place of each list of ids; those go to `contents`."""
-    parts: list[bytes] = []
-    done = end = at = 0
-    while (at := data.find(_CONTENT, at)) >= 0:
-        start = at + len(_CONTENT)
-        if 0 <= end < start:
-            end = data.find(b"]", start)
+class _Lists:
+    """Takes the lists of ids out of a tree's JSON, and leaves a mark with a number for each.
+
+    A list that does not stand there as restic writes it is left where it is, for the general way.
+    """
+
+    def __init__(self) -> None:
+        # Nobody who wrote the tree can have known this word, so it stands for what we put there.
+        self.mark = os.urandom(16).hex()
+        self.found: list[bytes] = []
+        self._text = bytearray()
+        self._rest = bytearray()
+        self._list = bytearray()
+        self._in_list = False
+
+    def feed(self, block: bytes) -> None:
+        """The next block."""
+        self._rest += block
+        while self._next_ids() if self._in_list else self._next_list():
+            pass
+
+    def finish(self) -> bytes:
+        """The JSON without the lists."""
+        if self._in_list:
+            self._put_back()
+        return bytes(self._text + self._rest)
+
+    def _next_list(self) -> bool:
+        """Go to where a list begins; false where more of the JSON is needed for that."""
+        at = self._rest.find(_CONTENT)
+        if at < 0:
+            self._pass(max(0, len(self._rest) - len(_CONTENT) + 1))
+            return False
+        before = self._rest[at - 1 : at] if at else self._text[-1:]
+        self._pass(at + len(_CONTENT))
         # The second quote is not escaped, so it ends a string: a member's name, unless the first
-        # one is escaped, and then this is left to the general way.
-        ids = _decode_ids(data, start, end) if end >= 0 and data[at - 1 : at] != b"\\" else None
-        if ids is not None:
-            parts += (data[done : start - 1], f'"{mark}{len(contents)}"'.encode())
-            contents.append(ids)
-            done = end + 1
-        at = start if ids is None else done
-    return b"".join([*parts, data[done:]]) if parts else data
+        # one is escaped.
+        if before != b"\\":
+            self._text.pop()
+            self._in_list = True
+        return True
 
+    def _next_ids(self) -> bool:
+        """Read ids of the list; false where more of the JSON is needed for that."""
+        if not self._list and self._rest[:1] == b"]":
+            del self._rest[0]
+            self._end()
+            return True
+        size = min(len(self._rest) // _QUOTED_ID, _IDS_AT_ONCE) * _QUOTED_ID
+        end = self._rest.find(b"]", 0, size)
+        is_last = end >= 0
+        if is_last:
+            size = end + 1
+        if not size:
+            return False
+        ids = (
+            None if size % _QUOTED_ID else _decode_block(bytes(self._rest[:size]), is_last=is_last)
+        )
+        if ids is None:
+            self._put_back()
+            return True
+        self._list += ids
+        del self._rest[:size]
+        if is_last:
+            self._end()
+        return True
 
-def _decode_ids(data: bytes, start: int, end: int) -> bytes | None:
-    """The ids of a list that stands there without spaces; None where it is anything else."""
-    if start == end:
-        return b""
-    count, rest = divmod(end - start + 1, _QUOTED_ID)
-    if rest:
-        return None
-    blocks: list[bytes] = []
-    for first in range(0, count, _IDS_AT_ONCE):
-        block_start = start + first * _QUOTED_ID
-        # The comma behind the last id of all is no part of the list: its `]` is taken for it.
-        block_end = min(block_start + _IDS_AT_ONCE * _QUOTED_ID, end + 1)
-        block = _decode_block(data[block_start:block_end], is_last=block_end == end + 1)
-        if block is None:
-            return None
-        blocks.append(block)
-    return b"".join(blocks)
+    def _end(self) -> None:
+        self._text += f'"{self.mark}{len(self.found)}"'.encode()
+        self.found.append(bytes(self._list))
+        self._list, self._in_list = bytearray(), False
+
+    def _put_back(self) -> None:
+        """Leave the list where it is: what was read of it, and what follows."""
+        self._text += b"["
+        self._text += b"".join(_encode_ids(bytes(self._list)))
+        self._text += b"," if self._list else b""
+        self._list, self._in_list = bytearray(), False
+
+    def _pass(self, size: int) -> None:
+        self._text += self._rest[:size]
+        del self._rest[:size]
 
 
 def _decode_block(block: bytes, *, is_last: bool) -> bytes | None:
@@ -205,7 +266,7 @@ def _decode_block(block: bytes, *, is_last: bool) -> bytes | None:
     return ids if len(ids) == count * ID else None
 
 
-def _node(value: object, what: str, mark: str, contents: list[bytes]) -> Node:
+def _node(value: object, what: str, lists: _Lists) -> Node:
     if not isinstance(value, dict):
         raise gojson.damaged(what, "a node is no object")
     members = gojson.Members(value, what)
@@ -229,17 +290,17 @@ def _node(value: object, what: str, mark: str, contents: list[bytes]) -> Node:
         device_id=members.number("device_id"),
         links=members.number("links"),
         size=members.number("size"),
-        content=_content(value.get("content"), what, mark, contents),
+        content=_content(value.get("content"), what, lists),
         subtree=members.id("subtree"),
         link_target=members.string("linktarget"),
     )
 
 
-def _content(value: object, what: str, mark: str, contents: list[bytes]) -> bytes:
+def _content(value: object, what: str, lists: _Lists) -> bytes:
     if value is None:
         return b""
-    if isinstance(value, str) and value.startswith(mark):
-        return contents[int(value[len(mark) :])]
+    if isinstance(value, str) and value.startswith(lists.mark):
+        return lists.found[int(value.removeprefix(lists.mark))]
     if not isinstance(value, list):
         raise gojson.damaged(what, "its content is no list")
     ids = [gojson.parse_id(each) if isinstance(each, str) else None for each in value]

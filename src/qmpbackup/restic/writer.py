@@ -16,13 +16,20 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from qmpbackup import interrupt
 from qmpbackup.restic import index
-from qmpbackup.restic.pack import BlobType, PackBuilder, PackedBlob, open_blob, seal_blob
+from qmpbackup.restic.pack import (
+    BlobType,
+    PackBuilder,
+    PackedBlob,
+    open_large_blob,
+    seal_blob,
+    seal_large_blob,
+)
 from qmpbackup.restic.storage.interface import Buffer, File, Kind
 
 if TYPE_CHECKING:
@@ -105,6 +112,26 @@ class Writer:
         self._raise()
         return self._store(kind, data)[0]
 
+    def add_large(self, kind: BlobType, blocks: Callable[[], Iterable[Buffer]]) -> bytes:
+        """As `add_now`, for what is better not held in memory whole: `blocks` gives it in blocks, the
+        same whenever it is called.
+
+        Raises:
+            QmpBackupError: something failed, here or in any stage before.
+        """
+        self._raise()
+        digest, length = hashlib.sha256(), 0
+        for block in blocks():
+            digest.update(block)
+            length += len(block)
+        blob_id = digest.digest()
+        if self._claim(kind, blob_id):
+            sealed, raw_length = seal_large_blob(
+                self._repository.key, blocks(), length, self._level
+            )
+            self._put(kind, blob_id, length, sealed, raw_length)
+        return blob_id
+
     def drain(self) -> None:
         """Wait until every chunk given so far has been taken care of by a worker.
 
@@ -173,20 +200,27 @@ class Writer:
         if not self._claim(kind, blob_id):
             return blob_id, 0
         sealed, raw_length = seal_blob(self._repository.key, data, self._level)
+        self._put(kind, blob_id, len(data), sealed, raw_length)
+        return blob_id, len(sealed)
+
+    def _put(
+        self, kind: BlobType, blob_id: bytes, length: int, sealed: bytes, raw_length: int
+    ) -> None:
+        """Put a sealed blob of so many bytes into a pack."""
         if self._check:
             packed = PackedBlob(kind, blob_id, 0, len(sealed), raw_length)
-            open_blob(self._repository.key, sealed, packed)
+            for _ in open_large_blob(self._repository.key, sealed, packed):
+                pass
         full = None
         with self._lock:
             builder = self._building[kind]
             builder.add(kind, blob_id, sealed, raw_length)
             self.new_blobs += 1
-            self.new_bytes += len(data)
+            self.new_bytes += length
             if builder.size >= PACK_SIZE:
                 full = self._swap(kind)
         if full is not None:
             self._upload(kind, full)
-        return blob_id, len(sealed)
 
     def _claim(self, kind: BlobType, blob_id: bytes) -> bool:
         """Whether this blob is ours to store: neither in the repository nor under way."""

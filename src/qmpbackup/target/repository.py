@@ -26,8 +26,7 @@ from qmpbackup.plan.chain import ordered
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.tree import Node
-from qmpbackup.restic.tree import encode as encode_tree
+from qmpbackup.restic.tree import Node, encode_blocks
 from qmpbackup.restic.writer import Writer
 from qmpbackup.target import manifest
 from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
@@ -233,6 +232,10 @@ class RepositoryTarget:
             self._contents[disk.id] = kept = (point.id, found)
         return kept[1]
 
+    def forget_contents(self) -> None:
+        """Drop the lists that `contents` keeps for being asked again."""
+        self._contents.clear()
+
     def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
         """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
         del points  # each stands for itself
@@ -265,8 +268,9 @@ class RepositoryTarget:
             contents = disks[disk.id]
             name = disk.file.rpartition("/")[2]
             nodes.append(_file(name, contents.size, contents.chunks, point.time))
-        folder = writer.add_now(BlobType.TREE, encode_tree(nodes))
-        root = writer.add_now(BlobType.TREE, encode_tree([_folder(self.vm, folder, point.time)]))
+        folder = writer.add_large(BlobType.TREE, lambda: encode_blocks(nodes))
+        top = [_folder(self.vm, folder, point.time)]
+        root = writer.add_large(BlobType.TREE, lambda: encode_blocks(top))
         writer.flush()
         self.repository.save_snapshot(
             Snapshot(

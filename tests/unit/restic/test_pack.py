@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,14 +23,25 @@ from qmpbackup.restic.pack import (
     PackedBlob,
     encode_header,
     open_blob,
+    open_large_blob,
     parse_header,
     read_header,
     seal_blob,
+    seal_large_blob,
 )
 from qmpbackup.restic.storage.interface import File, Kind, Missing
 from qmpbackup.restic.storage.local import LocalStorage
 
 KEY = Key.random()
+Opener = Callable[[Key, bytes | bytearray, PackedBlob], bytes]
+
+
+def open_in_blocks(key: Key, sealed: bytes | bytearray, blob: PackedBlob) -> bytes:
+    """A blob that is read in blocks."""
+    return b"".join(open_large_blob(key, sealed, blob))
+
+
+either_way = pytest.mark.parametrize("open_", [open_blob, open_in_blocks])
 CONTENTS = st.lists(
     st.one_of(st.binary(max_size=200), st.integers(0, 5000).map(lambda n: b"easy" * n)), min_size=1
 )
@@ -67,36 +79,53 @@ def test_what_does_not_get_smaller_is_not_compressed() -> None:
     assert seal_blob(KEY, b"")[1] == 0
 
 
+@given(st.lists(st.binary(max_size=300), max_size=5), st.sampled_from([None, 1]))
+def test_what_was_sealed_in_blocks_is_read_either_way(
+    blocks: list[bytes], level: int | None
+) -> None:
+    plain = b"".join(blocks)
+    sealed, raw_length = seal_large_blob(KEY, blocks, len(plain), level)
+    blob = packed(sealed, plain, raw_length)
+    assert open_blob(KEY, sealed, blob) == plain
+    assert open_in_blocks(KEY, sealed, blob) == plain
+
+
 def test_repositories_of_version_1_get_no_compression() -> None:
     sealed, raw_length = seal_blob(KEY, bytes(1000), None)
     assert (len(sealed), raw_length) == (1000 + OVERHEAD, 0)
 
 
+@either_way
 @given(st.integers(0, 10_000), st.integers(1, 255))
-def test_any_flipped_bit_of_a_blob_is_damage(position: int, mask: int) -> None:
+def test_any_flipped_bit_of_a_blob_is_damage(open_: Opener, position: int, mask: int) -> None:
     plain = b"some text, " * 100
     sealed, raw_length = seal_blob(KEY, plain)
     flipped = bytearray(sealed)
     flipped[position % len(sealed)] ^= mask
     with pytest.raises(DamagedError):
-        open_blob(KEY, flipped, packed(sealed, plain, raw_length))
+        open_(KEY, flipped, packed(sealed, plain, raw_length))
 
 
-def test_a_blob_of_another_content_is_damage() -> None:
+@either_way
+def test_a_blob_of_another_content_is_damage(open_: Opener) -> None:
     sealed, raw_length = seal_blob(KEY, b"one" * 100)
     with pytest.raises(DamagedError, match="content"):
-        open_blob(KEY, sealed, packed(sealed, b"two" * 100, raw_length))
+        open_(KEY, sealed, packed(sealed, b"two" * 100, raw_length))
 
 
-def test_a_shortened_blob_is_damage() -> None:
+@either_way
+def test_a_shortened_blob_is_damage(open_: Opener) -> None:
     sealed, raw_length = seal_blob(KEY, b"one" * 100)
     with pytest.raises(DamagedError):
-        open_blob(KEY, sealed[:-1], packed(sealed, b"one" * 100, raw_length))
+        open_(KEY, sealed[:-1], packed(sealed, b"one" * 100, raw_length))
 
 
+@either_way
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("said", [1, 1000, 3 * MIB])
-def test_a_decompression_bomb_is_damage_and_takes_no_memory(known: bool, said: int) -> None:
+def test_a_decompression_bomb_is_damage_and_takes_no_memory(
+    open_: Opener, known: bool, said: int
+) -> None:
     size = 64 * MIB
     bomb = zstandard.ZstdCompressor(write_content_size=known).compress(bytes(size))
     sealed = seal(KEY, bomb)
@@ -104,17 +133,20 @@ def test_a_decompression_bomb_is_damage_and_takes_no_memory(known: bool, said: i
     tracemalloc.start()
     try:
         with pytest.raises(DamagedError):
-            open_blob(KEY, sealed, blob)
+            open_(KEY, sealed, blob)
         assert tracemalloc.get_traced_memory()[1] < said + MIB
     finally:
         tracemalloc.stop()
 
 
+@either_way
 @given(st.binary(max_size=300), st.integers(1, 1000))
-def test_any_bytes_in_place_of_a_compressed_blob_are_damage(data: bytes, said: int) -> None:
+def test_any_bytes_in_place_of_a_compressed_blob_are_damage(
+    open_: Opener, data: bytes, said: int
+) -> None:
     sealed = seal(KEY, data)
     with pytest.raises(DamagedError):
-        open_blob(KEY, sealed, packed(sealed, os.urandom(8), said))
+        open_(KEY, sealed, packed(sealed, os.urandom(8), said))
 
 
 def test_something_behind_a_compressed_blob_is_damage() -> None:
@@ -124,10 +156,11 @@ def test_something_behind_a_compressed_blob_is_damage() -> None:
         open_blob(KEY, sealed, packed(sealed, plain, len(plain)))
 
 
-def test_blobs_compressed_as_a_stream_are_read_as_other_programs_write_them() -> None:
+@either_way
+def test_blobs_compressed_as_a_stream_are_read_as_other_programs_write_them(open_: Opener) -> None:
     plain = b"text" * 100
     sealed = seal(KEY, zstandard.ZstdCompressor(write_content_size=False).compress(plain))
-    assert open_blob(KEY, sealed, packed(sealed, plain, len(plain))) == plain
+    assert open_(KEY, sealed, packed(sealed, plain, len(plain))) == plain
 
 
 @given(st.binary(max_size=400), st.integers(0, 1 << 33))

@@ -2,6 +2,7 @@
 """Trees are Go's JSON to the byte, and whatever is read as one is a tree or damaged."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -10,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError
-from qmpbackup.restic.tree import Node, encode, parse
+from qmpbackup.restic.tree import Node, encode, encode_blocks, parse, parse_blocks
 
 TIME = datetime(2026, 3, 1, 12, 30, 1, 50, tzinfo=UTC)
 FILE = Node("disk.raw", "file", 0o600, TIME, TIME, TIME, size=5, links=1, content=bytes(range(64)))
@@ -100,6 +101,36 @@ def test_what_is_written_is_read(written: list[Node]) -> None:
 def test_a_million_chunks_come_back() -> None:
     content = b"".join(number.to_bytes(32, "little") for number in range(40_000))
     assert parse(encode([replace(FILE, content=content)]))[0].content == content
+
+
+@given(st.lists(nodes, max_size=4, unique_by=lambda node: node.name), st.integers(1, 100))
+def test_it_does_not_matter_how_a_tree_is_cut_into_blocks(written: list[Node], size: int) -> None:
+    document = encode(written)
+    assert b"".join(encode_blocks(written)) == document
+    blocks = [document[at : at + size] for at in range(0, len(document), size)]
+    assert parse_blocks(blocks) == parse(document)
+
+
+QUOTED = b'"%s"' % (b"0f" * 32)
+
+
+@pytest.mark.parametrize("odd", [b" ", b', "x"', b",null", b",", b'"', b',"content":[' + QUOTED])
+@given(whole=st.integers(0, 3), size=st.integers(1, 90))
+def test_a_list_that_turns_out_odd_is_read_alike_however_far_it_has_come(
+    odd: bytes, whole: int, size: int
+) -> None:
+    listing = b",".join([QUOTED] * whole) + odd
+    document = re.sub(rb'"content":\[[^]]*', b'"content":[' + listing, encode([FILE]))
+    blocks = [document[at : at + size] for at in range(0, len(document), size)]
+    assert _outcome([document]) == _outcome(blocks)
+    assert (_outcome(blocks)[0] == []) == (odd != b" ")
+
+
+def _outcome(blocks: list[bytes]) -> tuple[list[Node], str]:
+    try:
+        return parse_blocks(blocks), ""
+    except DamagedError as error:
+        return [], str(error)
 
 
 def test_other_writers_may_put_spaces_and_unknown_members() -> None:

@@ -134,7 +134,8 @@ class _Disk:
         self.stored = 0
         if parent is not None:
             self.known = self.count if parent.size == self.size else parent.size // CHUNK
-            self.chunks[: ID * self.known] = parent.chunks[: ID * self.known]
+            known = memoryview(parent.chunks)[: ID * self.known]
+            self.chunks[: len(known)] = known
 
     def length(self, index: int) -> int:
         """Bytes of a chunk; the last may be short."""
@@ -148,6 +149,12 @@ class _Disk:
         """Enter a chunk."""
         self.chunks[ID * index : ID * (index + 1)] = chunk_id
 
+    def contents(self) -> Contents:
+        """The complete list; no chunk can be entered any more."""
+        contents = Contents(self.size, bytes(self.chunks))
+        self.chunks = bytearray()  # a terabyte's list takes 32 MiB
+        return contents
+
 
 class IntoRepository:
     """One run's chunks on their way into a repository."""
@@ -158,6 +165,7 @@ class IntoRepository:
         self._writer = Writer(target.repository, check=frame.request.check)
         frame.rollback.push("end the writing", self._writer.abandon)
         self._disks: dict[str, _Disk] = {}
+        self._contents: dict[str, Contents] = {}
         self._unrecorded: set[str] = set()
         self._zeros: dict[int, bytes] = {}
         self._done: dict[str, Progress] = {}
@@ -183,6 +191,7 @@ class IntoRepository:
             base = plan.stored_base
             parent = self._target.contents(plan.base, base) if plan.base and base else None
             self._disks[seat.disk.id] = _Disk(seat, parent)
+        self._target.forget_contents()
         self._pull.start()
         samples = {seat.number: self._samples(seat) for seat in self._frame.seats}
         self._pull.prepare(scratches, samples, self._stages())
@@ -289,20 +298,16 @@ class IntoRepository:
     def stored(self, plan: DiskPlan) -> Stored:
         """What became of a disk."""
         interrupt.check()
-        contents = self._contents(plan.disk.id)
+        disk = self._disks[plan.disk.id]
+        self._contents[plan.disk.id] = contents = disk.contents()
         return Stored(
             file=disk_file(self._target.vm, plan.disk.id),
             parent=plan.base.id if plan.base else None,
-            size=self._disks[plan.disk.id].stored,
+            size=disk.stored,
             digest=contents.digest,
         )
 
-    def _contents(self, disk_id: str) -> Contents:
-        disk = self._disks[disk_id]
-        return Contents(disk.size, bytes(disk.chunks))
-
     def commit(self, point: Point) -> None:
         """Write trees, packs, indexes and the snapshot."""
-        disks = {disk.id: self._contents(disk.id) for disk in point.disks}
-        self._target.commit(self._writer, point, disks)
+        self._target.commit(self._writer, point, self._contents)
         self._writer.stop()
