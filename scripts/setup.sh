@@ -20,6 +20,7 @@ readonly PACKAGES=(
     python3-libnbd  # NBD from Python
     python3-venv    # .venv
     restic          # reads and tends the repositories of tests
+    fuse3           # mounts them
     rclone          # serves them over REST
     cpio            # packs the test guest
     git

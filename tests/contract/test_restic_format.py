@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from lab.restic import PASSWORD, Backing, Restic
+from lab.small import require_fuse
 from qmpbackup.errors import Locked
 from qmpbackup.restic import lock
 from qmpbackup.restic.keyfile import Scrypt
@@ -161,6 +162,25 @@ def test_restic_takes_and_restores_what_we_store(
     state = (restored / "disk.raw").stat()
     assert (state.st_mode & 0o777, state.st_mtime) == (0o640, TIME.timestamp())
     assert restored.stat().st_mode & 0o777 == 0o750
+
+
+def test_restic_mounts_what_we_store(ours: Repository, restic: Restic, tmp_path: Path) -> None:
+    require_fuse()
+    disk = os.urandom(CHUNK + 5) + bytes(CHUNK * 4)
+    name = _back_up(ours, {"disk.raw": disk})
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    with restic.start("mount", mounted) as process:
+        try:
+            _wait(lambda: process.poll() is not None or mounted.is_mount())
+            file = mounted / "ids" / name[:8] / "vm" / "disk.raw"
+            assert file.read_bytes() == disk
+            with file.open("rb") as opened:
+                opened.seek(CHUNK)
+                assert opened.read(10) == disk[CHUNK : CHUNK + 10]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
 
 
 def test_we_go_on_after_restic_has_worked_on_it(

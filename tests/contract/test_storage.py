@@ -26,7 +26,7 @@ from lab.http_proxy import Fate, HttpProxy, Request
 from lab.rest_server import RestServer
 from lab.restic import Restic
 from lab.servers import BUCKET, KEYS, answering, certificate, s3_server
-from lab.small import fill, needs_root, small_folder
+from lab.small import fill, fuse_folder, needs_root, small_folder
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted, StorageError
 from qmpbackup.restic.storage.interface import (
@@ -334,7 +334,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # at the first byte too many
 """
 BEFORE_THE_NAME = """
-sys.addaudithook(lambda event, _: event == "os.rename" and os.kill(os.getpid(), signal.SIGKILL))
+names = {"os.rename", "os.link"}
+sys.addaudithook(lambda event, _: event in names and os.kill(os.getpid(), signal.SIGKILL))
 """
 SAVE = """
 import os, signal, sys
@@ -347,23 +348,30 @@ LocalStorage(Path(sys.argv[2])).save(File(Kind.DATA, sys.argv[3]), [data])
 """
 
 
+@pytest.mark.parametrize("nameless", [True, False], ids=["usual", "without O_TMPFILE"])
 @pytest.mark.parametrize("accident", [IN_THE_MIDDLE, BEFORE_THE_NAME], ids=["middle", "end"])
-def test_killed_while_saving_no_part_is_shown(accident: str, tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "repository")
-    storage.create()
-    data = CHOOSE.randbytes(8 * MIB)
-    file = file_of(data)
-    source = tmp_path / "data"
-    source.write_bytes(data)
-    command = [sys.executable, "-c", SAVE, source, tmp_path / "repository", file.name, accident]
-    done = subprocess.run(list(map(str, command)), check=False)
-    assert done.returncode in {-signal.SIGXFSZ, -signal.SIGKILL}
-    left = [path for path in (tmp_path / "repository" / "data").rglob("*") if path.is_file()]
-    assert [path.stat().st_size >= 5 * MIB for path in left] == [True]
-    assert [*storage.list(Kind.DATA)] == []
-    with pytest.raises(Missing):
-        storage.load(file)
-    assert storage.load(put(storage, data)) == data
+def test_killed_while_saving_no_part_is_shown(
+    accident: str, nameless: bool, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        folder = tmp_path if nameless else stack.enter_context(fuse_folder(tmp_path / "mounted"))
+        storage = LocalStorage(folder / "repository")
+        storage.create()
+        data = CHOOSE.randbytes(8 * MIB)
+        file = file_of(data)
+        source = tmp_path / "data"
+        source.write_bytes(data)
+        command = [sys.executable, "-c", SAVE, source, folder / "repository", file.name, accident]
+        done = subprocess.run(list(map(str, command)), check=False)
+        assert done.returncode in {-signal.SIGXFSZ, -signal.SIGKILL}
+        left = [path for path in (folder / "repository" / "data").rglob("*") if path.is_file()]
+        assert len(left) == (0 if nameless else 1)
+        assert [*storage.list(Kind.DATA)] == []
+        with pytest.raises(Missing):
+            storage.load(file)
+        assert storage.load(put(storage, data)) == data
+        assert storage.load(put(storage, data)) == data
+        assert [*storage.list(Kind.DATA)] == [(file.name, len(data))]
 
 
 # Servers that fail

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in which there is little room."""
+"""Folders that are file systems of their own: with little room, or with few abilities."""
 
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,35 @@ def small_folder(path: Path, size: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+def require_fuse() -> None:
+    """Skip the test where this machine has no FUSE."""
+    if not os.access("/dev/fuse", os.W_OK) or not shutil.which("fusermount3"):
+        pytest.skip("no FUSE")
+
+
+@contextmanager
+def fuse_folder(path: Path) -> Iterator[Path]:
+    """A folder over FUSE, which knows no files without a name."""
+    require_fuse()
+    behind = path.with_name(f"{path.name}-behind")
+    behind.mkdir()
+    path.mkdir()
+    cache = path.with_name(f"{path.name}-cache")
+    command = ["rclone", "mount", str(behind), str(path), "--vfs-cache-mode", "writes"]
+    command += ["--config", "/dev/null", "--cache-dir", str(cache), "--allow-non-empty"]
+    mounted = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not path.is_mount():
+            if time.monotonic() > deadline or mounted.poll() is not None:
+                raise RuntimeError("rclone mounted nothing")
+            time.sleep(0.05)
+        yield path
+    finally:
+        mounted.terminate()
+        mounted.wait()
 
 
 def fill(folder: Path) -> Path:

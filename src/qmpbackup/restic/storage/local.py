@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A repository in a folder of this machine, laid out as restic's local backend does.
 
-A file is written under a temporary name, made durable, renamed, and its folder made durable
-(`qmpbackup.durable`): so a name is there with all its bytes or not at all. Temporary names are no
-names of files, so listings do not show what a run that died has left.
+A file is written without a name, made durable, given its name, and its folder made durable: so a name
+is there with all its bytes or not at all, and a process that dies leaves nothing. Where the file system
+knows no files without a name (open(2), O_TMPFILE), it is written under a temporary one and renamed, as
+restic does; such names are no names of files, so listings do not show what a run that died has left.
 """
 
 import errno
@@ -30,6 +31,11 @@ from qmpbackup.restic.storage.interface import (
 _FOLDERS = [kind for kind in Kind if kind is not Kind.CONFIG]
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
+_NO_NAMELESS = frozenset(
+    {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.EXDEV, errno.EPERM}
+)
+"""How file systems, old kernels, and a missing /proc say that there are no files without a name."""
+
 _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
 
@@ -153,13 +159,40 @@ def _sync(folder: Path) -> None:
 
 
 def _write(path: Path, parts: Sequence[Buffer]) -> None:
+    if not path.parent.is_dir():
+        _make(path.parent)
+    if not _write_nameless(path, parts):
+        _write_renamed(path, parts)
+    _sync(path.parent)
+
+
+def _write_nameless(path: Path, parts: Sequence[Buffer]) -> bool:
+    """Write a file that has no name before it is durable; false where that cannot be done."""
+    try:
+        fd = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS:
+            return False
+        raise
+    try:
+        _write_all(fd, parts)
+        os.fsync(fd)
+        # A folder's descriptor, unused with an absolute path, has Python call linkat(2), which follows.
+        with suppress(FileExistsError):
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS:
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True
+
+
+def _write_renamed(path: Path, parts: Sequence[Buffer]) -> None:
     temporary = path.with_name(f"{path.name}-tmp-{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(temporary, flags, 0o600)
-    except FileNotFoundError:
-        _make(path.parent)
-        fd = os.open(temporary, flags, 0o600)
+    fd = os.open(temporary, flags, 0o600)
     try:
         try:
             _write_all(fd, parts)
@@ -171,7 +204,6 @@ def _write(path: Path, parts: Sequence[Buffer]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync(path.parent)
 
 
 def _write_all(fd: int, parts: Sequence[Buffer]) -> None:
