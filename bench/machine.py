@@ -7,13 +7,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 QMPBACKUP = [str(Path(sys.executable).with_name("qmpbackup"))]
+
+PASSWORD = {"RESTIC_PASSWORD": "measured", "BORG_PASSPHRASE": "measured"}
 
 SMALLEST_FILE = 32 * 1024
 
@@ -109,3 +113,51 @@ def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def make_repository(place: Path) -> None:
+    """A new restic repository, made by restic itself."""
+    call(["restic", "--repo", str(place), "--quiet", "init"], PASSWORD)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run took: seconds, seconds of CPU, MiB of memory at most, seconds of QEMU's CPU."""
+
+    time: float
+    cpu: float
+    memory: float
+    qemu: float
+
+
+def measure(argv: Sequence[str]) -> Cost:
+    """Run a whole process, with the password of the repositories, and say what it took."""
+    before = _qemu_seconds()
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            argv, stdout=output, stderr=output, env={**os.environ, **PASSWORD}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        taken = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(argv)} failed:\n{output.read().decode()}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return Cost(taken, cpu, usage.ru_maxrss / 1024, _qemu_seconds() - before)
+
+
+def _qemu_seconds() -> float:
+    """CPU of this process's running children: the VM."""
+    ticks = 0
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

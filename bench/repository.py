@@ -12,34 +12,30 @@ our side needs to read, is the column `QEMU`.
 """
 
 import argparse
-import os
 import random
-import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import QMPBACKUP, call, real_files, vm, write
+from bench.machine import (
+    PASSWORD,
+    QMPBACKUP,
+    Cost,
+    call,
+    make_repository,
+    measure,
+    real_files,
+    size_of,
+    vm,
+    write,
+)
 
-PASSWORD = {"RESTIC_PASSWORD": "measured", "BORG_PASSPHRASE": "measured"}
 MIB = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one run took: seconds, seconds of CPU, MiB of memory at most, seconds of QEMU's CPU."""
-
-    time: float
-    cpu: float
-    memory: float
-    qemu: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ class _Measurement:
         for _ in range(self._runs):
             for command in commands:
                 command.before()
-                costs[command.name].append(_measure(command.argv))
+                costs[command.name].append(measure(command.argv))
         ours = statistics.median(cost.time for cost in costs["qmpbackup"])
         for name, measured in costs.items():
             time_, cpu, memory, qemu = (
@@ -159,11 +155,11 @@ class _Measurement:
 
     def _fresh(self, repository: Path) -> None:
         shutil.rmtree(repository, ignore_errors=True)
-        _call(["restic", "--repo", str(repository), "--quiet", "init"])
+        make_repository(repository)
 
     def _fresh_borg(self) -> None:
         shutil.rmtree(self._borg, ignore_errors=True)
-        _call(["borg", "init", "--encryption", "repokey", str(self._borg)])
+        call(["borg", "init", "--encryption", "repokey", str(self._borg)], PASSWORD)
 
     def _borg_create(self) -> list[str]:
         chunks = ["--compression", "zstd,1", "--chunker-params", "fixed,1048576"]
@@ -195,63 +191,25 @@ def _sparse(folder: Path) -> None:
     """A disk of 1 TiB with 100 changed chunks."""
     disk, repository = folder / "vda.qcow2", folder / "repository"
     call(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1T"])
-    _call(["restic", "--repo", str(repository), "--quiet", "init"])
+    make_repository(repository)
     with vm(folder, [disk]) as qmp:
         ours = [*QMPBACKUP, "--socket", str(qmp), "backup", "--target", f"restic:{repository}"]
-        _line("1 TiB sparse, first backup", _measure([*ours, "--level", "full"]), repository)
+        _line("1 TiB sparse, first backup", measure([*ours, "--level", "full"]), repository)
         chance = random.Random(1)
         places = chance.sample(range(1024 * 1024), 100)
         write(qmp, "vda", [f"write -P 7 {place * MIB} 4096" for place in places])
-        before = _size(repository)
-        cost = _measure([*ours, "--level", "inc"])
+        before = size_of(repository)
+        cost = measure([*ours, "--level", "inc"])
         _line("1 TiB sparse, 100 chunks changed", cost, repository, before)
 
 
 def _line(what: str, cost: Cost, repository: Path, before: int = 0) -> None:
-    added = (_size(repository) - before) / MIB
+    added = (size_of(repository) - before) / MIB
     print(
         f"{what:<34} {'qmpbackup':<22} {cost.time:>7.2f}s {cost.cpu:>7.2f}s {cost.qemu:>6.2f}s "
         f"{cost.memory:>5.0f} MiB  {added:.1f} MiB written",
         flush=True,
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _measure(argv: list[str]) -> Cost:
-    before = _qemu_seconds()
-    started = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            argv, stdout=output, stderr=output, env={**os.environ, **PASSWORD}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        taken = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(argv)} failed:\n{output.read().decode()}")
-    return Cost(taken, _seconds(usage), usage.ru_maxrss / 1024, _qemu_seconds() - before)
-
-
-def _seconds(usage: resource.struct_rusage) -> float:
-    return usage.ru_utime + usage.ru_stime
-
-
-def _qemu_seconds() -> float:
-    """CPU of this process's running children: the VM."""
-    ticks = 0
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for child in children:
-        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _call(argv: list[str], environment: Mapping[str, str] = PASSWORD) -> None:
-    call(argv, environment)
 
 
 if __name__ == "__main__":
