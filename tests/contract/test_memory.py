@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory stays within its bound also for a disk of a terabyte that is full."""
+"""Memory stays within its bound also for many disks, and for one of a terabyte that is full."""
 
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lab import repositories
+from lab.disks import MIB
+from qmpbackup.process import Child
+from qmpbackup.qemu import exports, nbd
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200
@@ -23,3 +29,38 @@ def test_the_list_of_a_full_terabyte_is_stored_and_read_in_little_memory(
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < MOST_MIB, what
     made.assert_whole()
+
+
+@contextmanager
+def served(folder: Path, size: int) -> Iterator[str]:
+    """An export of zeroes; gives its socket."""
+    image, started = folder / "image", folder / "pid"
+    image.touch()
+    os.truncate(image, size)
+    command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "--format=raw"]
+    command += ["--export-name=disk", f"--socket={folder}/nbd", f"--pid-file={started}"]
+    with Child([*command, str(image)]) as child:
+        exports.await_start(child, started, "open the image")
+        yield f"{folder}/nbd"
+        child.kill()
+
+
+def test_reading_disks_leaves_no_memory_taken(tmp_path: Path) -> None:
+    chunks = 1000
+
+    def read() -> None:
+        with nbd.connect(socket, "disk") as connection:
+            every = bytearray(b"\1") * chunks
+            for chunk in nbd.Reader([connection], MIB, every, every, nbd.Flow()).chunks():
+                chunk.release()
+
+    with served(tmp_path, chunks * MIB - 512) as socket:
+        read()
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                read()
+            left, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert left < MIB // 10

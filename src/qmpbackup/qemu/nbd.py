@@ -419,7 +419,7 @@ class Reader:
     def _arrived(self) -> Iterator[Chunk]:
         for line in self._connections:
             for chunk, buffer in line.arrived():
-                view = memoryview(buffer)[: chunk.length]
+                view = memoryview(buffer.memory)[: chunk.length]
                 yield Chunk(
                     chunk.index, 1, chunk.offset, chunk.length, view, self._pool.returning(buffer)
                 )
@@ -442,12 +442,48 @@ class Reader:
                 line.serve(ready[line.fileno()])
 
 
+class _Buffer:
+    """Memory for a chunk, and the pieces of it that libnbd reads into.
+
+    libnbd keeps what it is given for good: version 1.14 takes a reference at each request that it
+    never gives back. So the pieces are few, serve for one request after another, and let go of the
+    memory in the end.
+    """
+
+    __slots__ = ("_pieces", "_views", "memory")
+
+    def __init__(self, size: int) -> None:
+        self.memory = bytearray(size)
+        self._views: list[memoryview] = []
+        self._pieces = [self._piece(at, min(at + _PIECE, size)) for at in range(0, size, _PIECE)]
+
+    def pieces(self, length: int) -> Iterator[tuple[int, Any]]:
+        """What to read the first `length` bytes into, each with where it begins."""
+        for number, piece in enumerate(self._pieces):
+            at = number * _PIECE
+            if at < length:
+                whole = min(at + _PIECE, len(self.memory)) <= length
+                yield at, piece if whole else self._piece(at, length)
+
+    def close(self) -> None:
+        """Let go of the memory, which lasts for as long as somebody reads or writes it."""
+        for view in self._views:
+            view.release()
+
+    def _piece(self, start: int, end: int) -> Any:
+        from nbd import Buffer
+
+        view = memoryview(self.memory)[start:end]
+        self._views.append(view)
+        return Buffer.from_buffer(view)
+
+
 @dataclass(slots=True)
 class _Request:
     """A chunk that was asked for, its buffer, and how many of its pieces are still to come."""
 
     chunk: Chunk
-    buffer: bytearray
+    buffer: _Buffer
     pieces: int = 0
 
 
@@ -468,15 +504,13 @@ class _Line:
         readable = select.POLLIN if direction & _READ else 0
         return readable | (select.POLLOUT if direction & _WRITE else 0)
 
-    def ask(self, chunk: Chunk, buffer: bytearray) -> None:
-        from nbd import Buffer, Error
+    def ask(self, chunk: Chunk, buffer: _Buffer) -> None:
+        from nbd import Error
 
         request = _Request(chunk, buffer)
-        view = memoryview(buffer)[: chunk.length]
         self.waiting += 1
         try:
-            for at in range(0, chunk.length, _PIECE):
-                piece = Buffer.from_buffer(view[at : at + _PIECE])
+            for at, piece in buffer.pieces(chunk.length):
                 cookie = self._connection.handle.aio_pread(piece, chunk.offset + at)
                 self._pieces[cookie] = request
                 request.pieces += 1
@@ -495,7 +529,7 @@ class _Line:
         except Error as error:
             raise _failure(error, self._connection.handle) from error
 
-    def arrived(self) -> Iterator[tuple[Chunk, bytearray]]:
+    def arrived(self) -> Iterator[tuple[Chunk, _Buffer]]:
         from nbd import Error
 
         while self._pieces:
@@ -525,7 +559,8 @@ class _Pool:
     def __init__(self, size: int, most: int) -> None:
         self._size = size
         self._left = most
-        self._free: deque[bytearray] = deque()
+        self._made: list[_Buffer] = []
+        self._free: deque[_Buffer] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._open = threading.Lock()
         self._closed = False
@@ -533,15 +568,17 @@ class _Pool:
     def fileno(self) -> int:
         return self._event
 
-    def take(self) -> bytearray | None:
+    def take(self) -> _Buffer | None:
         if self._free:
             return self._free.popleft()
         if not self._left:
             return None
         self._left -= 1
-        return bytearray(self._size)
+        buffer = _Buffer(self._size)
+        self._made.append(buffer)
+        return buffer
 
-    def returning(self, buffer: bytearray) -> Callable[[], None]:
+    def returning(self, buffer: _Buffer) -> Callable[[], None]:
         def give_back() -> None:
             self._free.append(buffer)
             self.wake()
@@ -563,6 +600,8 @@ class _Pool:
         with self._open:
             self._closed = True
             os.close(self._event)
+        for buffer in self._made:
+            buffer.close()
 
 
 class _Throttle:
