@@ -84,6 +84,15 @@ def test_a_command_the_run_had_half_written_does_not_hinder(
     wait_until_running(vm)
 
 
+def test_answers_the_run_had_not_read_do_not_hinder(vm: Qemu, run: DoomedRun) -> None:
+    stop(run)
+    run("raw", "qmp", '{"execute":"query-qmp-schema"}' * 8)
+    run.kill()
+    wait_until_running(vm)
+    assert ended(run.watchdog)
+    assert not marked(vm)
+
+
 def test_vm_runs_at_the_time_limit_while_the_run_is_stopped(vm: Qemu, run: DoomedRun) -> None:
     stop(run, 0.3)
     run.signal(signal.SIGSTOP)

@@ -2,14 +2,16 @@
 """What the watchdog's process does: watch over a run, and bring VM and guest back if it fails.
 
 It shares the run's connections to the monitor and to the guest agent, because both serve one client
-at a time and the run may still hold them. So it only ever *peeks* at what comes back: the run may
-live on and need every byte. How much it may write depends on whether the run still lives:
+at a time and the run may still hold them. What it may do with them depends on whether the run still
+lives:
 
 - The run is dead. Its last command may be half written, and QEMU's parser waits for the rest. A
   byte 0xFF resets it in every state, a line end does not (tried: inside a number or a word nothing
-  helps but 0xFF). QEMU reports the broken command in an error without an id.
-- The run is stopped or hangs. That error would make its QMP client give up the connection, so the
-  first attempt goes without the 0xFF. Replies with our ids are dropped by the run's client.
+  helps but 0xFF). QEMU reports the broken command in an error without an id. What the run had not
+  read, however much it is, is read in its place, for the answers come behind it.
+- The run is stopped or hangs. It may live on and need every byte, so what comes back is only
+  *peeked* at. That error would make its QMP client give up the connection, so the first attempt
+  goes without the 0xFF. Replies with our ids are dropped by the run's client.
 
 QEMU drops the commands it has not begun when a client leaves, so the connection is kept until the
 answer has come. The guest agent carries out its commands in order; a thaw that is sent while a
@@ -41,7 +43,9 @@ LEAVE_SECONDS = 5.0
 """How long a run that gives up waits for its VM to run again before it goes on."""
 
 _TICK_SECONDS = 0.02
-_PEEK_BYTES = 1024 * 1024
+_READ_BYTES = 1024 * 1024
+_KEPT_BYTES = 64 * 1024
+"""Of what a dead run had not read: more than all answers to the attempts together."""
 
 FREEZE, STOP = "freeze", "stop"
 FINE, FIRED = b"fine", b"fired"
@@ -52,17 +56,20 @@ FLUSH = b"\xff"
 class Rescue:
     """Attempts at one connection, until success is seen, the other side is gone, or time is up.
 
-    `orphaned` says that the run is dead. Never blocks, never raises.
+    `orphaned` says that the run is dead, `flush` that the parser is reset at the first attempt, too.
+    Never blocks, never raises.
     """
 
     def __init__(
-        self, what: str, connection: socket.socket, seconds: float, *, orphaned: bool
+        self, what: str, connection: socket.socket, seconds: float, *, orphaned: bool, flush: bool
     ) -> None:
         self.what = what
         self.done = False
         self.number = secrets.randbits(48)
         self._connection = connection
         self._orphaned = orphaned
+        self._flush = flush
+        self._received = b""
         self._next = time.monotonic()
         self._until = self._next + seconds
         self._attempts = 0
@@ -78,7 +85,7 @@ class Rescue:
             self._send()
 
     def _send(self) -> None:
-        flush = FLUSH if self._orphaned or self._attempts > 1 else b""
+        flush = FLUSH if self._flush or self._attempts > 1 else b""
         lines = b"".join(json.dumps(request).encode() + b"\n" for request in self._requests())
         try:
             flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -90,13 +97,15 @@ class Rescue:
 
     def _answered(self) -> bool:
         try:
-            flags = socket.MSG_DONTWAIT | socket.MSG_PEEK
-            data = self._connection.recv(_PEEK_BYTES, flags)
+            flags = socket.MSG_DONTWAIT | (0 if self._orphaned else socket.MSG_PEEK)
+            data = self._connection.recv(_READ_BYTES, flags)
         except BlockingIOError:
             return False
         except OSError:
             return True  # nobody is left who could be helped
-        return not data or self._succeeded(list(_objects(data)))
+        if self._orphaned:
+            self._received = (self._received + data)[-_KEPT_BYTES:]
+        return not data or self._succeeded(list(_objects(self._received or data)))
 
     def _requests(self) -> Sequence[dict[str, object]]:
         raise NotImplementedError
@@ -109,7 +118,7 @@ class VmRescue(Rescue):
     """Let the VM run. The marker goes only where the run will not come back to it."""
 
     def __init__(self, connection: socket.socket, *, orphaned: bool, unmark: bool) -> None:
-        super().__init__(STOP, connection, VM_SECONDS, orphaned=orphaned)
+        super().__init__(STOP, connection, VM_SECONDS, orphaned=orphaned, flush=orphaned)
         self._unmark = unmark
 
     def _requests(self) -> Sequence[dict[str, object]]:
@@ -134,8 +143,8 @@ class VmRescue(Rescue):
 class GuestRescue(Rescue):
     """Thaw the guest; done when the agent says that it is thawed."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__(FREEZE, connection, GUEST_SECONDS, orphaned=True)
+    def __init__(self, connection: socket.socket, *, orphaned: bool) -> None:
+        super().__init__(FREEZE, connection, GUEST_SECONDS, orphaned=orphaned, flush=True)
 
     def _requests(self) -> Sequence[dict[str, object]]:
         return [
@@ -235,7 +244,7 @@ class Guard:
         if self._vm and STOP in self._armed:
             self._rescues.append(VmRescue(self._vm, orphaned=orphaned, unmark=unmark))
         if self._guest and FREEZE in self._armed:
-            self._rescues.append(GuestRescue(self._guest))
+            self._rescues.append(GuestRescue(self._guest, orphaned=orphaned))
         self._tick()
 
     def _tick(self) -> None:
