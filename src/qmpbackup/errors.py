@@ -19,8 +19,9 @@
     ├── UnrecordedChanges           9  an audit found changes that no change bitmap had
     ├── NoSuchTarget               10  nothing of ours is there
     ├── Locked                     11  another run holds the VM or the target
-    ├── WrongPassword              12
-    └── Interrupted           130/143  SIGINT or SIGTERM ended the run in order
+    └── WrongPassword              12
+
+    Interrupted               130/143  SIGINT or SIGTERM: stands alone, as nothing has failed
 
 Exit code 3 (done but degraded) is no error: the point exists. Each error carries one sentence that
 says what is wrong (`message`) and one that says what to do (`hint`, may be empty).
@@ -155,8 +156,11 @@ class WrongPassword(QmpBackupError):
     exit_code = 12
 
 
-class Interrupted(QmpBackupError):
-    """SIGINT or SIGTERM: the run ended in order and left nothing behind."""
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the run ended in order and left nothing behind.
+
+    No `QmpBackupError`: whoever passes over what has failed must not pass over this.
+    """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"Interrupted by signal {signal_number}; the run was ended in order.")

@@ -5,7 +5,10 @@ Unlike `contextlib.ExitStack`, a failing step never keeps the others from runnin
 the error that made us undo: its sentence is collected and reported.
 """
 
+import signal
 from collections.abc import Callable
+
+from qmpbackup.errors import Interrupted
 
 
 class UndoStack:
@@ -19,14 +22,22 @@ class UndoStack:
         self._steps.append((what, step))
 
     def run(self) -> list[str]:
-        """Undo everything, last first; return one sentence a step that failed."""
+        """Undo everything, last first; return one sentence a step that failed.
+
+        A signal that ended a step is sent to ourselves again in the end.
+        """
         failures: list[str] = []
+        signals: set[int] = set()
         while self._steps:
             what, step = self._steps.pop()
             try:
                 step()
             except Exception as error:  # noqa: BLE001 - teardown continues past any failing step
                 failures.append(f"Could not {what}: {error}")
+                if isinstance(error, Interrupted):
+                    signals.add(error.signal_number)
+        for number in signals:
+            signal.raise_signal(number)
         return failures
 
     def move_to(self, other: "UndoStack") -> None:

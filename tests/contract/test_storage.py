@@ -7,9 +7,11 @@ forgets all the time; each with the retries that `connect` puts around it.
 
 import errno
 import hashlib
+import http.client
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +31,7 @@ from lab.servers import BUCKET, KEYS, answering, certificate, s3_server
 from lab.small import fill, fuse_folder, needs_root, small_folder
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted, StorageError
+from qmpbackup.restic.storage import rest
 from qmpbackup.restic.storage.interface import (
     CONFIG,
     Buffer,
@@ -577,6 +580,27 @@ def test_a_signal_ends_the_wait() -> None:
     assert down.faults == 1
 
 
+def test_a_folder_in_which_links_are_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_args: object, **_more: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "link", forbidden)
+    storage = LocalStorage(tmp_path)
+    storage.create()
+    assert storage.load(put(storage, b"data")) == b"data"
+
+
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.create()
+    file = file_of(b"data", Kind.LOCK)
+    (tmp_path / file.kind / file.name).symlink_to(tmp_path / "nowhere")
+    assert storage.load(put(storage, b"data", Kind.LOCK)) == b"data"
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_giving_up_ends_the_wait_of_all_threads() -> None:
     down = Down()
     slow = Retrying(down, Patience(first=600.0, longest=600.0, total=6000.0))
@@ -588,6 +612,27 @@ def test_giving_up_ends_the_wait_of_all_threads() -> None:
         for each in waiting:
             with pytest.raises(Temporary):
                 each.result(30)
+
+
+def test_giving_up_also_holds_for_who_is_just_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "_LAST_SECONDS", 0.1)
+    connect_to = http.client.HTTPConnection.connect
+
+    def give_up_first(connection: http.client.HTTPConnection) -> None:
+        hasty.give_up()
+        connect_to(connection)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", give_up_first)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hasty = RestStorage(f"http://127.0.0.1:{silent.getsockname()[1]}/", {}, seconds=600.0)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(hasty.load, CONFIG)
+            try:
+                with pytest.raises(Temporary):
+                    waiting.result(30)
+            finally:
+                hasty.give_up()
+    hasty.close()
 
 
 def test_a_file_is_removed_also_by_who_has_given_up() -> None:

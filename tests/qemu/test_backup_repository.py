@@ -110,6 +110,16 @@ def test_what_makes_no_sense_is_refused(
     assert_clean(vm, target)
 
 
+def test_disks_too_large_for_one_point_are_refused(
+    tmp_path: Path, start_qemu: StartQemu, target: Repository
+) -> None:
+    disks = [Disk(name, create(tmp_path / name, 16 << 40)) for name in ("vda", "vdb")]
+    vm = start_qemu(disks)
+    assert "--include" in try_backup(vm, target).check(USAGE).err
+    assert target.snapshots() == []
+    assert_clean(vm, target)
+
+
 def test_a_repository_that_is_not_there_or_not_ours(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:

@@ -71,17 +71,17 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
         command: Run = arguments.run
         code = command(arguments)
     except Interrupted as error:
-        return _report(error, error.exit_status, debug)
+        return _report([str(error)], error.exit_status, debug, error)
     except QmpBackupError as error:
-        return _report(error, error.exit_code, debug)
+        return _report([error.message, error.hint], error.exit_code, debug, error)
     except BrokenPipeError:
         return 1  # whoever read our output has gone
     except Exception as error:  # noqa: BLE001 - the last resort: one sentence instead of a traceback
-        unexpected = QmpBackupError(
+        sentences = [
             f"Unexpected {type(error).__name__}: {error}.",
             "Run with --debug and report the traceback.",
-        )
-        return _report(unexpected, unexpected.exit_code, debug, error)
+        ]
+        return _report(sentences, QmpBackupError.exit_code, debug, error)
     return code
 
 
@@ -108,12 +108,12 @@ def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
-def _report(error: QmpBackupError, code: int, debug: bool, cause: Exception | None = None) -> int:
+def _report(sentences: Sequence[str], code: int, debug: bool, error: Exception) -> int:
     log = logging.getLogger("qmpbackup")
-    for sentence in filter(None, (error.message, error.hint)):
+    for sentence in filter(None, sentences):
         log.error("%s", sentence)
     if debug:
-        log.debug("Where it came from:", exc_info=cause or error)
+        log.debug("Where it came from:", exc_info=error)
     return code
 
 

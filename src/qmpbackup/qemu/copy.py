@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
+from qmpbackup.errors import (
+    CommandError,
+    Interrupted,
+    JobError,
+    QmpBackupError,
+    StorageError,
+    VmError,
+)
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.names import RunNames
@@ -110,7 +117,7 @@ def copy_all(
             if isinstance(answer, CommandError):
                 raise _refused(image.disk_id, answer)
         ends = jobs.wait(monitor, started, watch)
-    except QmpBackupError:
+    except (QmpBackupError, Interrupted):
         jobs.sweep(monitor, started)
         raise
     failed = [each for each in zip(images, ends, strict=True) if each[1].error]

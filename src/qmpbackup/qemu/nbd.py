@@ -507,6 +507,7 @@ class _Line:
     def ask(self, chunk: Chunk, buffer: _Buffer) -> None:
         from nbd import Error
 
+        self._require_alive()
         request = _Request(chunk, buffer)
         self.waiting += 1
         try:
@@ -545,6 +546,9 @@ class _Line:
             if not request.pieces:
                 self.waiting -= 1
                 yield request.chunk, request.buffer
+        self._require_alive()
+
+    def _require_alive(self) -> None:
         if self._connection.handle.aio_is_dead() or self._connection.handle.aio_is_closed():
             raise NbdError(0, _LOST)
 

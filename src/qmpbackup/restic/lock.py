@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Final, Protocol
 
 from qmpbackup import interrupt
-from qmpbackup.errors import DamagedError, Locked, QmpBackupError, StorageError
+from qmpbackup.errors import DamagedError, Interrupted, Locked, QmpBackupError, StorageError
 from qmpbackup.restic import gojson
 from qmpbackup.restic.keyfile import username
 from qmpbackup.restic.storage.interface import File, Kind, Missing, Refused, Storage
@@ -242,6 +242,15 @@ class Held:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        try:
+            self._remove_all()
+        except Interrupted:
+            # Who ends us has no patience with a storage that fails; one more try is due all the same.
+            self._repository.storage.give_up()
+            self._remove_all()
+            raise
+
+    def _remove_all(self) -> None:
         for name in self._names:
             self._remove(name)
         self._names.clear()

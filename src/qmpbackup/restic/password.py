@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import Interrupted, QmpBackupError, UsageError
+from qmpbackup.errors import QmpBackupError, UsageError
 
 _QUOTES: Final = ("'", '"')
 _SPACE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -64,8 +64,6 @@ def _from_command(command: str) -> str:
     arguments = split(command)
     try:
         done = run(arguments)
-    except Interrupted:
-        raise
     except QmpBackupError as error:
         raise UsageError(f"RESTIC_PASSWORD_COMMAND failed: {error.message}", error.hint) from None
     if done.code:

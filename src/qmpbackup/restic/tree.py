@@ -26,6 +26,10 @@ _QUOTED_ID: Final = 2 * ID + 3
 """Bytes of an id in a list of them, with its quotes and the comma behind it."""
 
 _IDS_AT_ONCE: Final = 16_384
+_FIRST_IDS: Final = 16
+
+_LARGEST_REST: Final = 64 << 20
+"""Bytes of a tree's JSON beside its lists of ids that are believed: some 100,000 nodes."""
 
 _CONTENT: Final = b'"content":['
 
@@ -152,6 +156,8 @@ def parse_blocks(blocks: Iterable[bytes], what: str = "A tree") -> list[Node]:
     lists = _Lists()
     for block in blocks:
         lists.feed(block)
+        if lists.rest > _LARGEST_REST:
+            raise gojson.damaged(what, "it is too large")
     members = gojson.load(lists.finish(), what)
     nodes = members.get("nodes")
     if nodes is None:
@@ -179,6 +185,11 @@ class _Lists:
         self._list = bytearray()
         self._in_list = False
 
+    @property
+    def rest(self) -> int:
+        """Bytes so far that are no lists of ids."""
+        return len(self._text) + len(self._rest)
+
     def feed(self, block: bytes) -> None:
         """The next block."""
         self._rest += block
@@ -189,7 +200,8 @@ class _Lists:
         """The JSON without the lists."""
         if self._in_list:
             self._put_back()
-        return bytes(self._text + self._rest)
+        self._text += self._rest
+        return bytes(self._text)
 
     def _next_list(self) -> bool:
         """Go to where a list begins; false where more of the JSON is needed for that."""
@@ -212,7 +224,9 @@ class _Lists:
             del self._rest[0]
             self._end()
             return True
-        size = min(len(self._rest) // _QUOTED_ID, _IDS_AT_ONCE) * _QUOTED_ID
+        # No more than there have been: what only begins like a list must not be searched for long.
+        at_once = min(_FIRST_IDS + len(self._list) // ID, _IDS_AT_ONCE)
+        size = min(len(self._rest) // _QUOTED_ID, at_once) * _QUOTED_ID
         end = self._rest.find(b"]", 0, size)
         is_last = end >= 0
         if is_last:

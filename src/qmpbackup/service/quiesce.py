@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from qmpbackup.errors import (
     CommandError,
     GuestStateUnknown,
+    Interrupted,
     QmpBackupError,
     QuiesceError,
     UsageError,
@@ -121,7 +122,7 @@ class Guest:
             count = agent.freeze(FREEZE_SECONDS)
         except GuestStateUnknown:
             raise  # the watchdog goes on thawing, and the marker tells the next run
-        except QmpBackupError:
+        except (QmpBackupError, Interrupted):
             self._unmark()
             watchdog.disarm_freeze()
             raise

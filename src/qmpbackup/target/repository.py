@@ -40,6 +40,9 @@ CHUNK = 1024 * 1024
 ID = 32
 """Bytes of a chunk's id."""
 
+MOST_BYTES = 30 << 40
+"""Bytes of all disks of a point: the lists of their chunks make up one tree, which ends at 2 GiB."""
+
 MANIFEST = "manifest.json"
 RAW = ".raw"
 TAG = "qmpbackup"

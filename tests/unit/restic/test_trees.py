@@ -164,6 +164,18 @@ def test_a_name_there_twice_is_refused() -> None:
         parse(encode([FILE, replace(FILE, name="disk.rax")]).replace(b"rax", b"raw"))
 
 
+def test_beginnings_of_lists_without_end_are_no_tree() -> None:
+    with pytest.raises(DamagedError):
+        parse_blocks([b'"content":[' * 90_000] * 8)
+
+
+def test_what_is_said_beside_the_lists_has_a_limit() -> None:
+    blocks = iter([b'{"nodes":[],"more":"', *[b"x" * (1 << 20)] * 200, b'"}'])
+    with pytest.raises(DamagedError, match="too large"):
+        parse_blocks(blocks)
+    assert len(list(blocks)) > 100
+
+
 def _check(data: bytes) -> None:
     try:
         found = parse(data)

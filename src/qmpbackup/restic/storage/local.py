@@ -31,10 +31,8 @@ from qmpbackup.restic.storage.interface import (
 _FOLDERS = [kind for kind in Kind if kind is not Kind.CONFIG]
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
-_NO_NAMELESS = frozenset(
-    {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.EXDEV, errno.EPERM}
-)
-"""How file systems, old kernels, and a missing /proc say that there are no files without a name."""
+_NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.EPERM})
+"""How file systems and old kernels say that there are no files without a name."""
 
 _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
@@ -67,7 +65,7 @@ class LocalStorage(Storage):
         return self._path / file.kind / file.name
 
     def save(self, file: File, parts: Sequence[Buffer]) -> None:
-        """Write, fsync, rename, fsync the folder; a file that is there stays as it is."""
+        """Write, fsync, give it its name, fsync the folder; a file that is there stays as it is."""
         path = self._where(file)
         try:
             if not path.exists():
@@ -177,15 +175,23 @@ def _write_nameless(path: Path, parts: Sequence[Buffer]) -> bool:
     try:
         _write_all(fd, parts)
         os.fsync(fd)
-        # A folder's descriptor, unused with an absolute path, has Python call linkat(2), which follows.
-        with suppress(FileExistsError):
-            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
-    except OSError as error:
-        if error.errno in _NO_NAMELESS:
-            return False
-        raise
+        return _named(fd, path)
     finally:
         os.close(fd)
+
+
+def _named(fd: int, path: Path) -> bool:
+    """Give a file without a name one; false where a file cannot come to its name like this.
+
+    There may be no /proc, a policy may forbid links alone, or a link that leads nowhere is there.
+    """
+    try:
+        # A folder's descriptor, unused with an absolute path, has Python call linkat(2), which follows.
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+    except FileExistsError:
+        return path.exists()
+    except OSError:
+        return False
     return True
 
 

@@ -183,6 +183,10 @@ class RestStorage(Storage):
         connection = self._connection()
         self._asking.add(connection)
         try:
+            if connection.sock is None:
+                connection.connect()
+            # Giving up tells the connections that are there; one that was being made looks here.
+            connection.sock.settimeout(self._seconds)
             sent = False
             with suppress(BrokenPipeError, ConnectionResetError):
                 all_headers = {**self._headers, **(headers or {})}

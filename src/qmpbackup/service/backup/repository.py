@@ -19,6 +19,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges, UsageError
 from qmpbackup.model import Level, Location, Point, Vm
 from qmpbackup.plan.levels import DiskPlan
+from qmpbackup.plan.sizes import human
 from qmpbackup.qemu.jobs import Progress
 from qmpbackup.qemu.nbd import Chunk, Flow
 from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
@@ -33,6 +34,7 @@ from qmpbackup.target.inventory import Inventory
 from qmpbackup.target.repository import (
     CHUNK,
     ID,
+    MOST_BYTES,
     Contents,
     RepositoryTarget,
     count_chunks,
@@ -65,7 +67,18 @@ class Repository:
         self._distrusted |= disks
 
     def way(self, frame: Frame) -> "IntoRepository":
-        """The way of a run into it."""
+        """The way of a run into it.
+
+        Raises:
+            UsageError: the disks are too large for one point.
+        """
+        size = sum(seat.disk.size for seat in frame.seats)
+        if size > MOST_BYTES:
+            raise UsageError(
+                f"The disks have {human(size)} together, and a point in a repository holds no more "
+                f"than {human(MOST_BYTES)}.",
+                "Name some of them with --include, or use a folder as target.",
+            )
         return IntoRepository(frame, self._target)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import CommandError, JobError, StorageError, VmError
+from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
@@ -90,7 +90,7 @@ class Run:
         except BaseException as error:
             self._undo()
             if isinstance(error, _REFUSALS):
-                self._require_present_still()
+                self._require_present_still(error)
             raise
         self._retire_bitmaps(point)
         return Outcome(point, tuple(self._degraded))
@@ -163,7 +163,7 @@ class Run:
         for fd, path in self._scratches:
             scratch.await_answer(fd, path)
 
-    def _require_present_still(self) -> None:
+    def _require_present_still(self, refusal: QmpBackupError) -> None:
         """Say it where the VM has been migrated away: QEMU then refuses all kinds of commands.
 
         Raises:
@@ -172,7 +172,11 @@ class Run:
         status = ""
         with suppress(VmError):
             status = status_of(self._monitor)
-        require_present(status)
+        try:
+            require_present(status)
+        except VmError:
+            log.warning("%s", refusal)
+            raise
 
     def _undo(self) -> None:
         self._await_scratches()

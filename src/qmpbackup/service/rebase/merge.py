@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, QmpBackupError, StorageError, UsageError
+from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError, StorageError, UsageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link
 from qmpbackup.plan.merge import (
@@ -273,6 +273,9 @@ class _Merge:
                 f"The merge is begun but could not be finished: {error.message}",
                 f"{error.hint} Then run the same command again, which finishes it.".strip(),
             ) from error
+        except Interrupted:
+            log.warning("The merge is begun. Run the same command again, which finishes it.")
+            raise
 
 
 def digest_with_head(fd: int, head: bytes) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qmpbackup import durable, interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, Locked, QmpBackupError, UsageError
+from qmpbackup.errors import DamagedError, Interrupted, Locked, QmpBackupError, UsageError
 from qmpbackup.filelock import locked
 from qmpbackup.model import StoredDisk
 from qmpbackup.qemu import images
@@ -250,7 +250,7 @@ def overwriting(path: Path, fd: int, disk: StoredDisk) -> Iterator[None]:
         with storage_errors(f"write {path}"):
             yield
             os.fsync(fd)
-    except QmpBackupError:
+    except (QmpBackupError, Interrupted):
         log.warning("%s holds only part of disk %s now.", path, disk.id)
         raise
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError
+from qmpbackup.errors import DamagedError, QmpBackupError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import chain
 from qmpbackup.qemu import images
@@ -105,8 +105,6 @@ class _Verification:
         try:
             with chains.marking(self._target, disk):
                 self._check(disk, parent)
-        except Interrupted:
-            raise
         except QmpBackupError as error:
             if isinstance(error, DamagedError):
                 self._damaged.add(disk.file)
@@ -150,8 +148,6 @@ class _Verification:
                 return _state_fault(layer, disk)
             finally:
                 os.close(fd)
-        except Interrupted:
-            raise
         except QmpBackupError as error:
             return error.message
 
