@@ -38,7 +38,7 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _run("umount", str(folder))
+        _run("umount", "--lazy", str(folder))
 
 
 @contextmanager
@@ -183,6 +183,8 @@ def test_a_scratch_that_hangs_holds_up_a_guest_write_for_a_bounded_time(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=pattern(SIZE, 3)))])
+    if vm.qmp("query-version")["qemu"]["major"] >= 10:
+        pytest.skip("not bounded with this QEMU, see docs/explanation/promises.md")
     disk = create(tmp_path / "scratch.img", 256 * MIB, "raw")
     target = tmp_path / "target"
     back_up(vm, target)
@@ -192,7 +194,7 @@ def test_a_scratch_that_hangs_holds_up_a_guest_write_for_a_bounded_time(
         with cli.start("--socket", vm.socket, "--logfile", log, "backup", *slow) as running:
             _wait_for(log, "The VM stood still")
             with hanging(mount):
-                # Returns, or the limit of the test's monitor (30 s) ends the test.
+                # Returns, or the limit of the test's monitor (60 s) ends the test.
                 vm.write("vda", 20 * MIB, 65536, 7)
                 _wait_for(log, "hangs; the views stay")
                 # A view taken down now would make QEMU, and with it the guest, wait for the scratch.

@@ -16,6 +16,7 @@ import pytest
 from lab import cli
 from lab.disks import MIB, Disk, contents, create
 from lab.qemu import Qemu
+from lab.repositories import repository
 from qmpbackup.model import Level
 from qmpbackup.qemu.view import CBW_TIMEOUT_SECONDS
 from stored import Stored, Write
@@ -93,6 +94,24 @@ class TestWrongArguments:
         assert "--output" in refused(*restore, "--output", "", cwd=here)
         assert "--output-file" in refused(*restore, "--output-file", "", cwd=here)
         assert sorted(here.rglob("*")) == before
+
+    def test_a_repository_is_no_folder(self, vm: Qemu, tmp_path: Path) -> None:
+        made = repository(tmp_path)
+        before = sorted(Path(made.location).rglob("*"))
+        assert f"restic:{made.location}" in refused(*backup(vm, made.location))
+        assert f"restic:{made.location}" in refused("list", "--target", made.location)
+        assert sorted(Path(made.location).rglob("*")) == before
+
+    @pytest.mark.parametrize("location", ["s3:bucket", "rest:https://host/", "sftp:host:/x"])
+    def test_a_location_without_its_word_is_no_folder(
+        self, vm: Qemu, tmp_path: Path, location: str
+    ) -> None:
+        assert f"restic:{location}" in refused(*backup(vm, location), cwd=tmp_path)
+        assert not list(tmp_path.glob(f"{location[:2]}*"))
+
+    def test_an_id_that_is_empty_is_not_all_ids(self, vm: Qemu) -> None:
+        said = refused("--socket", vm.socket, "cleanup", "--remove-bitmaps", "--uuid", "")
+        assert "--uuid" in said
 
     def test_a_disk_without_a_name_is_not_all_disks(self, stored: Stored, tmp_path: Path) -> None:
         out = tmp_path / "out"

@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, require_socket
+from qmpbackup.cli.arguments import add_lock_wait, add_target, require_socket, target_id
 from qmpbackup.cli.printing import printable, say
 
 
@@ -32,7 +32,9 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="say that this is what you want",
     )
-    cleanup.add_argument("--uuid", default="", help="only those of the target with this id")
+    cleanup.add_argument(
+        "--uuid", type=target_id, default="", help="only those of the target with this id"
+    )
     add_lock_wait(cleanup, "VM")
     cleanup.set_defaults(run=clean_up)
     recover = commands.add_parser(

@@ -43,7 +43,7 @@ def read(environment: Mapping[str, str], *, confirm: bool = False) -> str:
 
 def _some(password: str, source: str) -> str:
     if not password:
-        raise UsageError(f"{source} is empty.", "restic takes no empty password either.")
+        raise UsageError(f"{source} is empty.", "A repository always has a password: give it.")
     return password
 
 
@@ -52,7 +52,10 @@ def _from_file(file: str) -> str:
         data = Path(file).read_bytes()
     except OSError as error:
         why = error.strerror or type(error).__name__
-        raise UsageError(f"The password file {file} cannot be read: {why}.") from error
+        raise UsageError(
+            f"The password file {file} cannot be read: {why}.",
+            "Check RESTIC_PASSWORD_FILE, and that this user may read it.",
+        ) from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace").strip(_SPACE)
     return _text(data.removeprefix(codecs.BOM_UTF8))

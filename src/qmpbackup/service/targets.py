@@ -73,9 +73,9 @@ def repository_ahead(place: Location) -> "Iterator[Callable[[], Repository]]":
     from qmpbackup.restic.repository import Repository
     from qmpbackup.restic.storage.location import connect
 
-    secret = password.read(os.environ)
     with ExitStack() as stack:
         storage = stack.enter_context(connect(place.text, os.environ))
+        secret = password.read(os.environ)
         thread = stack.enter_context(ThreadPoolExecutor(1, "opening"))
         opening = thread.submit(Repository.open, storage, secret)
         stack.push(lambda *error: storage.give_up() if error[0] else None)

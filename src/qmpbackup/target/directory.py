@@ -82,6 +82,16 @@ class Owner:
         return owner
 
 
+def is_repository(folder: Path) -> bool:
+    """Whether a folder holds all that a local repository has (restic, doc/design.rst)."""
+    try:
+        return (folder / "config").is_file() and all(
+            (folder / name).is_dir() for name in ("data", "index", "keys", "locks", "snapshots")
+        )
+    except OSError:
+        return False
+
+
 class DirectoryTarget:
     """A target in a directory. Holds nothing open between calls."""
 
@@ -134,7 +144,13 @@ class DirectoryTarget:
             damage = f"{VM_FILE} is missing."
         except DamagedError as error:
             damage = error.message
-        return cls(top.path, None, damage) if top.exists(POINTS) else None
+        if top.exists(POINTS):
+            return cls(top.path, None, damage)
+        if is_repository(top.path):
+            raise UsageError(
+                f"{top.path} is a restic repository.", f"Write --target restic:{top.path}."
+            )
+        return None
 
     @classmethod
     def open_or_create(

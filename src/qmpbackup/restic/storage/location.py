@@ -39,7 +39,7 @@ def connect(location: str, environment: Environment) -> Storage:
     scheme, colon, rest = text.partition(":")
     if colon and scheme in _OTHERS:
         raise UsageError(
-            f"Locations that begin with {scheme}: are not known here.",
+            f"qmpbackup cannot use locations that begin with {scheme}:.",
             "`rclone serve restic` reaches them as rest:http://127.0.0.1:PORT/.",
         )
     if not colon or scheme == "local" or scheme.startswith((".", "/")):
@@ -49,7 +49,7 @@ def connect(location: str, environment: Environment) -> Storage:
         return Logged(LocalStorage(Path(path)))
     makers = {"rest": _rest, "s3": _s3, "gs": _gs, "azure": _azure}
     if scheme not in makers:
-        raise UsageError(f"Locations that begin with {scheme}: are not known here.", _HINT)
+        raise UsageError(f"qmpbackup cannot use locations that begin with {scheme}:.", _HINT)
     return Retrying(Limited(Logged(makers[scheme](rest, environment)), AT_ONCE))
 
 
@@ -80,7 +80,7 @@ def _s3(text: str, environment: Environment) -> Storage:
     if not text.startswith(("http://", "https://")):
         text = f"https://{text.removeprefix('//')}"
     wrong = UsageError(
-        "The location behind s3: is none.",
+        "The location behind s3: is not valid.",
         "It reads like s3:https://host/bucket/prefix; keys are in AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY.",
     )
@@ -197,7 +197,7 @@ def _bucket(text: str, example: str) -> tuple[str, str]:
     bucket, colon, path = text.partition(":")
     if not bucket or not colon:
         kind = example.partition(":")[0]
-        raise UsageError(f"The location {kind}:{text} is none.", f"It reads like {example}.")
+        raise UsageError(f"The location {kind}:{text} is not valid.", f"It reads like {example}.")
     return bucket, _clean(path)
 
 

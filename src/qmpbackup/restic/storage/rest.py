@@ -54,9 +54,9 @@ class RestStorage(Storage):
             parts = urlsplit(address)
             port = parts.port
         except ValueError:
-            raise UsageError("The address behind rest: is none.", _EXAMPLE) from None
+            raise UsageError("The address behind rest: is not valid.", _EXAMPLE) from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise UsageError("The address behind rest: is none.", _EXAMPLE)
+            raise UsageError("The address behind rest: is not valid.", _EXAMPLE)
         self._trust = _trust(environment) if parts.scheme == "https" else None
         self._host, self._port = parts.hostname, port
         path = quote(parts.path, safe=_IN_PATHS)

@@ -20,7 +20,7 @@ from qmpbackup.qemu import images
 from qmpbackup.qemu.qcow2 import read_header
 from qmpbackup.service.restore.request import Request
 from qmpbackup.service.targets import Target
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.target.directory import DirectoryTarget, is_repository
 from qmpbackup.target.names import PARTIAL, folder_name
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def refuse_harm(target: Target, path: Path) -> None:
         raise UsageError(
             f"{path} lies in the target itself, where only backups go.", "Choose another place."
         )
-    if any(map(_is_repository, above)):
+    if any(map(is_repository, above)):
         raise UsageError(
             f"{path} lies in a restic repository, where only backups go.", "Choose another place."
         )
@@ -68,16 +68,6 @@ def refuse_harm(target: Target, path: Path) -> None:
             f"{path} is in use, most likely by a VM that runs.",
             "Shut that VM down first, or choose another place.",
         )
-
-
-def _is_repository(folder: Path) -> bool:
-    """Whether a folder holds all that a local repository has (restic, doc/design.rst)."""
-    try:
-        return (folder / "config").is_file() and all(
-            (folder / name).is_dir() for name in ("data", "index", "keys", "locks", "snapshots")
-        )
-    except OSError:
-        return False
 
 
 def is_device(path: Path) -> bool:
