@@ -5,7 +5,7 @@ Whole processes are timed, ours and the peer's in turn, and the ratio is that of
 caches are treated alike: both read a warm source; our side includes fsync and digests, which the
 peer does not do, so a second column gives the peer followed by `sync` of its output.
 
-    python -m bench.backup [--size 2G] [--runs 5] [--disk DIR] [--tmpfs DIR]
+    python -m bench.backup [--megabytes 2048] [--runs 5] [--disk DIR] [--tmpfs DIR]
 """
 
 import argparse

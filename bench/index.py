@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the index of a large repository fares: building its cache, opening it, asking it, changing it.
 
-    python bench/index.py [millions of blobs, 10]
+    python -m bench.index [millions of blobs, 10]
 
 The index files are made up on the way (random ids, 40 blobs a pack, 50 000 a file), so that nothing
 but the parsing and the cache is measured. Memory is what the process grows by, at its highest.

@@ -27,7 +27,7 @@ def real_files(image: Path, megabytes: int) -> None:
     raw, tree = image.with_suffix(".raw"), image.parent / "tree"
     tree.mkdir()
     left = megabytes << 20
-    for number, (source, size) in enumerate(_files(("/usr", "/opt", "/var", "/root"))):
+    for number, (source, size) in enumerate(_files(("/usr", "/opt", "/var/lib", "/var/cache"))):
         if left <= 0:
             break
         left -= size
