@@ -32,9 +32,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="say that this is what you want",
     )
-    cleanup.add_argument(
-        "--uuid", type=target_id, default="", help="only those of the target with this id"
-    )
+    cleanup.add_argument("--uuid", type=target_id, help="only those of the target with this id")
     add_lock_wait(cleanup, "VM")
     cleanup.set_defaults(run=clean_up)
     recover = commands.add_parser(
@@ -70,7 +68,7 @@ def clean_up(arguments: argparse.Namespace) -> int:
     """Remove bitmaps and say which."""
     from qmpbackup.service.bitmaps import remove_bitmaps
 
-    removed = remove_bitmaps(require_socket(arguments), arguments.uuid, arguments.lock_wait)
+    removed = remove_bitmaps(require_socket(arguments), arguments.uuid or "", arguments.lock_wait)
     removed = [printable(f"Removing bitmap: {name}") for name in removed]
     say(*removed or ["There was no bitmap of ours to remove."])
     return 0
