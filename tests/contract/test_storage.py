@@ -50,7 +50,7 @@ from qmpbackup.restic.storage.wrappers import Limited, Logged, Patience, Retryin
 MIB = 1024 * 1024
 MANY = 1050
 QUICK = Patience(first=0.001, longest=0.01, total=30.0)
-AT_ONCE = Patience(total=0.0)
+AT_ONCE = Patience(total=0.0, strange=0.0)
 KINDS = [kind for kind in Kind if kind is not Kind.CONFIG]
 CHOOSE = random.Random(20260301)  # noqa: S311 - bytes for tests
 
@@ -545,8 +545,32 @@ class Down(FaultyStorage):
 def test_retries_end() -> None:
     down = Down()
     with pytest.raises(Temporary):
-        Retrying(down, Patience(first=0.001, longest=0.002, total=0.05)).load(CONFIG)
+        Retrying(down, Patience(first=0.001, longest=0.002, strange=0.05)).load(CONFIG)
     assert down.faults > 5
+
+
+def test_a_storage_that_never_answered_is_given_up_sooner() -> None:
+    class Flaky(FaultyStorage):
+        down = True
+
+        def _fault(self) -> int:
+            self.faults += 1
+            return int(self.down)
+
+    storage = Flaky()
+    retrying = Retrying(storage, Patience(first=0.001, longest=0.002, total=30.0, strange=0.0))
+    with pytest.raises(Temporary):
+        retrying.load(CONFIG)
+    assert storage.faults == 1
+    storage.down = False
+    file = put(retrying, b"data")
+    storage.down, storage.faults = True, 0
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(retrying.load, file)
+        while storage.faults < 5:
+            assert not loading.done()
+        storage.down = False
+        assert loading.result(30) == b"data"
 
 
 def test_nothing_is_tried_again_for_what_will_not_pass() -> None:
@@ -572,7 +596,7 @@ def test_a_listing_that_breaks_off_names_each_once() -> None:
 
 def test_a_signal_ends_the_wait() -> None:
     down = Down()
-    slow = Retrying(down, Patience(first=600.0, longest=600.0, total=6000.0))
+    slow = Retrying(down, Patience(first=600.0, longest=600.0, strange=6000.0))
     with interrupt.held():
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         with pytest.raises(Interrupted):
@@ -603,7 +627,7 @@ def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
 
 def test_giving_up_ends_the_wait_of_all_threads() -> None:
     down = Down()
-    slow = Retrying(down, Patience(first=600.0, longest=600.0, total=6000.0))
+    slow = Retrying(down, Patience(first=600.0, longest=600.0, strange=6000.0))
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(slow.load, CONFIG) for _ in range(3)]
         while down.faults < 3:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not (inventory.points or inventory.damaged or arguments.json):
         print("There is no restore point yet.", file=sys.stderr)
     marked = (
-        replace(each, reason=f"{each.reason}. {_needed_by(each.path, broken)}")
+        replace(each, reason=f"{each.reason.removesuffix('.')}. {_needed_by(each.path, broken)}")
         for each in inventory.marked
     )
     return warn((*inventory.damaged, *marked))

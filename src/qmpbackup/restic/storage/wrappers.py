@@ -22,11 +22,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to try again: pauses double from `first` to `longest`, `total` in all (seconds)."""
+    """How long to try again: pauses double from `first` to `longest`, `total` in all (seconds).
+
+    A storage that has not done anything yet is given up after `strange`: more often than in
+    trouble, it is not there, because its name or its address is wrong.
+    """
 
     first: float = 0.5
     longest: float = 30.0
     total: float = 300.0
+    strange: float = 45.0
 
 
 class _Wrapper(Storage):
@@ -74,6 +79,7 @@ class Retrying(_Wrapper):
     def __init__(self, storage: Storage, patience: Patience | None = None) -> None:
         super().__init__(storage)
         self._patience = patience or Patience()
+        self._known = False
         self._given_up = threading.Event()
 
     def give_up(self) -> None:
@@ -101,19 +107,23 @@ class Retrying(_Wrapper):
         return self._persist(what, arguments, least=1)
 
     def _persist(self, what: Callable[..., T], arguments: Sequence[object], least: int) -> T:
-        deadline = time.monotonic() + self._patience.total
+        started = time.monotonic()
         pause = self._patience.first
         for tries in itertools.count(1):
             try:
-                return what(*arguments)
+                result = what(*arguments)
             except Temporary as error:
+                total = self._patience.total if self._known else self._patience.strange
                 if self._given_up.is_set():
                     if tries >= least:
                         raise
                     time.sleep(_POLL_SECONDS)
-                elif time.monotonic() + pause > deadline:
+                elif time.monotonic() - started + pause > total:
                     raise
                 _log.warning("%s Trying again.", error.message)
+            else:
+                self._known = True
+                return result
             self._rest(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
             pause = min(2 * pause, self._patience.longest)
         raise AssertionError("counting ended")
