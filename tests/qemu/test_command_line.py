@@ -119,6 +119,11 @@ class TestWrongArguments:
             refused("restore", "--target", stored.path, "--output", out, "--disk", names)
         assert not out.exists()
 
+    def test_a_folder_is_not_a_file_to_write(self, stored: Stored, tmp_path: Path) -> None:
+        restore = ("restore", "--target", stored.path, "--output-file", tmp_path)
+        for force in ((), ("--force",)):
+            assert "--output" in refused(*restore, *force)
+
     def test_a_time_beyond_the_calendar_is_no_point(self, stored: Stored) -> None:
         time = "9999-12-31T23:59:59-23:00"
         shown = cli.run("show", "--target", stored.path, "--point", time)

@@ -40,10 +40,10 @@ def output(request: Request, disk: StoredDisk) -> Path:
         raise ValueError("a restore needs a folder or a file to go to")
     if is_device(path):
         return path
-    if os.path.lexists(path) and not request.force:
-        raise UsageError(f"{path} exists already.", "Choose another place, or use --force.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder.", "Use --output for folders.")
+    if os.path.lexists(path) and not request.force:
+        raise UsageError(f"{path} exists already.", "Choose another place, or use --force.")
     return path
 
 
