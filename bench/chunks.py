@@ -23,7 +23,8 @@ from bench.index import packs
 from bench.machine import make_repository, measure, real_files, size_of, vm, write
 
 from qmpbackup.restic import index
-from qmpbackup.restic.tree import Node, encode_blocks
+from qmpbackup.restic.tree import Node
+from qmpbackup.restic.tree import encode as encode_tree
 
 KIB, MIB, TIB = 1 << 10, 1 << 20, 1 << 40
 SIZES = (256 * KIB, 512 * KIB, MIB, 2 * MIB, 4 * MIB)
@@ -92,7 +93,7 @@ def _metadata(chunks: int) -> tuple[int, int]:
     ids = os.urandom(32 * chunks)
     disk = Node("vda.raw", "file", 0o600, now, now, now, size=TIB, content=ids)
     frame = zstandard.ZstdCompressor(level=1).compressobj()
-    list_ = sum(len(frame.compress(block)) for block in encode_blocks([disk])) + len(frame.flush())
+    list_ = sum(len(frame.compress(block)) for block in encode_tree([disk])) + len(frame.flush())
     some = 50_000
     documents = index.encode(packs(1, some))
     indexes = sum(len(zstandard.ZstdCompressor(level=1).compress(each)) for each in documents)

@@ -13,7 +13,8 @@ from pathlib import Path
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
-from qmpbackup.restic.tree import Node, encode_blocks
+from qmpbackup.restic.tree import Node
+from qmpbackup.restic.tree import encode as encode_tree
 from qmpbackup.restic.writer import Writer
 
 CHUNKS = 1 << 20
@@ -29,7 +30,7 @@ def main() -> None:
             writer = Writer(repository)
             chunks = os.urandom(32 * CHUNKS)
             disk = Node("a.raw", "file", 0o600, TIME, TIME, TIME, size=CHUNKS << 20, content=chunks)
-            note.write_bytes(writer.add_large(BlobType.TREE, lambda: encode_blocks([disk])))
+            note.write_bytes(writer.add_large(BlobType.TREE, lambda: encode_tree([disk])))
             writer.flush()
             writer.stop()
         else:

@@ -323,7 +323,7 @@ class Repository:
         return self._opened(
             BlobType.TREE,
             id_,
-            lambda sealed, blob: tree.parse_blocks(open_large_blob(self.key, sealed, blob), what),
+            lambda sealed, blob: tree.parse(open_large_blob(self.key, sealed, blob), what),
         )
 
     # Locks

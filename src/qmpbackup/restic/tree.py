@@ -71,20 +71,11 @@ class Node:
     link_target: str = ""
 
 
-def encode(nodes: Iterable[Node]) -> bytes:
-    """A tree's JSON.
-
-    Raises:
-        ValueError: a name is none, or there twice; or a content has not whole ids.
-    """
-    return b"".join(encode_blocks(nodes))
-
-
-def encode_blocks(nodes: Iterable[Node]) -> Iterator[bytes]:
+def encode(nodes: Iterable[Node]) -> Iterator[bytes]:
     """A tree's JSON in blocks of a megabyte at most.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: a name is none, or there twice; or a content has not whole ids.
     """
     ordered = sorted(nodes, key=lambda node: node.name.encode(errors="surrogateescape"))
     names = [node.name for node in ordered]
@@ -138,16 +129,7 @@ def _encode_ids(content: bytes) -> Iterator[bytes]:
         yield b'%s"%s"' % (b"," if start else b"", digits.replace(",", '","').encode())
 
 
-def parse(data: bytes, what: str = "A tree") -> list[Node]:
-    """The nodes of a tree.
-
-    Raises:
-        DamagedError: this is none.
-    """
-    return parse_blocks([data], what)
-
-
-def parse_blocks(blocks: Iterable[bytes], what: str = "A tree") -> list[Node]:
+def parse(blocks: Iterable[bytes], what: str = "A tree") -> list[Node]:
     """The nodes of a tree that comes in blocks, of which no more than one is kept.
 
     Raises:

@@ -26,7 +26,8 @@ from qmpbackup.plan.chain import ordered
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.tree import Node, encode_blocks
+from qmpbackup.restic.tree import Node
+from qmpbackup.restic.tree import encode as encode_tree
 from qmpbackup.restic.writer import Writer
 from qmpbackup.target import manifest
 from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
@@ -271,9 +272,9 @@ class RepositoryTarget:
             contents = disks[disk.id]
             name = disk.file.rpartition("/")[2]
             nodes.append(_file(name, contents.size, contents.chunks, point.time))
-        folder = writer.add_large(BlobType.TREE, lambda: encode_blocks(nodes))
+        folder = writer.add_large(BlobType.TREE, lambda: encode_tree(nodes))
         top = [_folder(self.vm, folder, point.time)]
-        root = writer.add_large(BlobType.TREE, lambda: encode_blocks(top))
+        root = writer.add_large(BlobType.TREE, lambda: encode_tree(top))
         writer.flush()
         self.repository.save_snapshot(
             Snapshot(

@@ -11,13 +11,25 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError
-from qmpbackup.restic.tree import Node, encode, encode_blocks, parse, parse_blocks
+from qmpbackup.restic import tree
+from qmpbackup.restic.tree import Node
 
 TIME = datetime(2026, 3, 1, 12, 30, 1, 50, tzinfo=UTC)
 FILE = Node("disk.raw", "file", 0o600, TIME, TIME, TIME, size=5, links=1, content=bytes(range(64)))
 FOLDER = Node("vm", "dir", 1 << 31 | 0o700, TIME, TIME, TIME, subtree=bytes(32))
 
 in_its_time = settings(deadline=None)
+
+
+def encode(nodes: list[Node]) -> bytes:
+    """A tree's JSON, in one piece."""
+    return b"".join(tree.encode(nodes))
+
+
+def parse(document: bytes) -> list[Node]:
+    """A tree out of its JSON in one piece."""
+    return tree.parse([document])
+
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -106,9 +118,8 @@ def test_a_million_chunks_come_back() -> None:
 @given(st.lists(nodes, max_size=4, unique_by=lambda node: node.name), st.integers(1, 100))
 def test_it_does_not_matter_how_a_tree_is_cut_into_blocks(written: list[Node], size: int) -> None:
     document = encode(written)
-    assert b"".join(encode_blocks(written)) == document
     blocks = [document[at : at + size] for at in range(0, len(document), size)]
-    assert parse_blocks(blocks) == parse(document)
+    assert tree.parse(blocks) == parse(document)
 
 
 QUOTED = b'"%s"' % (b"0f" * 32)
@@ -128,7 +139,7 @@ def test_a_list_that_turns_out_odd_is_read_alike_however_far_it_has_come(
 
 def _outcome(blocks: list[bytes]) -> tuple[list[Node], str]:
     try:
-        return parse_blocks(blocks), ""
+        return tree.parse(blocks), ""
     except DamagedError as error:
         return [], str(error)
 
@@ -166,13 +177,13 @@ def test_a_name_there_twice_is_refused() -> None:
 
 def test_beginnings_of_lists_without_end_are_no_tree() -> None:
     with pytest.raises(DamagedError):
-        parse_blocks([b'"content":[' * 90_000] * 8)
+        tree.parse([b'"content":[' * 90_000] * 8)
 
 
 def test_what_is_said_beside_the_lists_has_a_limit() -> None:
     blocks = iter([b'{"nodes":[],"more":"', *[b"x" * (1 << 20)] * 200, b'"}'])
     with pytest.raises(DamagedError, match="too large"):
-        parse_blocks(blocks)
+        tree.parse(blocks)
     assert len(list(blocks)) > 100
 
 
