@@ -33,7 +33,7 @@ def test_list_as_json_is_one_object_a_point(stored: Stored) -> None:
         "schema": 1,
         "type": "point",
         "id": stored.points[1].id,
-        "time": "2026-11-02T05:00:00+00:00",
+        "time": "2026-11-02T05:00:00.000000Z",
         "level": "inc",
         "parent": stored.points[0].id,
         "disks": ["hd0"],

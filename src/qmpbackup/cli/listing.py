@@ -77,12 +77,14 @@ def warn(damaged: "Sequence[Damage]") -> int:
 
 
 def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
+    from qmpbackup.target.manifest import time_to_json
+
     return json.dumps(
         {
             "schema": 1,
             "type": "point",
             "id": point.id,
-            "time": point.time.isoformat(),
+            "time": time_to_json(point.time),
             "level": point.level,
             "parent": point.parent,
             "disks": [disk.id for disk in point.disks],

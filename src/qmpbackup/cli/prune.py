@@ -143,13 +143,15 @@ def _freed(freed: int | None, *, dry_run: bool) -> str:
 
 
 def _json_lines(outcome: "Outcome", *, dry_run: bool) -> Iterable[str]:
+    from qmpbackup.target.manifest import time_to_json
+
     for each in reversed(outcome.verdicts):
         yield json.dumps(
             {
                 "schema": 1,
                 "type": "verdict",
                 "id": each.point.id,
-                "time": each.point.time.isoformat(),
+                "time": time_to_json(each.point.time),
                 "keep": each.kept,
                 "reasons": list(each.reasons),
             }

@@ -41,6 +41,11 @@ E = TypeVar("E", bound=Enum)
 Json = dict[str, Any]
 
 
+def time_to_json(time: datetime) -> str:
+    """A time in UTC as in every document of ours, such as 2026-11-02T03:04:05.678901Z."""
+    return time.astimezone(UTC).strftime(_TIME)
+
+
 def point_to_json(point: Point) -> Json:
     """The point as a JSON object, without the manifest's own digest."""
     identity = point.vm.identity
@@ -48,7 +53,7 @@ def point_to_json(point: Point) -> Json:
         "schema": SCHEMA,
         "id": point.id,
         "sequence": point.sequence,
-        "time": point.time.astimezone(UTC).strftime(_TIME),
+        "time": time_to_json(point.time),
         "level": point.level.value,
         "parent": point.parent,
         "consistency": point.consistency.value,
