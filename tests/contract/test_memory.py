@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lab import repositories
-from lab.disks import MIB
-from qmpbackup.process import Child
+from lab.disks import MIB, create
 from qmpbackup.qemu import exports, nbd
+from qmpbackup.qemu.images import Layer
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200
@@ -34,15 +34,13 @@ def test_the_list_of_a_full_terabyte_is_stored_and_read_in_little_memory(
 @contextmanager
 def served(folder: Path, size: int) -> Iterator[str]:
     """An export of zeroes; gives its socket."""
-    image, started = folder / "image", folder / "pid"
-    image.touch()
-    os.truncate(image, size)
-    command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "--format=raw"]
-    command += ["--export-name=disk", f"--socket={folder}/nbd", f"--pid-file={started}"]
-    with Child([*command, str(image)]) as child:
-        exports.await_start(child, started, "open the image")
-        yield f"{folder}/nbd"
-        child.kill()
+    with (
+        create(folder / "image", size).open("rb") as image,
+        exports.serving(
+            Layer(image.fileno(), "image"), ["--export-name=disk"], "open it"
+        ) as socket,
+    ):
+        yield socket
 
 
 def test_reading_disks_leaves_no_memory_taken(tmp_path: Path) -> None:

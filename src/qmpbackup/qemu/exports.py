@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An internal snapshot of an image as something that qemu-img can read, through qemu-nbd.
+"""Images that qemu-nbd serves, and internal snapshots of them as something that qemu-img can read.
 
 qemu-img compares images but no snapshots. Knows images and processes; must not know targets.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,26 +25,32 @@ def snapshot(layer: Layer, name: str) -> Iterator[str]:
     Raises:
         QmpBackupError: the image has no such snapshot, or qemu-nbd cannot be run.
     """
+    options = ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
+    with serving(layer, options, f"open snapshot {name} of {layer.name}") as socket:
+        yield f"nbd+unix:///?socket={socket}"
+
+
+@contextmanager
+def serving(layer: Layer, options: Sequence[str], action: str) -> Iterator[str]:
+    """Serve one image for the block, read-only, to as many as want; gives the socket.
+
+    Raises:
+        QmpBackupError: qemu-nbd cannot be run; `action` says what it was to do.
+        Interrupted: a signal is waiting.
+    """
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
         socket, started = f"{folder}/nbd", Path(folder) / "pid"
-        arguments = ["qemu-nbd", "--read-only", "--persistent", "--shared=0"]
-        arguments += [f"--socket={socket}", f"--pid-file={started}"]
-        arguments += ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
-        image = images.spelled_out([layer])
-        with Child([*arguments, image], pass_fds=[layer.fd]) as child:
-            await_start(child, started, f"open snapshot {name} of {layer.name}")
-            yield f"nbd+unix:///?socket={socket}"
+        command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", *options]
+        command += [f"--socket={socket}", f"--pid-file={started}", images.spelled_out([layer])]
+        with Child(command, pass_fds=[layer.fd]) as child:
+            _await_start(child, started, action)
+            yield socket
 
 
-def await_start(child: Child, started: Path, action: str) -> None:
-    """Wait until qemu-nbd listens: then it writes its process id to the file `started`.
-
-    Raises:
-        QmpBackupError: it does not; `action` says what it was to do.
-        Interrupted: a signal is waiting.
-    """
+def _await_start(child: Child, started: Path, action: str) -> None:
+    """Wait until qemu-nbd listens: then it writes its process id to the file `started`."""
     deadline = time.monotonic() + _START_SECONDS
     while not (started.exists() and started.stat().st_size):
         interrupt.check()

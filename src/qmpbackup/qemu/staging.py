@@ -5,17 +5,15 @@ QEMU copies what is wanted into a qcow2 file of ours and stores the ledger's bit
 Then a qemu-nbd of ours shows that file: no client of QEMU is left that could do it harm.
 """
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpbackup.errors import VmError
 from qmpbackup.plan import commands
 from qmpbackup.plan.names import LEDGER, RunNames
-from qmpbackup.process import Child
-from qmpbackup.qemu import copy, exports, images, jobs
+from qmpbackup.qemu import copy, exports, jobs
 from qmpbackup.qemu.images import Layer
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Seat, View
@@ -71,25 +69,16 @@ class Staging:
         copy.copy_all(self._monitor, self._images(), sources, self._names, options, watch)
         self._close()
 
-    @contextmanager
-    def served(self, seat: Seat) -> Iterator[str]:
+    def served(self, seat: Seat) -> AbstractContextManager[str]:
         """Serve the image of a disk for the block; gives the socket. The export is `EXPORT`.
 
         Raises:
             QmpBackupError: qemu-nbd cannot be run.
         """
-        fd = self._stages[seat.number].fd
-        arguments = ["qemu-nbd", "--read-only", "--persistent", "--shared=0"]
-        arguments += [f"--export-name={EXPORT}"]
-        for bitmap in (self._view.changed_bitmap(seat), self._view.read_bitmap(seat)):
-            arguments += [f"--bitmap={bitmap}"] if bitmap else []
-        with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
-            socket, started = f"{folder}/nbd", Path(folder) / "pid"
-            arguments += [f"--socket={socket}", f"--pid-file={started}"]
-            image = images.spelled_out([Layer(fd, seat.disk.id)])
-            with Child([*arguments, image], pass_fds=[fd]) as child:
-                exports.await_start(child, started, f"open the staged image of {seat.disk.id}")
-                yield socket
+        layer = Layer(self._stages[seat.number].fd, seat.disk.id)
+        bitmaps = (self._view.changed_bitmap(seat), self._view.read_bitmap(seat))
+        options = [f"--export-name={EXPORT}", *(f"--bitmap={each}" for each in bitmaps if each)]
+        return exports.serving(layer, options, f"open the staged image of {seat.disk.id}")
 
     def _images(self) -> list[copy.Image]:
         return [
