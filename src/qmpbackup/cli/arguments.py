@@ -2,7 +2,6 @@
 """Pieces that several command lines share."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from qmpbackup.model import Location, Place
 from qmpbackup.plan.sizes import parse_size
 
 _RESTIC = "restic:"
-_LOCATION = re.compile(r"(azure|b2|gs|https?|rclone|rest|s3|sftp|swift):")
 
 _LARGEST_SIZE = 2**63 - 1
 """QEMU counts in signed 64-bit numbers."""
@@ -79,11 +77,14 @@ def place(text: str) -> Place:
     """An `argparse` type for targets: a folder, or `restic:` and where a repository lies."""
     if text.startswith(_RESTIC):
         return Location(text.removeprefix(_RESTIC))
-    if _LOCATION.match(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} reads like the location of a repository; write restic:{text}, or ./{text} for "
-            "a folder."
-        )
+    if ":" in text:
+        from qmpbackup.restic.storage.location import is_remote
+
+        if is_remote(text):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} reads like the location of a repository; write restic:{text}, or ./{text} "
+                "for a folder."
+            )
     return path(text)
 
 

@@ -82,16 +82,6 @@ class Owner:
         return owner
 
 
-def is_repository(folder: Path) -> bool:
-    """Whether a folder holds all that a local repository has (restic, doc/design.rst)."""
-    try:
-        return (folder / "config").is_file() and all(
-            (folder / name).is_dir() for name in ("data", "index", "keys", "locks", "snapshots")
-        )
-    except OSError:
-        return False
-
-
 class DirectoryTarget:
     """A target in a directory. Holds nothing open between calls."""
 
@@ -146,6 +136,8 @@ class DirectoryTarget:
             damage = error.message
         if top.exists(POINTS):
             return cls(top.path, None, damage)
+        from qmpbackup.restic.storage.local import is_repository
+
         if is_repository(top.path):
             raise UsageError(
                 f"{top.path} is a restic repository.", f"Write --target restic:{top.path}."

@@ -38,6 +38,16 @@ _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
 
 
+def is_repository(folder: Path) -> bool:
+    """Whether a folder holds all that a repository has (restic, doc/design.rst)."""
+    try:
+        return (folder / Kind.CONFIG).is_file() and all(
+            (folder / kind).is_dir() for kind in _FOLDERS
+        )
+    except OSError:
+        return False
+
+
 class LocalStorage(Storage):
     """The folder `path`."""
 

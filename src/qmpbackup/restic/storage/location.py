@@ -24,6 +24,7 @@ AT_ONCE: Final = 8
 """Operations that a server is asked for at once."""
 
 _OTHERS: Final = ("sftp", "rclone", "b2", "swift")
+_WEB: Final = ("http", "https")
 _AWS_HOST = re.compile(r"s3[.-](?P<region>[a-z0-9-]+)\.amazonaws\.com")
 _HINT: Final = "It is a path, or begins with rest:, s3:, gs: or azure:, as in restic."
 
@@ -47,10 +48,15 @@ def connect(location: str, environment: Environment) -> Storage:
         if not path:
             raise UsageError("The location of the repository is empty.", _HINT)
         return Logged(LocalStorage(Path(path)))
-    makers = {"rest": _rest, "s3": _s3, "gs": _gs, "azure": _azure}
-    if scheme not in makers:
+    if scheme not in _MAKERS:
         raise UsageError(f"qmpbackup cannot use locations that begin with {scheme}:.", _HINT)
-    return Retrying(Limited(Logged(makers[scheme](rest, environment)), AT_ONCE))
+    return Retrying(Limited(Logged(_MAKERS[scheme](rest, environment)), AT_ONCE))
+
+
+def is_remote(text: str) -> bool:
+    """Whether a text reads like the location of a server, known here or not, or like its address."""
+    scheme, colon, _ = text.partition(":")
+    return bool(colon) and scheme in {*_MAKERS, *_OTHERS, *_WEB}
 
 
 def _from(environment: Environment) -> str:
@@ -191,6 +197,9 @@ def _azure(text: str, environment: Environment) -> Storage:
             config=options,
         )
     return ObjectStorage(store, f"azure:{container}:/{prefix}")
+
+
+_MAKERS: Final = {"rest": _rest, "s3": _s3, "gs": _gs, "azure": _azure}
 
 
 def _bucket(text: str, example: str) -> tuple[str, str]:

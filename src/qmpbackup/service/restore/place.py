@@ -18,9 +18,10 @@ from qmpbackup.filelock import locked
 from qmpbackup.model import StoredDisk
 from qmpbackup.qemu import images
 from qmpbackup.qemu.qcow2 import read_header
+from qmpbackup.restic.storage.local import is_repository
 from qmpbackup.service.restore.request import Request
 from qmpbackup.service.targets import Target
-from qmpbackup.target.directory import DirectoryTarget, is_repository
+from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.names import PARTIAL, folder_name
 
 log = logging.getLogger(__name__)
