@@ -38,6 +38,20 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="make a full or incremental backup of the running VM",
         description="Copy all disks of the running VM, as they are at one instant, into a target.",
     )
+    _add_what(parser)
+    _add_instant(parser)
+    _add_storing(parser)
+    _add_checks(parser)
+    add_lock_wait(parser, "VM or target")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and change nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    _add_options_of_the_original(parser)
+    parser.set_defaults(run=run, without_effect=[])
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "-l",
@@ -65,6 +79,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="DISK",
         help="leave these disks out; likewise",
     )
+
+
+def _add_instant(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--quiesce",
         "--quisce",
@@ -79,6 +97,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="stop the VM at the instant (for milliseconds; never during the copy)",
     )
+
+
+def _add_storing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--compress", action="store_true", help="compress what is stored, with zstd")
     add(
         "--speed-limit",
@@ -99,6 +121,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="DIR",
         help="where what the guest overwrites is kept meanwhile (default: beside each disk)",
     )
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--audit",
         type=share,
@@ -118,11 +144,6 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="(repositories) open all data again before it is stored, against faulty memory",
     )
-    add_lock_wait(parser, "VM or target")
-    add("--dry-run", action="store_true", help="say what would be done, and change nothing")
-    add("--json", action="store_true", help="print the result as one JSON object")
-    _add_options_of_the_original(parser)
-    parser.set_defaults(run=run, without_effect=[])
 
 
 _ALWAYS = ("--include-raw", "--no-symlink")
