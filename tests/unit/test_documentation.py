@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from parsers import PARSERS, actions
 from qmpbackup import errors
-from qmpbackup.cli.main import _parser
-from qmpbackup.cli.rebase import qmprebase_parser, qmprestore_parser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -18,19 +17,16 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """All long options of a parser and of its commands, those that are not shown as well."""
-    for action in parser._actions:
+    """All long options of a parser and of its commands, and the commands."""
+    for action in actions(parser):
         yield from (name for name in action.option_strings if name.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):
-            for command, inner in action.choices.items():
-                yield command
-                yield from options(inner)
+            yield from action.choices
 
 
 def test_every_command_and_option_is_described() -> None:
     text = (DOCS / "reference" / "commands.md").read_text()
-    parsers = (_parser([]), qmprebase_parser(), qmprestore_parser())
-    names = {name for parser in parsers for name in options(parser)}
+    names = {name for parser in PARSERS for name in options(parser)}
     assert not [name for name in sorted(names) if f"{name}" not in text]
 
 

@@ -68,7 +68,7 @@ def clean_up(arguments: argparse.Namespace) -> int:
     """Remove bitmaps and say which."""
     from qmpbackup.service.bitmaps import remove_bitmaps
 
-    removed = remove_bitmaps(require_socket(arguments), arguments.uuid or "", arguments.lock_wait)
+    removed = remove_bitmaps(require_socket(arguments), arguments.uuid, arguments.lock_wait)
     removed = [printable(f"Removing bitmap: {name}") for name in removed]
     say(*removed or ["There was no bitmap of ours to remove."])
     return 0

@@ -7,7 +7,7 @@ from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.service import session
 
 
-def remove_bitmaps(address: str, uuid: str = "", lock_wait: float = 0.0) -> list[str]:
+def remove_bitmaps(address: str, uuid: str | None = None, lock_wait: float = 0.0) -> list[str]:
     """Remove our bitmaps from all disks, or those of the target named `uuid`; return their names.
 
     The next backup into a target whose bitmaps are gone is a full.
@@ -20,7 +20,7 @@ def remove_bitmaps(address: str, uuid: str = "", lock_wait: float = 0.0) -> list
         for disk in vm.vm.disks:
             for bitmap in disk.bitmaps:
                 name = parse_bitmap(bitmap.name)
-                if name is None or (uuid and name.target != uuid):
+                if name is None or uuid not in {None, name.target}:
                     continue
                 vm.monitor.execute(commands.bitmap_remove(disk.format_node, bitmap.name))
                 removed.append(bitmap.name)
