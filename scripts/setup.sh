@@ -22,6 +22,9 @@ readonly PACKAGES=(
     restic          # reads and tends the repositories of tests
     fuse3           # mounts them
     rclone          # serves them over REST
+    libvirt-daemon  # VMs as libvirt keeps them; the tests start a daemon of their own
+    libvirt-daemon-driver-qemu
+    libvirt-clients # virsh
     cpio            # packs the test guest
     git
     make
