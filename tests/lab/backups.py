@@ -8,18 +8,18 @@ from typing import Any
 from lab import cli
 from lab.cli import Argument, Result
 from lab.disks import first_difference
-from lab.qemu import Qemu
+from lab.machine import Machine
 from lab.repositories import Repository, Target, environment_of
 
 
-def back_up(vm: Qemu, target: Target, level: str = "auto", *more: Argument) -> dict[str, Any]:
+def back_up(vm: Machine, target: Target, level: str = "auto", *more: Argument) -> dict[str, Any]:
     """Make a point; its JSON record. Anything but exit code 0 fails the test."""
     result = try_backup(vm, target, level, "--json", *more).check()
     point: dict[str, Any] = json.loads(result.out)["point"]
     return point
 
 
-def try_backup(vm: Qemu, target: Target, level: str = "auto", *more: Argument) -> Result:
+def try_backup(vm: Machine, target: Target, level: str = "auto", *more: Argument) -> Result:
     """Run a backup, however it ends."""
     arguments = ("backup", "--level", level, "--target", str(target), *more)
     return cli.run("--socket", vm.socket, *arguments, env=environment_of(target))
@@ -57,7 +57,7 @@ def assert_restores(target: Target, point: str, expected: dict[str, bytes], fold
             assert not first_difference(found[disk], contents), disk
 
 
-def leftovers(vm: Qemu) -> list[str]:
+def leftovers(vm: Machine) -> list[str]:
     """Whatever carries the prefix of a run of ours inside QEMU."""
     names = [node["node-name"] for node in vm.qmp("query-named-block-nodes", flat=True)]
     names += [job["id"] for job in vm.qmp("query-jobs")]
@@ -70,13 +70,13 @@ def leftovers(vm: Qemu) -> list[str]:
     return [name for name in names if name.startswith("qmpbackup-")]
 
 
-def is_copying(vm: Qemu) -> bool:
+def is_copying(vm: Machine) -> bool:
     """Whether a run is copying a view; small jobs that prepare one do not count."""
     jobs = vm.qmp("query-jobs")
     return any("-job" in job["id"] and job["status"] == "running" for job in jobs)
 
 
-def bitmaps(vm: Qemu) -> set[tuple[str, str]]:
+def bitmaps(vm: Machine) -> set[tuple[str, str]]:
     """All bitmaps of the VM, as (node, name)."""
     return {
         (node["node-name"], bitmap.get("name", ""))

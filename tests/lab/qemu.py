@@ -5,10 +5,8 @@ Without a guest, writes come through the human monitor's `qemu-io` (`Qemu.write`
 at the guest device's own place in the block graph, so that the product sees them as guest writes.
 """
 
-import json
 import os
 import pwd
-import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +16,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from lab import disks as images
 from lab.disks import Disk
+from lab.machine import LINE_BUFFERED, Machine
 from lab.qmp import Monitor
 
 BINARY_VARIABLE = "QMPBACKUP_TEST_QEMU"
@@ -29,15 +27,11 @@ ACCEL_VARIABLE = "QMPBACKUP_TEST_ACCEL"
 
 Firmware = Literal["halt", "seabios"]
 
-_HALT = b"\xf4" * (65536 - 16) + b"\xfa\xf4\xeb\xfd" + b"\xf4" * 12
+HALT = b"\xf4" * (65536 - 16) + b"\xfa\xf4\xeb\xfd" + b"\xf4" * 12
 """A ROM whose reset vector stops the CPU for good: the VM runs, costs nothing, touches no disk."""
 
-_FAILED = re.compile(r"fail|error|invalid|unknown|cannot|not found|no such|usage", re.IGNORECASE)
-_STDBUF = "/usr/libexec/coreutils/libstdbuf.so"
-_FILTERS = ("throttle", "copy-on-read", "copy-before-write", "snapshot-access", "blkdebug")
 
-
-class Qemu:
+class Qemu(Machine):
     """A VM without an operating system. Use as a context manager.
 
     `socket` is the monitor for the product, `qmp` the test's own monitor. `folder` is a short-lived
@@ -92,7 +86,7 @@ class Qemu:
         if firmware != "halt":
             return ()
         rom = self.folder / "halt.rom"
-        rom.write_bytes(_HALT)
+        rom.write_bytes(HALT)
         return ("-bios", str(rom))
 
     def __enter__(self) -> Self:
@@ -126,6 +120,11 @@ class Qemu:
         return self._process.pid
 
     @property
+    def printed(self) -> Path:
+        """The file that holds QEMU's standard output."""
+        return self._printed
+
+    @property
     def running(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None
@@ -149,8 +148,7 @@ class Qemu:
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=log,
-                # qemu-io in the monitor prints to standard output; without this only at exit.
-                env={**os.environ, "LD_PRELOAD": _STDBUF, "_STDBUF_O": "L"},
+                env={**os.environ, **LINE_BUFFERED},
             )
         self._qmp = self.monitor()
 
@@ -212,74 +210,3 @@ class Qemu:
     def _end(self) -> None:
         self._finish(signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    # What happens inside
-
-    def qdev(self, disk: str) -> str:
-        """The device path of the disk with this device id or drive name, for `qemu-io -d`."""
-        for device in self.qmp("query-block"):
-            path = str(device.get("qdev", ""))
-            if disk in (path, device["device"]) or disk in path.split("/"):
-                return path
-        raise AssertionError(f"the VM has no disk {disk}")
-
-    def hmp(self, line: str) -> str:
-        """Carry out a line of the human monitor and return what it printed."""
-        return self.qmp.hmp(line)
-
-    def qemu_io(self, disk: str, command: str) -> str:
-        """Do I/O where the guest does: `vm.qemu_io("vda", "write -P 1 0 64k")`.
-
-        Raises:
-            AssertionError: it failed.
-        """
-        return self.qemu_io_at(self.qdev(disk), command)
-
-    def qemu_io_at(self, qdev: str, command: str) -> str:
-        """The same where the device path is known already."""
-        printed = self._printed.stat().st_size
-        output = self.hmp(f'qemu-io -d {qdev} "{command}"')
-        with self._printed.open() as file:
-            file.seek(printed)
-            output += file.read()
-        assert not _FAILED.search(output), f"qemu-io {qdev} {command}: {output}"
-        assert output or command == "flush", f"qemu-io {qdev} {command} printed nothing"
-        return output
-
-    def write(self, disk: str, offset: int, length: int, byte: int) -> None:
-        """Write `length` times `byte` at `offset`."""
-        self.qemu_io(disk, f"write -P {byte} {offset} {length}")
-
-    def flush(self, disk: str | None = None) -> None:
-        """Flush one disk or all, so that `kill` does not lose what was written."""
-        for each in [disk] if disk else [disk.id for disk in self.disks]:
-            self.qemu_io(each, "flush")
-
-    def contents(self, disk: str) -> bytes:
-        """The live contents of a disk, read by `qemu-img` past the product and its nodes.
-
-        Only right while nothing writes.
-        """
-        self.flush(disk)
-        image, image_format = self.image(disk)
-        return images.contents(image, image_format)
-
-    def image(self, disk: str) -> tuple[Path, str]:
-        """The active image of a disk, below all filters, and its format."""
-        path = self.qdev(disk)
-        (device,) = (each for each in self.qmp("query-block") if each.get("qdev") == path)
-        name = device["inserted"]["image"]["filename"]
-        if not name.startswith("json:"):
-            # A filter reports the name of what is below it, but its own driver.
-            names = {"raw", "qcow2"} & {str(device["inserted"]["drv"])}
-            return Path(name), names.pop() if names else self._format(Path(name))
-        node: dict[str, Any] = json.loads(name.removeprefix("json:"))
-        while node["driver"] in _FILTERS:
-            node = node["file"]
-        image_format = node["driver"]
-        while "filename" not in node:
-            node = node["file"]
-        return Path(node["filename"]), image_format
-
-    def _format(self, image: Path) -> str:
-        return next((disk.format for disk in self.disks if disk.image == image), "qcow2")
