@@ -9,6 +9,7 @@
 #   make bench          measurements against qemu-img, restic and borg
 #   make test-versions  the QEMU tests on QEMU 10.0
 #   make test-all       everything, the slow tests too
+#   make test-fresh     demo and test as a newcomer's, on a minimal Debian 12 and 13 of their own
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
 #   make guest          the small Linux that tests and demo boot
 #   make clean          forgets what the tools cached in this folder
@@ -24,7 +25,7 @@ PYTEST := $(BIN)/pytest -q -p no:cacheprovider
 PYTEST_PARALLEL := $(PYTEST) -n $(JOBS) --dist loadfile
 REAL := $(wildcard tests/lab tests/qemu tests/guest tests/fault tests/contract)
 
-.PHONY: setup guest check lint unit test test-all test-versions soak demo bench format clean
+.PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean
 
 setup:
 	@scripts/setup.sh
@@ -58,6 +59,9 @@ test-all: check guest
 
 test-versions: setup
 	@scripts/test-versions.sh $(PYTEST_PARALLEL)
+
+test-fresh:
+	@scripts/test-fresh.sh
 
 soak: setup
 	@QMPBACKUP_SOAK_MINUTES=$(or $(MINUTES),10) QMPBACKUP_SOAK_SEED=$(SEED) \

@@ -25,11 +25,14 @@ readonly PACKAGES=(
     libvirt-daemon  # VMs as libvirt keeps them; the tests start a daemon of their own
     libvirt-daemon-driver-qemu
     libvirt-clients # virsh
-    cpio            # packs the test guest
+    kmod            # modprobe --show-depends and depmod for the test guest
+    xz-utils        # unpacks its modules
+    zstd            # or these, depending on the kernel
+    cpio            # packs it
+    e2fsprogs       # looks at its file systems, and makes some for tests
     git
     make
     shellcheck # a gate of `make check`
-    kmod       # modprobe --show-depends and depmod for the test guest
 )
 
 # Prints those of the given packages that are not installed.
