@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that somebody else owns, or that everybody may write to: nothing is written into them, and
-the sentence says which, and what to do."""
+"""Folders that somebody else owns, or that others may write to: nothing is written into them, and the
+sentence says which, and what to do."""
 
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,23 @@ def open_to_all(folder: Path) -> None:
     folder.chmod(0o777)
 
 
+def open_to_a_group(folder: Path) -> None:
+    os.chown(folder, 0, NOBODY)
+    folder.chmod(0o770)
+
+
+def open_to_one_more(folder: Path) -> None:
+    """As `setfacl -m u:nobody:rwx` leaves it: the bits of the group are those of its mask."""
+    acl = struct.pack("<I", 2)
+    entries = [(1, 7, -1), (2, 7, NOBODY), (4, 5, -1), (0x10, 7, -1), (0x20, 5, -1)]
+    for tag, permissions, who in entries:
+        acl += struct.pack("<HHi", tag, permissions, who)
+    os.setxattr(folder, "system.posix_acl_access", acl)
+
+
+SPOILERS = [give_away, open_to_all, open_to_a_group, open_to_one_more]
+
+
 def everything(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
     """Owner, mode and contents of all that is in a folder, and of the folder."""
     found = {}
@@ -46,7 +64,7 @@ def everything(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
 
 
 @pytest.mark.parametrize("level", ["inc", "auto"])
-@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+@pytest.mark.parametrize("spoil", SPOILERS)
 @pytest.mark.parametrize("place", [".", "points", "vda"])
 def test_no_backup_goes_into_a_folder_of_others(
     stage: Scene, spoil: Callable[[Path], None], place: str, level: str
@@ -63,7 +81,7 @@ def test_no_backup_goes_into_a_folder_of_others(
     stage.make_good("inc")
 
 
-@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+@pytest.mark.parametrize("spoil", SPOILERS)
 def test_no_target_is_made_in_a_folder_of_others(
     stage: Scene, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
@@ -77,7 +95,7 @@ def test_no_target_is_made_in_a_folder_of_others(
     assert everything(theirs) == before
 
 
-@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+@pytest.mark.parametrize("spoil", SPOILERS)
 def test_nothing_is_merged_in_a_folder_of_others(
     stage: Scene, spoil: Callable[[Path], None]
 ) -> None:
@@ -89,7 +107,7 @@ def test_nothing_is_merged_in_a_folder_of_others(
     assert everything(stage.target) == before
 
 
-@pytest.mark.parametrize("spoil", [give_away, open_to_all])
+@pytest.mark.parametrize("spoil", SPOILERS)
 def test_points_in_a_folder_of_others_can_still_be_read(
     stage: Scene, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:

@@ -7,7 +7,6 @@ files and folders; must not know what a target keeps in them.
 
 import errno
 import os
-import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from qmpbackup import durable
-from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.errors import DamagedError
+from qmpbackup.ownership import require_ours
 
 
 class Folder:
@@ -143,37 +143,10 @@ class Folder:
     def require_ours(self) -> None:
         """Refuse a folder that others could rearrange while we write into it.
 
-        Accepted are folders of ours and of root's that not everybody may write to (or that have the
-        sticky bit). Servers and file systems that give every file the same owner or mode (NFS with
-        squashing, CIFS, FAT) are recognised by a file that we create.
-
         Raises:
-            StorageError: the folder is somebody else's, or open to everybody.
+            StorageError: it is somebody else's, or others may write into it.
         """
-        state = os.fstat(self.fd)
-        open_to_all = bool(state.st_mode & stat.S_IWOTH) and not state.st_mode & stat.S_ISVTX
-        foreign = state.st_uid not in {0, os.geteuid()}
-        if not (open_to_all or foreign):
-            return
-        probe = self._probe()
-        if foreign and probe.st_uid != state.st_uid:
-            raise StorageError(
-                f"{self.path} belongs to another user.",
-                f"Give it to the user who makes backups: chown {os.geteuid()} FOLDER.",
-            )
-        if open_to_all and not probe.st_mode & stat.S_IWOTH:
-            raise StorageError(
-                f"Everybody may write into {self.path}.", "Change that: chmod o-w FOLDER."
-            )
-
-    def _probe(self) -> os.stat_result:
-        name = f".probe-{secrets.token_hex(8)}"
-        fd = self.create_file(name)
-        try:
-            return os.fstat(fd)
-        finally:
-            os.close(fd)
-            os.unlink(name, dir_fd=self.fd)
+        require_ours(self.fd, self.path)
 
     def _refuse_special(self, name: str) -> None:
         # Before opening: the mere opening of a device or a pipe can have an effect.

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which folders count as ours alone."""
+
+import grp
+import os
+from pathlib import Path
+
+import pytest
+
+from qmpbackup.errors import StorageError
+from qmpbackup.ownership import require_ours
+
+GROUP_OF_OTHERS = 65534
+
+
+def look_at(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        require_ours(fd, folder)
+    finally:
+        os.close(fd)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o750, 0o1777, 0o2750])
+def test_a_folder_that_only_its_owner_may_rearrange_is_ours(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    look_at(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root's own group")
+def test_the_group_may_write_where_it_is_the_owners_alone(tmp_path: Path) -> None:
+    assert set(grp.getgrgid(0).gr_mem) <= {"root"}
+    tmp_path.chmod(0o775)
+    look_at(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("mode", [0o770, 0o2775])
+def test_a_folder_that_a_group_may_write_to_is_not_ours(tmp_path: Path, mode: int) -> None:
+    os.chown(tmp_path, 0, GROUP_OF_OTHERS)
+    tmp_path.chmod(mode)
+    with pytest.raises(StorageError, match="A group of users may write") as refused:
+        look_at(tmp_path)
+    assert "chmod g-w" in refused.value.hint
+
+
+def test_a_folder_that_everybody_may_write_to_is_not_ours(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(StorageError, match="Everybody may write"):
+        look_at(tmp_path)
