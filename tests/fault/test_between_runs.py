@@ -128,6 +128,37 @@ def test_an_external_snapshot_that_was_committed(yard: Yard, meanwhile: bool) ->
     assert set(yard.back_up("inc").values()) == {"inc"}
 
 
+@pytest.mark.parametrize("copied", ["recording", "all"])
+def test_a_snapshot_that_copies_the_names_of_bitmaps(yard: Yard, copied: str) -> None:
+    """As libvirt takes it: bitmaps of the base are made anew on the overlay, under the same names.
+    The change bitmap there is all that the bitmap rule asks for, and lacks what was written before."""
+    base = yard.vm.qmp("query-block")[0]["inserted"]
+    assert base["node-name"] == "node-vda"
+    yard.write(2, 2)
+    overlay = create(yard.folder / "overlay.qcow2", SIZE, backing=(yard.image("vda"), "qcow2"))
+    file = {"driver": "file", "filename": str(overlay)}
+    yard.vm.qmp("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
+    anew = [
+        {
+            "node": "over",
+            "name": each["name"],
+            "persistent": True,
+            "disabled": not each["recording"],
+        }
+        for each in base["dirty-bitmaps"]
+        if each["recording"] or copied == "all"
+    ]
+    assert len(anew) == (1 if copied == "recording" else 2)
+    actions = [{"type": "blockdev-snapshot", "data": {"node": "node-vda", "overlay": "over"}}]
+    actions += [{"type": "block-dirty-bitmap-add", "data": each} for each in anew]
+    yard.vm.qmp("transaction", actions=actions)
+    yard.write(3, 3)
+    yard.refuse("Disk vda")
+    assert yard.back_up() == {"vda": "full", "vdb": "inc"}
+    yard.write(4, 4)
+    assert set(yard.back_up("inc").values()) == {"inc"}
+
+
 def test_a_disk_that_was_added_and_one_that_was_removed(yard: Yard) -> None:
     yard.vm.quit()
     yard.start("vda", "vdb", "vdc")

@@ -225,8 +225,11 @@ def test_the_manifest_says_how_the_vm_was_started_but_no_secrets(
     kernel.write_bytes(bytes(65536))
     words = 'root=/dev/vda api_token=hunter2 systemd.set_credential="login:hunter2 x" quiet'
     hidden += ["-kernel", str(kernel), "-append", words]
-    vm = start_qemu([Disk("vda", image)], args=hidden, name="web")
+    hidden += ["-smbios", "type=1,serial=ds=nocloud;s=http://10.0.0.1/hunter2"]
+    hidden += ["-object", "{'qom-type': 'secret', 'id': 's2', 'data': 'hunter2'}"]
+    vm = start_qemu([Disk("vda", image)], args=[*hidden, "-append", ""], name="web")
     point = back_up(vm, tmp_path / "target")
+    assert point["vm"]["command_line"][-2:] == ["-append", ""]
     assert point["vm"]["name"] == "web"
     assert "-machine" in point["vm"]["command_line"]
     told = " ".join(point["vm"]["command_line"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bitmap rule: which disk gets which level, and what may be removed."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -30,8 +31,14 @@ def bitmap(point: str, **changes: bool) -> Bitmap:
     return Bitmap(str(BitmapName(TARGET, point)), 65536, 65536, **(state | changes))
 
 
-def disk(*bitmaps: Bitmap, size: int = SIZE, can_persist: bool = True) -> Disk:
-    return Disk("vda", "/x", "", "n", "n", "qcow2", size, "/x", can_persist, "n", bitmaps)
+END = Bitmap(str(BitmapName(TARGET, "p1-end")), 65536, 65536, False, False, True)
+
+
+def disk(
+    *bitmaps: Bitmap, size: int = SIZE, can_persist: bool = True, end: Bitmap | None = END
+) -> Disk:
+    marks = (*bitmaps, end) if end else bitmaps
+    return Disk("vda", "/x", "", "n", "n", "qcow2", size, "/x", can_persist, "n", marks)
 
 
 def point(
@@ -46,6 +53,7 @@ def point(
         1,
         "blake3:0",
         bitmap=str(BitmapName(TARGET, f"p{number}")),
+        end_mark=END.name,
     )
     return Point(
         id=f"p{number}",
@@ -98,6 +106,37 @@ def test_a_bitmap_that_cannot_be_trusted_makes_a_full_or_refuses(
     assert word in plan.reason
     with pytest.raises(IncrementalNotPossible, match="vda"):
         plan_disks([each], Level.INC, CHAIN, fine)
+
+
+@pytest.mark.parametrize(
+    ("end", "word"),
+    [
+        (None, "end mark is gone"),
+        (replace(END, inconsistent=True), "end mark is gone"),
+        (replace(END, recording=True), "made anew"),
+        (replace(END, count=0), "shrunk"),
+    ],
+)
+def test_a_bitmap_counts_only_with_its_end_mark_beside_it(end: Bitmap | None, word: str) -> None:
+    """Same name, recording, not busy, whole: all that may be said of a bitmap that somebody made anew
+    on another node. It is the end mark that cannot be copied so."""
+    each = disk(bitmap("p2"), end=end)
+    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine)
+    assert plan.level is Level.FULL
+    assert word in plan.reason
+    with pytest.raises(IncrementalNotPossible, match="vda"):
+        plan_disks([each], Level.INC, CHAIN, fine)
+    with pytest.raises(IncrementalNotPossible, match="vda"):
+        plan_disks([disk(bitmap("p1"), end=end)], Level.DIFF, CHAIN, fine)
+
+
+def test_a_point_of_a_version_without_end_marks_costs_one_full() -> None:
+    (stored,) = CHAIN[-1].disks
+    old = (*CHAIN[:-1], replace(CHAIN[-1], disks=(replace(stored, end_mark=""),)))
+    (plan,) = plan_disks([disk(bitmap("p2"))], Level.AUTO, old, fine)
+    assert plan.level is Level.FULL
+    assert "no end mark" in plan.reason
+    assert plan.needs_end_mark
 
 
 def test_another_targets_bitmap_is_no_base() -> None:

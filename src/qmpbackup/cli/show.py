@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def _lines(point: "Point") -> Iterable[str]:
         ("socket", identity.address),
         ("machine", point.vm.machine),
         ("QEMU", point.vm.qemu_version),
-        ("command line", " ".join(point.vm.command_line)),
+        ("command line", shlex.join(point.vm.command_line)),
     )
     for disk in point.disks:
         yield f"disk {disk.id}"

@@ -118,7 +118,7 @@ def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
         return f"the earlier point {base.id} is damaged ({damage})"
     if stored.size > disk.size:
         return f"it shrank from {stored.size} to {disk.size} bytes"
-    return bitmap_obstacle(disk, stored.bitmap) or _end_obstacle(disk, stored.end_mark)
+    return bitmap_obstacle(disk, stored.bitmap) or witness_obstacle(disk, stored.end_mark)
 
 
 def change_bitmap_name(target_id: str, point_id: str, disk_id: str) -> str:
@@ -145,14 +145,21 @@ def is_end_mark(name: str) -> bool:
     return parsed is not None and parsed.point.endswith("-end")
 
 
-def _end_obstacle(disk: Disk, name: str) -> str:
+def witness_obstacle(disk: Disk, name: str) -> str:
+    """Why it is not proved that the disk's change bitmap is the very one that we started, and that it
+    has been recording ever since; `name` is that of the end mark. Empty if it is proved."""
+    if not name:
+        return (
+            "the earlier point was made by a version that left no end mark beside its change bitmap"
+        )
     mark = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
     if mark is None or mark.inconsistent:
         return (
-            "whether it was shrunk meanwhile cannot be told, as its end mark is gone"
-            if name
-            else ""
+            "whether its change bitmap is the one of the earlier point cannot be told, as the end mark "
+            "is gone (a snapshot that copies the names of bitmaps was put on top, or it was removed)"
         )
+    if mark.recording:
+        return "its end mark was made anew by another program, so its change bitmap may be, too"
     return "it was shrunk and grown again since" if mark.count == 0 else ""
 
 

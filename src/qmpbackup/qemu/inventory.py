@@ -5,7 +5,6 @@ Everything is asked in one go and nothing twice. A disk's *active node* is the o
 on; its *format node* the first below all filters, where bitmaps live.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from qmpbackup.model import Bitmap, Disk, Skipped, Vm, VmConfig, VmIdentity
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.disk_ids import Candidate, choose_ids
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX
+from qmpbackup.qemu import command_line
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply, objects
 
@@ -115,7 +115,7 @@ def take(monitor: Monitor) -> Inventory:
             ),
             qemu_version=".".join(map(str, monitor.version)),
             machine=str(machine).removesuffix("-machine"),
-            command_line=_command_line(pid),
+            command_line=command_line.of_process(pid),
         ),
         version=monitor.version,
         status=state.text("status"),
@@ -314,48 +314,6 @@ def _absolute(address: str) -> str:
     if address.startswith("tcp:"):
         return address
     return str(Path(address.removeprefix("unix:")).resolve())
-
-
-def _command_line(pid: int | None) -> tuple[str, ...]:
-    """The arguments QEMU was started with, empty where we may not read them."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes() if pid else b""
-    except OSError:
-        return ()
-    words = (word.decode(errors="replace") for word in raw.split(b"\0") if word)
-    return tuple(_masked(words))
-
-
-def _masked(words: Iterable[str]) -> Iterator[str]:
-    option = ""
-    for word in words:
-        masked = word
-        for secret in (*_SECRETS, *_SECRETS_OF.get(option, ())):
-            masked = secret.sub(r"\1***", masked)
-        yield masked
-        option = word.lstrip("-") if word.startswith("-") else ""
-
-
-_NAMES = "(?:data|password|passphrase|passwd|key|cookie)"
-_SECRETS = (
-    re.compile(rf"(\b{_NAMES}=)(?:[^,]|,,)*"),
-    re.compile(rf'("{_NAMES}"\s*:\s*)"(?:[^"\\]|\\.)*"'),
-    re.compile(r"(://)[^/@\s]*(?=@)"),
-)
-"""Where QEMU's command line carries a secret in the open: `-object secret,data=…`, the same as JSON,
-and the user's part of an address."""
-
-_SECRETS_OF = {
-    "fw_cfg": (re.compile(r"(\bstring=)(?:[^,]|,,)*"),),
-    "smbios": (re.compile(r"(\bvalue=)(?:[^,]|,,)*"),),
-    "append": (
-        re.compile(
-            r'((?:^|\s)[^\s=]*(?:pass|secret|token|key|cred)[^\s=]*=)(?:"[^"]*"|\S)*', re.IGNORECASE
-        ),
-    ),
-}
-"""The same for what a guest is told, by the option that tells it. `-fw_cfg` and `-smbios type=11` hand
-over anything; of a kernel's command line, the parameters that are called like secrets."""
 
 
 def has_tpm(monitor: Monitor) -> bool:
