@@ -63,6 +63,7 @@ def leftovers(vm: Machine) -> list[str]:
     names += [job["id"] for job in vm.qmp("query-jobs")]
     names += [export["id"] for export in vm.qmp("query-block-exports")]
     names += [item["name"] for item in vm.qmp("qom-list", path="/objects")]
+    names += [device["label"] for device in vm.qmp("query-chardev")]
     names += [bitmap for _, bitmap in bitmaps(vm)]
     if vm.qmp("query-status")["running"]:
         sets = vm.qmp("query-fdsets")

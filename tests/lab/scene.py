@@ -4,7 +4,7 @@ good."""
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -116,8 +116,8 @@ class Scene:
 
 
 @contextmanager
-def scene(folder: Path, where: Where = "directory") -> Iterator[Scene]:
-    """A scene with its files in `folder`."""
+def scene(folder: Path, where: Where = "directory", *, args: Sequence[str] = ()) -> Iterator[Scene]:
+    """A scene with its files in `folder`; `args` are added to QEMU's command line."""
     images = folder / "images"
     images.mkdir()
     disks = [
@@ -126,7 +126,7 @@ def scene(folder: Path, where: Where = "directory") -> Iterator[Scene]:
     ]
     agent = FakeAgent()
     with (
-        Qemu(disks, name="doomed") as vm,
+        Qemu(disks, name="doomed", args=args) as vm,
         ScriptedServer(vm.folder / "agent", agent.serve),
     ):
         yield Scene(vm, agent, vm.folder / "agent", folder, where)

@@ -51,7 +51,8 @@ def show(arguments: argparse.Namespace) -> int:
     """Print disks or bitmaps."""
     from qmpbackup.service import session
 
-    with session.opened(require_socket(arguments), lock_wait=arguments.lock_wait) as opened:
+    address, wait = require_socket(arguments), arguments.lock_wait
+    with session.opened(address, lock_wait=wait, look_only=True) as opened:
         vm = opened.vm
     for disk in vm.disks:
         shown = asdict(disk)

@@ -23,6 +23,9 @@ SAMPLES = "samples"
 SERVING = "serving"
 """What a run calls the object that tells a later run that QEMU's NBD server is ours."""
 
+LIVING = "living"
+"""What a run calls the device in QEMU by which other runs see that it lives."""
+
 STOPPED_MARKER = "qmpbackup-stopped"
 FROZEN_MARKER = "qmpbackup-frozen"
 

@@ -97,6 +97,11 @@ class Monitor:
         return self._socket.family == socket.AF_UNIX
 
     @property
+    def port(self) -> int:
+        """The port that our end of a TCP connection has; 0 for a unix socket."""
+        return 0 if self.passes_descriptors else int(self._socket.getsockname()[1])
+
+    @property
     def version(self) -> tuple[int, int, int]:
         """QEMU's version from its greeting."""
         qemu = self._version().nested("qemu")

@@ -32,8 +32,9 @@ def folder_for(disk: Disk, chosen: Path | None) -> Path:
     if chosen is not None:
         return chosen
     image = Path(disk.filename)
-    if image.is_absolute() and image.is_file() and os.access(image.parent, os.W_OK):
-        return image.parent
+    with suppress(OSError):  # QEMU may see folders that we may not look into
+        if image.is_absolute() and image.is_file() and os.access(image.parent, os.W_OK):
+            return image.parent
     return FALLBACK
 
 

@@ -51,7 +51,7 @@ def examine(
         VmError: the VM cannot be reached at all, or its QEMU is too old.
         Locked: a run had the VM for all of `lock_wait` seconds.
     """
-    with session.opened(address, lock_wait=lock_wait) as opened:
+    with session.opened(address, lock_wait=lock_wait, look_only=True) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
         dirty = opened.found.needs_recovery
         tpm = inventory.has_tpm(opened.monitor)

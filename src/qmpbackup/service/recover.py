@@ -40,7 +40,7 @@ def recover(
     Raises:
         QmpBackupError: something could not be removed.
     """
-    with interrupt.held(), session.opened(address, lock_wait=lock_wait) as vm:
+    with interrupt.held(), session.opened(address, lock_wait=lock_wait, look_only=dry_run) as vm:
         if dry_run:
             return _left(vm.found) + _left_in(vm, target, lock_wait)
         done = recovery.recover(vm.monitor, vm.found)

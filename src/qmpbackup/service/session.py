@@ -2,14 +2,17 @@
 """A VM for the length of one use case: locked, connected, of a version we support, looked at."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpbackup import interrupt
+from qmpbackup.errors import MonitorBusy
 from qmpbackup.filelock import vm_lock
 from qmpbackup.model import Vm
-from qmpbackup.qemu import inventory
+from qmpbackup.qemu import inventory, presence
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 
@@ -34,11 +37,14 @@ class Session:
 
 
 @contextmanager
-def opened(address: str, *, lock_wait: float = 0.0, recover: bool = False) -> Iterator[Session]:
+def opened(
+    address: str, *, lock_wait: float = 0.0, recover: bool = False, look_only: bool = False
+) -> Iterator[Session]:
     """Lock and look at the VM; with `recover`, first remove what a run that died left in it.
 
-    The lock is taken on the socket before anything is sent, and on the process behind it, because a
-    VM may have two monitor sockets.
+    Locks are taken on the socket before anything is sent, and on the process behind it, because a
+    VM may have two monitor sockets. They spare those who see them a connection; what counts is the
+    mark in the VM itself (`presence`), which `look_only` looks for and does not make.
 
     Raises:
         Locked: another run of ours has the VM.
@@ -46,11 +52,13 @@ def opened(address: str, *, lock_wait: float = 0.0, recover: bool = False) -> It
     """
     with ExitStack() as stack:
         stack.enter_context(vm_lock(_key(address), lock_wait))
-        monitor = stack.enter_context(Monitor.connect(address))
+        monitor = stack.enter_context(_connected(address, lock_wait))
         if monitor.peer_pid is not None:
             stack.enter_context(vm_lock(f"pid-{monitor.peer_pid}", lock_wait))
         inventory.require_version(monitor)
-        found = inventory.take(monitor)
+        if not look_only:
+            stack.enter_context(presence.claimed(monitor, lock_wait))
+        found = _look(monitor, lock_wait) if look_only else inventory.take(monitor)
         if recover and found.needs_recovery:
             from qmpbackup.qemu import recovery
 
@@ -58,6 +66,28 @@ def opened(address: str, *, lock_wait: float = 0.0, recover: bool = False) -> It
                 log.warning("Cleaned up after a run that died: %s.", done)
             found = inventory.take(monitor)
         yield Session(monitor, found)
+
+
+def _connected(address: str, wait: float) -> Monitor:
+    """A connection; a client that holds the monitor may be a run whose locks we do not see."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            return Monitor.connect(address)
+        except MonitorBusy:
+            interrupt.check()
+            if time.monotonic() >= deadline:
+                raise
+
+
+def _look(monitor: Monitor, wait: float) -> Inventory:
+    """Look at a VM that no run has, from before the first look until after it."""
+    presence.require_none(monitor, wait)
+    found = inventory.take(monitor)
+    while any(mark.lives for mark in presence.marks(monitor)):
+        presence.require_none(monitor, wait)
+        found = inventory.take(monitor)
+    return found
 
 
 def _key(address: str) -> str:

@@ -87,7 +87,7 @@ def dry_run(request: Request) -> Plan:
     with (
         interrupt.held(),
         _opening(request, look_only=True) as opening,
-        session.opened(request.address, lock_wait=request.lock_wait) as vm,
+        session.opened(request.address, lock_wait=request.lock_wait, look_only=True) as vm,
         opening.destination(vm.vm) as destination,
     ):
         return _plan(request, vm.vm, destination)

@@ -34,13 +34,14 @@ LEAST_FOR_BITMAPS = 16 * 1024 * 1024
 def _warn_of_full_storage(disk: Disk) -> None:
     """QEMU stores change bitmaps in the image when it ends, and drops them where there is no room."""
     folder = Path(disk.filename).parent
-    if disk.can_persist and folder.is_dir() and scratch.free_bytes(folder) < LEAST_FOR_BITMAPS:
-        log.warning(
-            "There is next to no room in %s: when the VM ends, the change bitmap of %s may be lost, "
-            "and the next backup of it is a full.",
-            folder,
-            disk.id,
-        )
+    with suppress(OSError):  # QEMU may see folders that we may not look into
+        if disk.can_persist and folder.is_dir() and scratch.free_bytes(folder) < LEAST_FOR_BITMAPS:
+            log.warning(
+                "There is next to no room in %s: when the VM ends, the change bitmap of %s may be "
+                "lost, and the next backup of it is a full.",
+                folder,
+                disk.id,
+            )
 
 
 class Run:
