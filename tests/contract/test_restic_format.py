@@ -9,14 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from lab.patience import PATIENCE, wait_until
 from lab.restic import PASSWORD, Backing, Restic
 from lab.small import require_fuse
 from qmpbackup.errors import Locked
@@ -109,13 +109,6 @@ def _content(repository: Repository, node: Node) -> bytes:
     return b"".join(repository.load_blob(BlobType.DATA, each) for each in ids)
 
 
-def _wait(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.002)
-
-
 # restic takes what we write
 
 
@@ -172,7 +165,7 @@ def test_restic_mounts_what_we_store(ours: Repository, restic: Restic, tmp_path:
     mounted.mkdir()
     with restic.start("mount", mounted) as process:
         try:
-            _wait(lambda: process.poll() is not None or mounted.is_mount())
+            wait_until(lambda: process.poll() is not None or mounted.is_mount())
             file = mounted / "ids" / name[:8] / "vm" / "disk.raw"
             assert file.read_bytes() == disk
             with file.open("rb") as opened:
@@ -180,7 +173,7 @@ def test_restic_mounts_what_we_store(ours: Repository, restic: Restic, tmp_path:
                 assert opened.read(10) == disk[CHUNK : CHUNK + 10]
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=PATIENCE)
 
 
 def test_we_go_on_after_restic_has_worked_on_it(
@@ -319,7 +312,7 @@ def test_we_work_beside_restics_lock_and_bear_no_other_alone(
     ours: Repository, restic: Restic
 ) -> None:
     with Backing(restic) as backing:
-        _wait(lambda: list(ours.storage.list(Kind.LOCK)))
+        wait_until(lambda: list(ours.storage.list(Kind.LOCK)))
         with ours.lock(timing=QUICK):
             pass
         with (
@@ -336,7 +329,7 @@ def test_we_work_beside_restics_lock_and_bear_no_other_alone(
 
 def test_we_stay_out_while_restic_has_it_alone(ours: Repository, restic: Restic) -> None:
     with restic.start("prune") as pruning:
-        _wait(lambda: list(ours.storage.list(Kind.LOCK)))
+        wait_until(lambda: list(ours.storage.list(Kind.LOCK)))
         pruning.send_signal(signal.SIGSTOP)
         try:
             alone = f"exclusively by process {pruning.pid} "
@@ -347,7 +340,7 @@ def test_we_stay_out_while_restic_has_it_alone(ours: Repository, restic: Restic)
         # And we wait for its end, if asked to.
         with ours.lock(wait=60.0, timing=QUICK):
             pass
-        pruning.communicate(timeout=60)
+        pruning.communicate(timeout=PATIENCE)
 
 
 def _write(repository: Repository, written: Lock) -> None:

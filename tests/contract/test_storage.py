@@ -25,6 +25,7 @@ import pytest
 
 from lab.faulty import FaultyStorage
 from lab.http_proxy import Fate, HttpProxy, Request
+from lab.patience import PATIENCE
 from lab.rest_server import RestServer
 from lab.restic import Restic
 from lab.servers import BUCKET, KEYS, answering, certificate, s3_server
@@ -683,7 +684,7 @@ def test_only_so_many_at_once() -> None:
             with self._lock:
                 self.now += 1
                 self.most = max(self.most, self.now)
-            self.gate.wait(30)  # two are let in together
+            self.gate.wait(PATIENCE)  # two are let in together
             with self._lock:
                 self.now -= 1
             return len(str(file))

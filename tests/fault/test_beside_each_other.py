@@ -71,7 +71,7 @@ class Held:
     def release(self) -> cli.Result:
         """Let it go on; how it ended."""
         self._go.touch()
-        return self._running.wait(60)
+        return self._running.wait()
 
 
 @contextmanager
@@ -105,9 +105,9 @@ def test_whoever_comes_while_points_are_merged(
         assert "--lock-wait" in second.run().check(LOCKED).err
         assert len(manifests(stage.target)) == before
         assert not (tmp_path / "out").exists()
-        with second.start("--lock-wait", "60") as patient:
+        with second.start("--lock-wait", "600") as patient:
             first.release().check()
-            patient.wait(60).check()
+            patient.wait().check()
     if late == "restore":
         newest = manifests(stage.target)[-1]["id"]
         found = {path.stem: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -128,9 +128,9 @@ def test_a_merge_waits_for_those_who_read(stage: Scene, tmp_path: Path, reader: 
         merge.run().check(LOCKED)
         left = {path: path.read_bytes() for path in stage.target.rglob("*") if path.is_file()}
         assert left == files
-        with merge.start("--lock-wait", "60") as patient:
+        with merge.start("--lock-wait", "600") as patient:
             first.release().check()
-            patient.wait(60).check()
+            patient.wait().check()
     if reader == "restore":
         found = {path.stem: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert found == expected

@@ -3,7 +3,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, Disk, create, first_difference, pattern
+from lab.patience import PATIENCE, wait_until
 from lab.qemu import Qemu
 
 SIZE = 32 * MIB
@@ -52,21 +52,18 @@ def hanging(folder: Path) -> Iterator[None]:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
 
 
 def _wait_for_filter(vm: Qemu) -> None:
-    deadline = time.monotonic() + 30
-    while not vm.qmp("query-block")[0]["inserted"]["node-name"].startswith("qmpbackup-"):
-        assert time.monotonic() < deadline, "no filter came"
-        time.sleep(0.01)
+    wait_until(
+        lambda: vm.qmp("query-block")[0]["inserted"]["node-name"].startswith("qmpbackup-"),
+        "a filter",
+    )
 
 
 def _wait_for(log: Path, words: str) -> None:
-    deadline = time.monotonic() + 60
-    while not (log.exists() and words in log.read_text()):
-        assert time.monotonic() < deadline, f"the log does not say {words!r}"
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and words in log.read_text(), f"{words!r} in the log")
 
 
 def test_a_target_that_hangs_holds_up_nobody_but_the_backup(

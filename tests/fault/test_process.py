@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.patience import PATIENCE
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted, QmpBackupError
 from qmpbackup.process import Child, run
@@ -58,7 +59,7 @@ def test_a_held_signal_ends_the_wait_and_the_program() -> None:
 def test_the_program_takes_signals_even_where_we_hold_ours() -> None:
     with interrupt.held(), Child(["sleep", "600"]) as child:
         os.kill(child.pid, signal.SIGTERM)
-        assert child.wait(20).code == -signal.SIGTERM
+        assert child.wait(PATIENCE).code == -signal.SIGTERM
 
 
 def test_the_program_dies_with_us() -> None:
@@ -76,7 +77,7 @@ def test_the_program_dies_with_us() -> None:
     ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        assert process.wait(20) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
         assert gone(pid)
 
 

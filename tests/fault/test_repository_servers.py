@@ -21,6 +21,7 @@ from lab.aftermath import assert_clean, manifests
 from lab.backups import leftovers
 from lab.disks import MIB
 from lab.http_proxy import Fate, HttpProxy, Request
+from lab.patience import PATIENCE
 from lab.repositories import Repository
 from lab.rest_server import RestServer
 from lab.scene import Scene, scene
@@ -143,7 +144,7 @@ def run_signalled(
 
     def hook(request: Request) -> Fate:
         if (request.number - start, request.when) == (place.number, place.when):
-            assert started.wait(30)
+            assert started.wait(PATIENCE)
             if not sent.is_set():
                 sent.set()
                 send(pid, number)
@@ -154,7 +155,7 @@ def run_signalled(
         with cli.start(*stage.arguments("inc", stage.vm.socket), env=stage.environment) as running:
             pid = running.pid
             started.set()
-            return running.wait(120)
+            return running.wait()
     finally:
         proxy.hook = healthy
 
@@ -190,7 +191,7 @@ def test_told_to_end_while_nobody_knows_whether_the_snapshot_is_there(tmp_path: 
                 return "pass"
             if request.when == "before":
                 return "pass"
-            assert started.wait(30)
+            assert started.wait(PATIENCE)
             send(pid, signal.SIGTERM)
             return "lose the answer"
 
@@ -199,7 +200,7 @@ def test_told_to_end_while_nobody_knows_whether_the_snapshot_is_there(tmp_path: 
         with cli.start(*stage.arguments("inc", stage.vm.socket), env=stage.environment) as running:
             pid = running.pid
             started.set()
-            running.wait(60).check(143)
+            running.wait().check(143)
         proxy.hook = healthy
         assert len(manifests(stage.place)) == 1
         assert_clean(stage.vm, stage.place)
@@ -221,7 +222,7 @@ def test_told_to_end_while_the_server_fails(tmp_path: Path, fate: Fate) -> None:
         proxy.hook = hook
         arguments = stage.arguments("inc", stage.vm.socket)
         with cli.start(*arguments, env=stage.environment) as running:
-            assert failing.wait(60)
+            assert failing.wait(PATIENCE)
             running.signal(signal.SIGTERM)
             running.wait(45).check(143)
         assert leftovers(stage.vm) == []
@@ -265,7 +266,7 @@ def test_a_server_that_goes_away_for_good(tmp_path: Path) -> None:
         proxy.hook = hook
         arguments = stage.arguments("inc", stage.vm.socket)
         with cli.start(*arguments, env=stage.environment) as running:
-            assert gone.wait(60)
+            assert gone.wait(PATIENCE)
             for block in range(8):
                 stage.vm.qemu_io("vda", f"write -P {block + 1} {block * MIB} 1M")
             running.wait(700).check(STORAGE)

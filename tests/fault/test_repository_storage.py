@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from lab import cli
 from lab.aftermath import assert_clean, manifests
 from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB
+from lab.patience import wait_until
 from lab.proxy import Place, Proxy
 from lab.pulling import Puller
 from lab.repositories import Repository, repository
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_reading_in_order(
     stage.renew("inc")
     with long_read(stage) as running:
         running.signal(number)
-        result = running.wait(60).check(code)
+        result = running.wait().check(code)
     assert "Interrupted" in result.err
     assert len(manifests(stage.place)) == 1
     assert_clean(stage.vm, stage.place)
@@ -160,9 +160,9 @@ def test_a_signal_ends_the_wait_for_a_lock(stage: Scene, tmp_path: Path) -> None
     made, logged = of(stage), tmp_path / "log"
     arguments = ("-L", logged, *stage.arguments("inc", stage.vm.socket), "--lock-wait", "100")
     with made.held_alone(), cli.start(*arguments, env=made.environment) as running:
-        wait_for(lambda: logged.exists() and "Waiting" in logged.read_text())
+        wait_until(lambda: logged.exists() and "Waiting" in logged.read_text())
         running.signal(signal.SIGTERM)
-        running.wait(30).check(143)
+        running.wait().check(143)
     assert_clean(stage.vm, made)
     stage.make_good("inc")
 
@@ -173,9 +173,9 @@ def test_a_second_run_waits_until_the_repository_is_free(stage: Scene) -> None:
     arguments = stage.arguments("inc", stage.vm.socket)
     with made.held_alone():
         stage.run("inc", "--lock-wait", "0.5").check(LOCKED)
-        patient = cli.start(*arguments, "--lock-wait", "60", env=made.environment)
+        patient = cli.start(*arguments, "--lock-wait", "600", env=made.environment)
     with patient:
-        patient.wait(60).check()
+        patient.wait().check()
     stage.make_good("inc")
 
 
@@ -183,7 +183,7 @@ def test_qemu_dies_while_it_is_read(stage: Scene) -> None:
     stage.renew("inc")
     with long_read(stage) as running:
         stage.vm.kill()
-        running.wait(60).check(VM)
+        running.wait().check(VM)
     made = of(stage)
     made.assert_whole()
     assert len(made.snapshots()) == 1
@@ -217,14 +217,6 @@ def test_a_damaged_lock_keeps_everybody_out_until_it_is_removed(stage: Scene) ->
     made.restic("unlock", "--remove-all")
     lock.unlink(missing_ok=True)
     stage.make_good("inc")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def spoil(path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lab import cli
 from lab.aftermath import assert_clean, manifests
+from lab.patience import PATIENCE
 from lab.proxy import Place, Proxy
 from lab.scene import Scene, scene
 
@@ -31,7 +32,7 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
 def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, code: int) -> None:
     with stage.long_run() as running:
         running.signal(number)
-        result = running.wait(60).check(code)
+        result = running.wait().check(code)
     assert "Interrupted" in result.err
     assert len(manifests(stage.target)) == 1
     assert_clean(stage.vm, stage.target)
@@ -41,14 +42,14 @@ def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, c
 def test_a_second_run_leaves_at_once_or_waits(stage: Scene) -> None:
     with stage.long_run() as running:
         arguments = stage.arguments("inc", stage.vm.socket)
-        locked = cli.run(*arguments, timeout=30).check(LOCKED)
+        locked = cli.run(*arguments).check(LOCKED)
         assert "--lock-wait" in locked.err
-        late = cli.run(*arguments, "--lock-wait", "0.5", timeout=30).check(LOCKED)
+        late = cli.run(*arguments, "--lock-wait", "0.5").check(LOCKED)
         assert late.err == locked.err
-        with cli.start(*arguments, "--lock-wait", "60") as patient:
+        with cli.start(*arguments, "--lock-wait", "600") as patient:
             running.signal(signal.SIGTERM)
-            running.wait(60).check(143)
-            patient.wait(60).check()
+            running.wait().check(143)
+            patient.wait().check()
     assert len(manifests(stage.target)) == 2
     stage.make_good("inc")
 
@@ -57,7 +58,7 @@ def test_a_vm_with_two_monitors_is_one_vm(stage: Scene) -> None:
     with stage.long_run():
         stage.vm.qmp.close()
         arguments = stage.arguments("inc", stage.vm._test_socket)
-        cli.run(*arguments, timeout=30).check(LOCKED)
+        cli.run(*arguments).check(LOCKED)
         stage.vm._qmp = stage.vm.monitor()
     stage.make_good("inc")
 
@@ -66,7 +67,7 @@ def test_a_monitor_that_another_client_holds(stage: Scene) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(str(stage.vm.socket))
         assert select.select([other], [], [], 30)[0]
-        busy = cli.run(*stage.arguments("inc", stage.vm.socket), timeout=60).check(VM)
+        busy = cli.run(*stage.arguments("inc", stage.vm.socket)).check(VM)
     assert "Another client" in busy.err
     assert_clean(stage.vm, stage.target)
     stage.make_good("inc")
@@ -88,17 +89,17 @@ def test_looking_at_the_vm_during_a_backup(stage: Scene) -> None:
     commands = (("info", "--show", "blockdev"), ("doctor", "--target", stage.target))
     with stage.long_run() as running, ExitStack() as stack:
         for command in commands:
-            cli.run("--socket", stage.vm.socket, *command, timeout=30).check(LOCKED)
+            cli.run("--socket", stage.vm.socket, *command).check(LOCKED)
         patient = [
             stack.enter_context(
-                cli.start("--socket", stage.vm.socket, *command, "--lock-wait", "60")
+                cli.start("--socket", stage.vm.socket, *command, "--lock-wait", "600")
             )
             for command in commands
         ]
         running.signal(signal.SIGTERM)
-        running.wait(60).check(143)
+        running.wait().check(143)
         for each in patient:
-            each.wait(60).check()
+            each.wait().check()
 
 
 def test_recover_says_what_it_would_do_and_does_just_that(stage: Scene) -> None:
@@ -107,7 +108,7 @@ def test_recover_says_what_it_would_do_and_does_just_that(stage: Scene) -> None:
     stage.write()
     with stage.long_run() as running:
         running.signal(signal.SIGKILL)
-        running.wait(60)
+        running.wait()
     stage.wait_for_rescue()
     before = sorted(path for path in stage.target.rglob("*"))
     told = cli.run(*recover, "--dry-run").check().out
@@ -158,11 +159,11 @@ def test_a_run_that_is_stopped_while_the_vm_stands_still(stage: Scene) -> None:
 
     with Proxy(path, stage.vm.socket, stop), cli.start(*stage.arguments("quiesced", path)) as run:
         pid = run.pid
-        assert stopped.wait(30)
+        assert stopped.wait(PATIENCE)
         assert not stage.vm.qmp("query-status")["running"]
         stage.wait_for_rescue()
         run.signal(signal.SIGCONT)
-        result = run.wait(60)
+        result = run.wait()
     assert result.code in {5, VM}, result
     assert "watchdog" in result.err
     assert len(manifests(stage.target)) == 1

@@ -57,7 +57,7 @@ NOBODY = line(b'{"return": {}, "id": "somebody else"}\n')
 def run(stage: Scene, hook: Callable[[Proxy, Place], None]) -> cli.Result:
     path = stage.vm.folder / "proxy"
     with Proxy(path, stage.vm.socket, hook):
-        return cli.run(*stage.arguments("inc", path), timeout=100)
+        return cli.run(*stage.arguments("inc", path))
 
 
 def spoil_at(number: int, spoil: Spoil) -> Callable[[Proxy, Place], None]:

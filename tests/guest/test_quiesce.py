@@ -203,5 +203,5 @@ def test_run_interrupted_while_the_guest_freezes(
         guest.qmp.poll(lambda: marked(guest))
         running.signal(number)
         release()
-        running.wait(30).check(128 + number)
+        running.wait().check(128 + number)
     assert not marked(guest)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lab.patience import PATIENCE
+
 Argument = str | Path | int
 
 
@@ -80,7 +82,7 @@ class Running:
         """Send a signal."""
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 120) -> Result:
+    def wait(self, timeout: float = PATIENCE) -> Result:
         """Wait for the end.
 
         Raises:
@@ -110,7 +112,7 @@ def start(
 def run(
     *arguments: Argument,
     program: str = "qmpbackup",
-    timeout: float = 120,
+    timeout: float = PATIENCE,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Result:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lab.patience import PATIENCE
+
 KIB = 1024
 MIB = 1024 * KIB
 CLUSTER = 64 * KIB
@@ -195,7 +197,7 @@ def first_difference(left: bytes, right: bytes, block: int = 512) -> str:
 def qemu_img(*arguments: str) -> str:
     """Run `qemu-img`; its output. A failure ends the test with what it printed."""
     done = subprocess.run(
-        ["qemu-img", *arguments], capture_output=True, text=True, check=False, timeout=120
+        ["qemu-img", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 0, f"qemu-img {' '.join(arguments)}: {done.stderr}{done.stdout}"
     return done.stdout

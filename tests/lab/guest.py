@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.disks import Disk
+from lab.patience import PATIENCE
 from lab.qemu import ACCEL_VARIABLE, Qemu
 from lab.qmp import JsonSocket, LineSocket
 
@@ -34,7 +35,9 @@ class GuestError(AssertionError):
 
 def system() -> Path:
     """The folder with the guest's `vmlinuz` and `initramfs`, built first where it is not there."""
-    done = subprocess.run([SCRIPT], stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    done = subprocess.run(
+        [SCRIPT], stdout=subprocess.PIPE, text=True, check=True, timeout=4 * PATIENCE
+    )
     return Path(done.stdout.strip())
 
 
@@ -83,7 +86,7 @@ class Guest(Qemu):
         args: Sequence[str] = (),
         memory: str = "192M",
         agent: bool = True,
-        patience: float = 60,
+        patience: float = PATIENCE,
         **options: Any,
     ) -> None:
         built = system()

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
+from lab.patience import PATIENCE
+
 Fate = Literal["pass", "503", "500", "403", "cut", "lose the answer", "cut the answer", "stall"]
 """What becomes of a request: passed on; refused with a status; its connection closed before anything
 is passed on, after it was carried out, or in the middle of the answer; or no answer, ever."""
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _passed_on(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection(self.of._address, timeout=60)
+        connection = http.client.HTTPConnection(self.of._address, timeout=PATIENCE)
         try:
             headers = {
                 name: value for name, value in self.headers.items() if name.lower() not in _OWN

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from lab.disks import CLUSTER
+from lab.patience import PATIENCE
 from lab.qemu import Qemu
 from lab.qmp import Monitor
 
@@ -70,7 +71,7 @@ class Writer:
         if failure:
             raise failure
 
-    def wait_for(self, writes: int, timeout: float = 60) -> None:
+    def wait_for(self, writes: int, timeout: float = PATIENCE) -> None:
         """Wait until this many more writes are done."""
         aim = len(self.log) + writes
         deadline = time.monotonic() + timeout

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lab.patience import PATIENCE
 from lab.qemu import Qemu
 from qmpbackup.model import Disk, Vm
 from qmpbackup.plan.names import RunNames
@@ -180,7 +181,7 @@ def command(
         [sys.executable, "-m", "lab.pulling", json.dumps(arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         env={**os.environ, **(env or {}), "PYTHONPATH": f"{tests}:{tests.parent / 'src'}"},
     )

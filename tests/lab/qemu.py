@@ -20,6 +20,7 @@ from typing import Literal, Self
 
 from lab.disks import Disk
 from lab.machine import LINE_BUFFERED, Machine
+from lab.patience import PATIENCE
 from lab.qmp import Monitor
 
 BINARY_VARIABLE = "QMPBACKUP_TEST_QEMU"
@@ -166,7 +167,7 @@ class Qemu(Machine):
             os.chown(self.folder, account.pw_uid, account.pw_gid)
             self.folder.chmod(0o755)
 
-    def monitor(self, timeout: float = 30) -> Monitor:
+    def monitor(self, timeout: float = PATIENCE) -> Monitor:
         """Another connection to the test's monitor socket; only one can be open at a time."""
         deadline = time.monotonic() + timeout
         while True:
@@ -201,7 +202,7 @@ class Qemu(Machine):
         if number:
             process.send_signal(number)
         try:
-            process.wait(30)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from lab.patience import PATIENCE
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class QmpError(AssertionError):
 class LineSocket:
     """Lines over a unix socket."""
 
-    def __init__(self, path: Path, timeout: float = 30) -> None:
+    def __init__(self, path: Path, timeout: float = PATIENCE) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         self._buffer = b""
@@ -106,7 +108,7 @@ class Monitor(JsonSocket):
     `events` holds every event since the connection was made, oldest first.
     """
 
-    def __init__(self, path: Path, timeout: float = 30) -> None:
+    def __init__(self, path: Path, timeout: float = PATIENCE) -> None:
         super().__init__(path, timeout)
         self.events: list[dict[str, Any]] = []
         self.greeting = self.receive()
@@ -131,7 +133,7 @@ class Monitor(JsonSocket):
         """Carry out a line of the human monitor and return what it printed."""
         return str(self.command("human-monitor-command", {"command-line": line}))
 
-    def wait_event(self, name: str, timeout: float = 30) -> dict[str, Any]:
+    def wait_event(self, name: str, timeout: float = PATIENCE) -> dict[str, Any]:
         """The first event of this name since the connection was made, waiting where needed."""
 
         def seen() -> dict[str, Any] | None:
@@ -139,7 +141,7 @@ class Monitor(JsonSocket):
 
         return self.poll(seen, timeout)
 
-    def poll(self, question: Callable[[], T | None], timeout: float = 30) -> T:
+    def poll(self, question: Callable[[], T | None], timeout: float = PATIENCE) -> T:
         """Ask again and again until the answer is something else than `None` or `False`."""
         deadline = time.monotonic() + timeout
         while not (answer := question()):

@@ -3,10 +3,12 @@
 
 import socket
 import subprocess
-import time
-from contextlib import closing
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
+
+from lab.patience import wait_until
+from lab.ports import free_port
 
 
 class RestServer:
@@ -14,8 +16,7 @@ class RestServer:
 
     def __init__(self, folder: Path, *, append_only: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with closing(socket.create_server(("127.0.0.1", 0))) as free:
-            self._port: int = free.getsockname()[1]
+        self._port = free_port()
         command = ["rclone", "serve", "restic", "--addr", f"127.0.0.1:{self._port}"]
         command += ["--append-only"] if append_only else []
         self._command = [*command, "--config", "/dev/null", str(folder)]
@@ -29,14 +30,15 @@ class RestServer:
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self._port)).close()
-                return self
-            except ConnectionRefusedError:
-                assert self._process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.02)
+        wait_until(self._answers, "a server")
+        return self
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, "rclone serves nothing"
+        with suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", self._port)).close()
+            return True
+        return False
 
     def __exit__(self, *_exc: object) -> None:
         self._process.kill()

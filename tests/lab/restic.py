@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from lab.patience import PATIENCE
+
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of repositories that tests make
-SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Restic:
         """Run a command, such as `restic("snapshots", "--json").json`; it has to succeed."""
         with self.start(*argv) as process:
             try:
-                out, err = process.communicate(stdin, timeout=SECONDS)
+                out, err = process.communicate(stdin, timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -122,4 +123,4 @@ class Backing:
     def __exit__(self, *_exc: object) -> None:
         if self._process.poll() is None:
             self._process.terminate()
-        self._process.communicate(timeout=SECONDS)
+        self._process.communicate(timeout=PATIENCE)

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lab.patience import PATIENCE
+
 
 class ScriptedServer:
     """A unix socket server that serves one client at a time, in a thread. A context manager.
@@ -78,7 +80,7 @@ class FakeAgent:
             for line in filter(bytes.strip, lines):
                 client.sendall(self._reply(line))
 
-    def wait(self, condition: Callable[[], bool], timeout: float = 30) -> None:
+    def wait(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
         """Wait until a condition holds; it is looked at after every command."""
         with self._changed:
             assert self._changed.wait_for(condition, timeout), f"never happened; saw {self.log}"

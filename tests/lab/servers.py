@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
 
+from lab.patience import PATIENCE
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "id-of-a-key",
     "AWS_SECRET_ACCESS_KEY": "secret-of-a-key",
@@ -36,7 +38,7 @@ def s3_server() -> Iterator[str]:
     server.start()
     try:
         host, port = server.get_host_and_port()
-        connection = http.client.HTTPConnection(host, port, timeout=60)
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
         # All servers of a process have one memory.
         for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):
             connection.request(method, path)

@@ -4,12 +4,13 @@
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from lab.patience import wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 
@@ -44,11 +45,8 @@ def fuse_folder(path: Path) -> Iterator[Path]:
     command += ["--config", "/dev/null", "--cache-dir", str(cache), "--allow-non-empty"]
     mounted = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
-        while not path.is_mount():
-            if time.monotonic() > deadline or mounted.poll() is not None:
-                raise RuntimeError("rclone mounted nothing")
-            time.sleep(0.05)
+        wait_until(lambda: path.is_mount() or mounted.poll() is not None)
+        assert path.is_mount(), "rclone mounted nothing"
         yield path
     finally:
         mounted.terminate()

@@ -21,6 +21,7 @@ from lab.backups import (
 from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.disks import contents as image_contents
 from lab.load import Writer, instants
+from lab.ports import free_port
 from lab.qemu import Qemu
 
 SIZE = 16 * MIB
@@ -329,7 +330,7 @@ def test_a_vm_that_does_not_run_is_left_as_it_is(tmp_path: Path, start_qemu: Sta
 
 
 def test_over_tcp_qemu_opens_the_files_itself(tmp_path: Path, start_qemu: StartQemu) -> None:
-    port = _free_port()
+    port = free_port()
     vm = start_qemu(
         [disk(tmp_path, "vda")], args=("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off")
     )
@@ -371,12 +372,3 @@ def _as_root(vm: Qemu, image: Path) -> bytes:
 
     vm.flush("vda")
     return contents(image, "qcow2")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -13,6 +13,7 @@ from lab.aftermath import assert_clean, manifests
 from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, restored, try_backup
 from lab.disks import MIB, Disk, create, pattern
 from lab.load import Writer, instants
+from lab.patience import wait_until
 from lab.qemu import Qemu
 from lab.repositories import Repository, repository
 from lab.restic import Backing, Restic
@@ -150,8 +151,7 @@ def test_restic_beside_us_and_alone(
 
 def wait_for_locks(target: Repository, count: int) -> None:
     """Wait until so many locks are there."""
-    while len(target.restic("list", "locks", "--no-lock").text.split()) < count:
-        pass
+    wait_until(lambda: len(target.restic("list", "locks", "--no-lock").text.split()) >= count)
 
 
 def test_a_dry_run_changes_nothing(

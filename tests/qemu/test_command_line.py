@@ -4,7 +4,6 @@ code, never a traceback, nothing left behind and nothing lost."""
 
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from lab import cli
 from lab.disks import MIB, Disk, contents, create
+from lab.ports import free_port
 from lab.qemu import Qemu
 from lab.repositories import repository
 from qmpbackup.model import Level
@@ -44,7 +44,7 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qemu]:
 
 def refused(*arguments: cli.Argument, code: int = 2, cwd: Path | None = None) -> str:
     """What a command that must not work says."""
-    result = cli.run(*arguments, cwd=cwd, timeout=30).check(code)
+    result = cli.run(*arguments, cwd=cwd).check(code)
     assert "Traceback" not in result.err
     assert "Unexpected" not in result.err
     assert not result.out
@@ -308,12 +308,6 @@ def test_over_tcp_paths_are_ours_and_not_relative_to_qemu(
         said = cli.run(*arguments, *paths, cwd=tmp_path).check(2)
         assert "UTF-8" in said.err
     assert vm.running
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize("program", ["qmpbackup", "qmprebase", "qmprestore"])

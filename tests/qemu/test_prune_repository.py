@@ -4,7 +4,6 @@
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from lab import cli
 from lab.backups import back_up, levels
 from lab.disks import MIB, Disk, create, pattern
+from lab.patience import wait_until
 from lab.qemu import Qemu
 from lab.restic import Backing
 from qmpbackup.model import VmIdentity
@@ -187,10 +187,3 @@ def test_a_signal_lets_restic_end_in_order(stored: StoredRepository, tmp_path: P
         running.process.send_signal(signal.SIGTERM)
         running.wait().check(143)
     assert log.read_text().split() == ["begun", "ended"]
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)

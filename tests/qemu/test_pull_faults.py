@@ -3,7 +3,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 
 from lab.backups import leftovers
 from lab.disks import MIB, Disk, create, first_difference, pattern
+from lab.ports import free_port
 from lab.pulling import CHUNK, Puller, collect
 from lab.qemu import Qemu
 from qmpbackup import interrupt
@@ -162,8 +162,7 @@ def test_a_qemu_of_another_user_needs_no_right_on_our_files(
 
 
 def test_over_tcp_qemu_opens_socket_and_files_itself(start_qemu: StartQemu, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp:127.0.0.1:{free_port()}"
     vm = one_disk(start_qemu, tmp_path, args=("-qmp", f"{address},server=on,wait=off"))
     base = vm.contents("vda")
     with Puller(vm, tmp_path, socket=address) as run:

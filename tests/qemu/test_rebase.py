@@ -8,7 +8,6 @@ import shutil
 import signal
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
+from lab.patience import wait_until
 from lab.qemu import Qemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
 from qmpbackup.model import Level, Point
@@ -711,12 +711,9 @@ def test_an_interrupted_build_leaves_the_backup_as_it_was(stored: Stored) -> Non
     before = tree(stored.path)
     where = ("--dir", folder(stored), "--rate-limit", "16K")
     with cli.start("commit", *where, program="qmprestore") as running:
-        deadline = time.monotonic() + 60
-        while not list(folder(stored).glob("*.partial")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: list(folder(stored).glob("*.partial")))
         running.signal(signal.SIGINT)
-        running.wait(30).check(130)
+        running.wait().check(130)
     assert_unchanged(before, stored.path)
 
 

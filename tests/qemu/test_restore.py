@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.patience import PATIENCE
 from qmpbackup.errors import (
     DamagedError,
     Locked,
@@ -368,13 +369,13 @@ class TestInterrupted:
     def test_terminated(self, large: Stored, out: Path) -> None:
         process = self.start(large, out)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        assert process.wait(PATIENCE) == 143
         assert not out.exists()
 
     def test_killed_and_run_again(self, large: Stored, out: Path) -> None:
         process = self.start(large, out)
         process.kill()
-        process.wait(20)
+        process.wait(PATIENCE)
         assert [path.name for path in out.iterdir()] == ["hd0.qcow2.partial"]
         outcome = restore(Request(large.path, folder=out, lock_wait=20))
         assert [path.name for path in out.iterdir()] == ["hd0.qcow2"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An external snapshot taken while a backup runs: the VM stays whole, and can be started again."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up, leftovers, levels
 from lab.disks import MIB, Disk, create, pattern, qemu_img
+from lab.patience import wait_until
 from lab.qemu import Qemu
 
 SIZE = 32 * MIB
@@ -24,10 +24,7 @@ def slow_backup(vm: Qemu, target: Path) -> cli.Running:
 
 def take_snapshot(vm: Qemu, overlay: Path) -> None:
     """Wait until our filter is in place, then take a snapshot on top of it."""
-    deadline = time.monotonic() + 30
-    while not _active(vm).startswith("qmpbackup-"):
-        assert time.monotonic() < deadline, "no filter came"
-        time.sleep(0.01)
+    wait_until(lambda: _active(vm).startswith("qmpbackup-"), "a filter")
     vm.qmp(
         "blockdev-snapshot-sync",
         **{"node-name": _active(vm), "snapshot-file": str(overlay), "snapshot-node-name": "over"},

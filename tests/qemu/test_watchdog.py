@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab.doomed import DoomedRun
+from lab.patience import PATIENCE
 from lab.qemu import Qemu
 
 MARKER = {"qom-type": "throttle-group", "id": "qmpbackup-stopped"}
@@ -27,9 +28,9 @@ def run(vm: Qemu) -> Iterator[DoomedRun]:
         yield doomed
 
 
-def stop(run: DoomedRun, seconds: float = 30) -> None:
+def stop(run: DoomedRun) -> None:
     """As the product does it."""
-    assert run("arm_stop", seconds) is None
+    assert run("arm_stop", 2 * PATIENCE) is None
     run("qmp", "object-add", MARKER)
     run("qmp", "stop")
 
@@ -38,15 +39,15 @@ def status(vm: Qemu) -> str:
     return str(vm.qmp("query-status")["status"])
 
 
-def wait_until_running(vm: Qemu, timeout: float = 20) -> None:
-    vm.qmp.poll(lambda: status(vm) == "running", timeout)
+def wait_until_running(vm: Qemu) -> None:
+    vm.qmp.poll(lambda: status(vm) == "running")
 
 
 def marked(vm: Qemu) -> bool:
     return "qmpbackup-stopped" in [item["name"] for item in vm.qmp("qom-list", path="/objects")]
 
 
-def ended(watchdog: int, timeout: float = 20) -> bool:
+def ended(watchdog: int, timeout: float = PATIENCE) -> bool:
     """Whether the process behind a pidfd ends in time."""
     poll = select.poll()
     poll.register(watchdog, select.POLLIN)
@@ -94,7 +95,8 @@ def test_answers_the_run_had_not_read_do_not_hinder(vm: Qemu, run: DoomedRun) ->
 
 
 def test_vm_runs_at_the_time_limit_while_the_run_is_stopped(vm: Qemu, run: DoomedRun) -> None:
-    stop(run, 0.3)
+    stop(run)
+    assert run("arm_stop", 0.3) is None
     run.signal(signal.SIGSTOP)
     wait_until_running(vm)
     run.signal(signal.SIGCONT)
@@ -106,7 +108,8 @@ def test_vm_runs_at_the_time_limit_while_the_run_is_stopped(vm: Qemu, run: Doome
 
 
 def test_a_run_that_is_killed_while_stopped_leaves_nothing(vm: Qemu, run: DoomedRun) -> None:
-    stop(run, 0.3)
+    stop(run)
+    assert run("arm_stop", 0.3) is None
     run.signal(signal.SIGSTOP)
     wait_until_running(vm)
     assert marked(vm)
@@ -146,7 +149,7 @@ def test_vm_that_somebody_else_stopped_stays_stopped(vm: Qemu, run: DoomedRun) -
 
 
 def test_closing_ends_the_process(run: DoomedRun) -> None:
-    assert run("arm_stop", 30) is None
+    assert run("arm_stop", 2 * PATIENCE) is None
     assert run("disarm_stop") is None
     assert run("close") is None
     assert ended(run.watchdog, 0)
@@ -169,12 +172,14 @@ def test_watchdog_ends_when_the_vm_dies(vm: Qemu, run: DoomedRun) -> None:
 
 
 def test_run_learns_that_the_watchdog_was_killed(run: DoomedRun) -> None:
-    assert run("arm_stop", 30) is None
+    assert run("arm_stop", 2 * PATIENCE) is None
     signal.pidfd_send_signal(run.watchdog, signal.SIGKILL)
     assert ended(run.watchdog)
     assert run("disarm_stop").startswith("VmError: The watchdog process was killed")
-    assert run("arm_stop", 30).startswith("VmError: The watchdog process was killed")
-    assert run("arm_freeze", 30).startswith("QuiesceError: The watchdog process was killed")
+    assert run("arm_stop", 2 * PATIENCE).startswith("VmError: The watchdog process was killed")
+    assert run("arm_freeze", 2 * PATIENCE).startswith(
+        "QuiesceError: The watchdog process was killed"
+    )
     assert run("close") is None
 
 
@@ -190,7 +195,7 @@ def test_signals_that_end_a_run_do_not_end_the_watchdog(
 
 def test_watchdog_keeps_nothing_of_the_run_but_its_connections(run: DoomedRun) -> None:
     process = Path(f"/proc/{run.watchdog_pid}")
-    assert run("arm_stop", 30) is None
+    assert run("arm_stop", 2 * PATIENCE) is None
     kept = []
     for entry in (process / "fd").iterdir():
         with suppress(FileNotFoundError):

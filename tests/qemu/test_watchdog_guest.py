@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lab.doomed import DoomedRun
+from lab.patience import PATIENCE
 from lab.scripted import FakeAgent, ScriptedServer
 
 
@@ -24,7 +25,7 @@ class SlowFreeze:
     def _answer(self, command: str) -> dict[str, Any] | None:
         if command == "guest-fsfreeze-freeze":
             self.begun.set()
-            assert self.finish.wait(30)
+            assert self.finish.wait(PATIENCE)
         return None
 
 
@@ -39,10 +40,10 @@ def run(agent: FakeAgent, tmp_path: Path) -> Iterator[DoomedRun]:
         yield doomed
 
 
-def freeze(run: DoomedRun, seconds: float = 30) -> None:
+def freeze(run: DoomedRun) -> None:
     """As the product does it."""
-    assert run("arm_freeze", seconds) is None
-    assert run("agent", "freeze", 10) == 2
+    assert run("arm_freeze", 2 * PATIENCE) is None
+    assert run("agent", "freeze", PATIENCE) == 2
 
 
 def test_guest_is_thawed_after_the_run_was_killed(run: DoomedRun, agent: FakeAgent) -> None:
@@ -56,9 +57,9 @@ def test_a_freeze_still_under_way_when_the_run_dies_is_undone(tmp_path: Path) ->
     slow = SlowFreeze()
     server = ScriptedServer(tmp_path / "qga", slow.agent.serve)
     with server, DoomedRun(None, tmp_path / "qga") as run:
-        assert run("arm_freeze", 30) is None
-        run.tell("agent", "freeze", 10)
-        assert slow.begun.wait(30)
+        assert run("arm_freeze", 2 * PATIENCE) is None
+        run.tell("agent", "freeze", PATIENCE)
+        assert slow.begun.wait(PATIENCE)
         run.kill()
         slow.finish.set()
         slow.agent.wait(
@@ -70,7 +71,8 @@ def test_a_freeze_still_under_way_when_the_run_dies_is_undone(tmp_path: Path) ->
 def test_guest_is_thawed_at_the_time_limit_while_the_run_is_stopped(
     run: DoomedRun, agent: FakeAgent
 ) -> None:
-    freeze(run, 0.3)
+    freeze(run)
+    assert run("arm_freeze", 0.3) is None
     run.signal(signal.SIGSTOP)
     agent.wait(lambda: not agent.frozen)
     run.signal(signal.SIGCONT)
@@ -97,7 +99,7 @@ def test_freeze_of_somebody_else_is_left_alone(run: DoomedRun, agent: FakeAgent)
 
 
 def test_time_limit_moves(run: DoomedRun, agent: FakeAgent) -> None:
-    freeze(run, 30)
+    freeze(run)
     assert run("arm_freeze", 0.1) is None
     agent.wait(lambda: not agent.frozen)
 
@@ -112,9 +114,9 @@ def test_output_of_a_killed_run_ends_while_the_watchdog_still_works(tmp_path: Pa
     slow = SlowFreeze()
     server = ScriptedServer(tmp_path / "qga", slow.agent.serve)
     with server, DoomedRun(None, tmp_path / "qga") as run:
-        assert run("arm_freeze", 30) is None
-        run.tell("agent", "freeze", 10)
-        assert slow.begun.wait(30)
+        assert run("arm_freeze", 2 * PATIENCE) is None
+        run.tell("agent", "freeze", PATIENCE)
+        assert slow.begun.wait(PATIENCE)
         run.kill()
         assert run.rest_of_output() == b""
         slow.finish.set()

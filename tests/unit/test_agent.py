@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lab.patience import PATIENCE
 from lab.scripted import FakeAgent, ScriptedServer
 from qmpbackup import interrupt
 from qmpbackup.errors import GuestStateUnknown, Interrupted, QuiesceError, UsageError
@@ -249,7 +250,7 @@ class Reluctant:
             self.begun.set()
             assert self.fake.client
             self.fake.client.recv(1, socket.MSG_PEEK)
-            assert self.finish.wait(30)
+            assert self.finish.wait(PATIENCE)
         return None
 
 
@@ -283,7 +284,7 @@ def test_signal_ends_the_wait_for_a_freeze_and_thaws(address: Path) -> None:
     slow.finish.set()
 
     def interrupt_it(thread: int) -> None:
-        assert slow.begun.wait(30)
+        assert slow.begun.wait(PATIENCE)
         signal.pthread_kill(thread, signal.SIGTERM)
 
     with ScriptedServer(address, slow.fake.serve), interrupt.held():

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lab.indexes import ID, Indexes, agree, cached
+from lab.patience import PATIENCE
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.restic import index
 from qmpbackup.restic.blobs import BlobIndex, Place, cache_folder
@@ -291,7 +292,7 @@ def test_processes_may_use_one_cache_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROCESS, TESTS, str(tmp_path)]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in running:
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, error.decode()
 
 

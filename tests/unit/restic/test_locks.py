@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.patience import PATIENCE
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, Interrupted, Locked, StorageError
 from qmpbackup.restic import lock
@@ -171,7 +172,7 @@ def test_an_empty_lock_is_an_upload_that_broke_off(repository: Repository) -> No
 def test_it_is_refreshed_and_never_absent(repository: Repository) -> None:
     seen: set[str] = set()
     with repository.lock(timing=replace(QUICK, refresh=0.01)):
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while len(seen) < 5 and time.monotonic() < end:
             now = _locks(repository)
             # While a listing is under way, the new file may be missed and the old one gone.
@@ -277,6 +278,6 @@ def test_the_question_whether_we_are_alive_does_not_end_us(
         os.kill(holder.pid, signal.SIGHUP)
         with pytest.raises(Locked), repository.lock(exclusive=True, timing=QUICK):
             pass
-        out, _ = holder.communicate(timeout=30)
+        out, _ = holder.communicate(timeout=PATIENCE)
     assert out == "ended\n"
     assert holder.returncode == 0
