@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from lab.backups import bitmaps, leftovers
-from lab.qemu import Qemu
+from lab.machine import Machine
 from lab.repositories import Repository, Target
 
 PREFIX = "qmpbackup:"
@@ -19,7 +19,7 @@ def manifests(target: Target) -> list[dict[str, Any]]:
     return sorted(points, key=lambda point: int(point["sequence"]))
 
 
-def assert_clean(vm: Qemu, target: Target) -> None:
+def assert_clean(vm: Machine, target: Target) -> None:
     """Nothing is left of any run but what the next one needs.
 
     The VM runs, its disks sit on their own nodes; there are the change bitmaps of each disk's last
@@ -34,7 +34,7 @@ def assert_clean(vm: Qemu, target: Target) -> None:
         assert not list(folder.glob(".qmpbackup-*")), "a scratch image is left"
 
 
-def assert_bitmaps(vm: Qemu, target: Target) -> None:
+def assert_bitmaps(vm: Machine, target: Target) -> None:
     """Of this target, QEMU holds the bitmaps that its last points need, and no others."""
     owner = owner_of(target)
     found = {name for _, name in bitmaps(vm) if name.startswith(f"{PREFIX}{owner}:")}
