@@ -3,6 +3,7 @@
 
 import pwd
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,12 @@ from lab.qemu import Qemu
 # How long an example takes says more about what else the machine does than about us.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Where the tests run in the background of a script, what they start would ignore these.
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@
     ├── Locked                     11  another run holds the VM or the target
     └── WrongPassword              12
 
-    Interrupted               130/143  SIGINT or SIGTERM: stands alone, as nothing has failed
+    Interrupted           129/130/143  SIGHUP, SIGINT, SIGTERM: stands alone, as nothing has failed
 
 Exit code 3 (done but degraded) is no error: the point exists. Each error carries one sentence that
 says what is wrong (`message`) and one that says what to do (`hint`, may be empty).
@@ -157,7 +157,7 @@ class WrongPassword(QmpBackupError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM: the run ended in order and left nothing behind.
+    """SIGHUP, SIGINT or SIGTERM: the run ended in order and left nothing behind.
 
     No `QmpBackupError`: whoever passes over what has failed must not pass over this.
     """
@@ -168,5 +168,5 @@ class Interrupted(Exception):
 
     @property
     def exit_status(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, as shells report them."""
+        """129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM, as shells report them."""
         return 128 + self.signal_number

@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM, taken where a run can end in order and nowhere else.
+"""SIGINT, SIGTERM and SIGHUP, taken where a run can end in order and nowhere else.
 
-A run holds the two signals back as a whole and asks at its own checkpoints whether one is waiting.
+A run holds these signals back as a whole and asks at its own checkpoints whether one is waiting.
 So no exception ever lands between a step and the registration of its undoing, nor inside the event
 loop of the monitor. The kernel's set of pending signals is the only state.
+
+One that was ignored when we were started (nohup, a job in the background of a script) stays so. The
+kernel keeps it waiting all the same while it is held back (signal(7)), so it must not be asked for.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from qmpbackup.errors import Interrupted
 
-ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
+ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+def heeded() -> frozenset[signal.Signals]:
+    """Those signals of `ENDING` that are not ignored."""
+    return frozenset(each for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the end of the block.
+    """Hold the signals back until the end of the block.
 
     One that nobody took until a block has done its work came too late to end anything, and is
     forgotten: what is done is reported as done.
@@ -43,6 +54,68 @@ def let_through() -> Iterator[None]:
 
 def check() -> None:
     """Raise `Interrupted` if a held signal is waiting, and take it off the queue."""
-    waiting = signal.sigpending() & ENDING
+    waiting = signal.sigpending() & heeded()
     if waiting:
         raise Interrupted(int(signal.sigwait(waiting)))
+
+
+@contextmanager
+def hangups_survived(program: str) -> Iterator[None]:
+    """Inside the block, SIGHUP from processes of a program only asks whether we live.
+
+    Where signals are held back, one from anybody else ends the run as ever; elsewhere none does.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+    elif signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        with _Doorkeeper(program):
+            yield
+    else:
+        before = signal.signal(signal.SIGHUP, _survive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+class _Doorkeeper:
+    """A thread that takes each SIGHUP at once, and passes it on to the main thread if that is an order.
+
+    Who sent it can be found out for as long as the sender lives. One who only asks may have ended by
+    then, so somebody who is gone counts as such, unless the terminal or the session has ended.
+    """
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="hangups", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.ident is not None and self._thread.is_alive():
+            signal.pthread_kill(self._thread.ident, signal.SIGHUP)
+        self._thread.join()
+
+    def _keep(self) -> None:
+        main = threading.main_thread().ident
+        while not self._over.is_set():
+            sender = signal.sigwaitinfo({signal.SIGHUP}).si_pid
+            if not (self._over.is_set() or self._asks(sender)) and main is not None:
+                signal.pthread_kill(main, signal.SIGHUP)
+
+    def _asks(self, sender: int) -> bool:
+        if sender in {0, os.getppid(), os.getsid(0)}:  # 0: the kernel, or from outside a container
+            return False
+        try:
+            name = Path(f"/proc/{sender}/comm").read_text(errors="replace")
+        except OSError:
+            return True
+        return name.startswith(self._program)
+
+
+def _survive(*_: object) -> None:
+    """A handler, not SIG_IGN, which the programs that we start would inherit."""

@@ -117,7 +117,9 @@ def test_a_scratch_that_runs_full_breaks_the_run_and_no_guest_write(
     stage.make_good("inc")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_reading_in_order(
     stage: Scene, number: signal.Signals, code: int
 ) -> None:
@@ -129,6 +131,17 @@ def test_a_signal_ends_the_reading_in_order(
     assert len(manifests(stage.place)) == 1
     assert_clean(stage.vm, stage.place)
     stage.make_good("inc")
+
+
+def test_restic_that_asks_whether_a_run_lives_does_not_end_it(stage: Scene) -> None:
+    """`restic unlock` sends SIGHUP to the processes whose locks it finds."""
+    stage.renew("inc")
+    with long_read(stage) as running:
+        for _ in range(3):
+            of(stage).restic("unlock")
+        assert of(stage).restic("list", "locks").out
+        stage.vm.quit()
+        assert "Interrupted" not in running.wait(60).check(VM).err
 
 
 def long_read(stage: Scene) -> cli.Running:

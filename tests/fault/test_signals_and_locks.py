@@ -28,7 +28,10 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield stage
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+ENDING = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), ENDING)
 def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, code: int) -> None:
     with stage.long_run() as running:
         running.signal(number)
@@ -37,6 +40,26 @@ def test_a_signal_ends_the_copy_in_order(stage: Scene, number: signal.Signals, c
     assert len(manifests(stage.target)) == 1
     assert_clean(stage.vm, stage.target)
     stage.make_good("inc")
+
+
+@pytest.mark.usefixtures("ignored")
+@pytest.mark.parametrize("number", [number for number, _ in ENDING])
+def test_a_signal_that_was_ignored_stays_so(stage: Scene, number: signal.Signals) -> None:
+    """As under nohup, or in the background of a script."""
+    with stage.long_run() as running:
+        running.signal(number)
+        running.signal(number)
+        stage.vm.quit()
+        assert "Interrupted" not in running.wait(60).check(VM).err
+
+
+@pytest.fixture
+def ignored() -> Iterator[None]:
+    """What is started ignores the signals that end a run."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number, _ in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_second_run_leaves_at_once_or_waits(stage: Scene) -> None:

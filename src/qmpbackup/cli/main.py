@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
-from qmpbackup import __version__
+from qmpbackup import __version__, interrupt
 from qmpbackup.cli.arguments import Parser, add_shared_options
 from qmpbackup.cli.printing import drop_output, printable
 from qmpbackup.errors import Interrupted, QmpBackupError
@@ -23,7 +23,7 @@ EXIT_CODES = """\
 exit codes:
   0 done · 1 failed · 2 wrong usage · 3 done but degraded · 4 an incremental is not possible
   5 quiesce failed · 6 QMP, NBD or VM · 7 target or storage · 8 damaged data
-  9 an audit found unrecorded changes · 10 no such target · 11 locked by another run · 12 wrong password · 130/143 interrupted"""
+  9 an audit found unrecorded changes · 10 no such target · 11 locked by another run · 12 wrong password · 129/130/143 interrupted"""
 
 EXAMPLES = """\
 examples:
@@ -64,8 +64,8 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
         drop_output()
         return 1
     debug = bool(getattr(arguments, "debug", False))
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in interrupt.heeded():
+        signal.signal(number, _interrupt)
     try:
         _set_up_logging(arguments, debug)
         command: Run = arguments.run

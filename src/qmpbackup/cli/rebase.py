@@ -17,7 +17,7 @@ To restore without changing the backup at all, use `qmpbackup restore`.
 
 exit codes:
   0 done · 1 failed · 2 wrong usage · 7 storage, or no room · 8 damaged data · 10 no such folder
-  11 locked by another run · 130/143 interrupted"""
+  11 locked by another run · 129/130/143 interrupted"""
 
 
 def qmprebase_parser() -> argparse.ArgumentParser:

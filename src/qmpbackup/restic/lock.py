@@ -9,12 +9,11 @@ five minutes, the new file first and then the old one removed; who could not do 
 it, and must not write any more.
 
 restic finds out whether a process is alive by sending it SIGHUP, so that must not end us while we
-hold a lock. Knows of the repository no more than how to load and seal a file.
+hold a lock: see `interrupt`. Knows of the repository no more than how to load and seal a file.
 """
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from types import FrameType
 from typing import Final, Protocol
 
 from qmpbackup import interrupt
@@ -170,7 +168,7 @@ def hold(
         DamagedError: a lock cannot be read, so it may be anybody's.
         StorageError: the storage fails, or lets us write no exclusive lock.
     """
-    with _hangups_survived():
+    with interrupt.hangups_survived("restic"):
         held = _acquire(repository, exclusive, wait, timing)
         try:
             held.start()
@@ -389,21 +387,3 @@ def _sleep(seconds: float) -> None:
         time.sleep(min(left, _POLL_SECONDS))
         if threading.current_thread() is threading.main_thread():
             interrupt.check()
-
-
-def _survive(_number: int, _frame: FrameType | None) -> None:
-    """A handler, not SIG_IGN, which the programs that we start would inherit."""
-
-
-@contextmanager
-def _hangups_survived() -> Iterator[None]:
-    """Do not let restic's question whether we are alive end us."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGHUP, _survive)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
