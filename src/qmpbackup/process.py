@@ -55,10 +55,12 @@ class Child:
         *,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] = NOTHING,
+        at_our_death: signal.Signals = signal.SIGKILL,
     ) -> None:
         """Start it, without input, its output captured and its messages in English.
 
-        `environment` is what it is told beside what we were told.
+        `environment` is what it is told beside what we were told, `at_our_death` the signal that the
+        kernel sends it when we die.
 
         Raises:
             QmpBackupError: there is no such program, or it cannot be started.
@@ -76,7 +78,7 @@ class Child:
                 pass_fds=pass_fds,
                 env={**os.environ, "LC_ALL": "C", **environment},
                 process_group=0,  # so that Ctrl-C reaches us alone, and we end it in order
-                preexec_fn=_DieWithParent(),  # noqa: PLW1509 - only calls prctl and sigprocmask
+                preexec_fn=_DieWithParent(at_our_death),  # noqa: PLW1509 - only calls prctl and sigprocmask
             )
         except FileNotFoundError:
             raise QmpBackupError(
@@ -114,6 +116,28 @@ class Child:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+
+    def end(self, seconds: float) -> Result:
+        """Ask it to end in order, and wait for that, whatever signals come; kill it after `seconds`.
+
+        For programs that print little: what they print is read at their end.
+        """
+        import subprocess
+
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self._process.wait()
+        if self._result is None:
+            output, messages = (
+                pipe.read(_KEPT_MESSAGES) if pipe is not None else b""
+                for pipe in (self._process.stdout, self._process.stderr)
+            )
+            self._result = Result(self.program, code, output, messages.decode("utf-8", "replace"))
+        return self._result
 
     def wait(self, timeout: float | None = None) -> Result:
         """Wait for its end, collecting what it prints; the same answer when asked again.
@@ -196,12 +220,13 @@ _INSTALL = {
 class _DieWithParent:
     """Runs in the child before the program: die when we die, and take signals again."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: signal.Signals) -> None:
         self._library = _c_library()
         self._parent = os.getpid()
+        self._number = int(number)
 
     def __call__(self) -> None:
-        self._library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        self._library.prctl(_PR_SET_PDEATHSIG, self._number, 0, 0, 0)
         if os.getppid() != self._parent:
             os._exit(127)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -127,6 +127,17 @@ def disks(text: str) -> tuple[str, ...]:
     return parts
 
 
+def image(text: str) -> tuple[str, Path, str]:
+    """An `argparse` type for a disk's image, `ID=PATH[,format=F]`; the format may be empty."""
+    disk_id, _, rest = text.partition("=")
+    image_path, _, image_format = (
+        rest.rpartition(",format=") if ",format=" in rest else (rest, "", "")
+    )
+    if not disk_id or not image_path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=PATH[,format=F].")
+    return disk_id, Path(image_path), image_format
+
+
 def names(values: Sequence[tuple[str, ...]] | None) -> tuple[str, ...]:
     """All names from an option of the type `disks` that may be repeated."""
     return tuple(name for value in values or () for name in value)

@@ -12,6 +12,7 @@ from qmpbackup.cli.arguments import (
     add_lock_wait,
     add_target,
     disks,
+    image,
     names,
     path,
     require_socket,
@@ -19,12 +20,13 @@ from qmpbackup.cli.arguments import (
     size,
 )
 from qmpbackup.cli.printing import printable, say
-from qmpbackup.errors import StorageError, UnrecordedChanges
+from qmpbackup.errors import StorageError, UnrecordedChanges, UsageError
 from qmpbackup.model import AUDIT, Level, Quiesce, StoredDisk
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.service.backup import Outcome, Plan, Request
+    from qmpbackup.service.offline import Offline
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "backup",
         help="make a full or incremental backup of the running VM",
-        description="Copy all disks of the running VM, as they are at one instant, into a target.",
+        description="Copy all disks of the running VM, as they are at one instant, into a target. With "
+        "--offline, those of a VM that is off.",
     )
     _add_what(parser)
     _add_instant(parser)
+    _add_offline(parser)
     _add_storing(parser)
     _add_checks(parser)
     add_lock_wait(parser, "VM or target")
@@ -56,11 +60,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add(
         "-l",
         "--level",
-        required=True,
+        default=Level.AUTO.value,
         choices=[level.value for level in Level],
         help="full: everything. inc: changes since the last point; fails (exit 4) where that is not "
         "possible. diff: changes since the last full. auto: inc where possible, else full, for each "
-        "disk. copy: a full outside every chain, which leaves no trace in the VM",
+        "disk (the default). copy: a full outside every chain, which leaves no trace in the VM",
     )
     add_target(parser, "where the points live; a folder is made where it is missing")
     add(
@@ -96,6 +100,29 @@ def _add_instant(parser: argparse.ArgumentParser) -> None:
         "--pause",
         action="store_true",
         help="stop the VM at the instant (for milliseconds; never during the copy)",
+    )
+
+
+def _add_offline(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--offline",
+        action="store_true",
+        help="back up the images of a VM that is off (without --socket); refused while one of them is "
+        "open. Which VM and which images: as the newest point in the target says, or as follows",
+    )
+    add(
+        "--image",
+        action="append",
+        type=image,
+        metavar="ID=PATH[,format=F]",
+        help="(--offline) a disk and its image; repeat. Without a format: that of the newest point",
+    )
+    add(
+        "--vm",
+        default="",
+        metavar="NAME",
+        help="(--offline) the VM, where the target does not tell, or a repository holds several",
     )
 
 
@@ -246,8 +273,10 @@ def _request(arguments: argparse.Namespace) -> "Request":
     from qmpbackup.plan.selection import Selection
     from qmpbackup.service.backup import Request
 
+    offline = _offline(arguments)
     return Request(
-        address=require_socket(arguments),
+        address="" if offline else require_socket(arguments),
+        offline=offline,
         target=arguments.target,
         level=Level(arguments.level),
         agent_address=arguments.agent_socket or "",
@@ -264,6 +293,22 @@ def _request(arguments: argparse.Namespace) -> "Request":
         check=arguments.check_written,
         verify_chain=arguments.verify_chain,
     )
+
+
+def _offline(arguments: argparse.Namespace) -> "Offline | None":
+    from qmpbackup.service.offline import NamedImage, Offline
+
+    if not arguments.offline:
+        if arguments.image or arguments.vm:
+            raise UsageError("--image and --vm are of a VM that is off.", "Add --offline.")
+        return None
+    if arguments.socket or arguments.quiesce:
+        raise UsageError(
+            "A VM that is off has no monitor and no guest agent.",
+            "Leave --offline out for one that runs, else --socket and --quiesce.",
+        )
+    images = tuple(NamedImage(*each) for each in arguments.image or ())
+    return Offline(images, arguments.vm)
 
 
 def _outcome_lines(outcome: "Outcome") -> Iterable[str]:

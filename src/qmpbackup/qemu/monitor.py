@@ -73,7 +73,17 @@ class Monitor:
             MonitorBusy: another client holds the monitor.
             MonitorProtocolError: what listens there does not speak QMP.
         """
-        monitor = cls(address, open_socket(address, timeout))
+        return cls.over(open_socket(address, timeout), address, timeout)
+
+    @classmethod
+    def over(cls, connection: socket.socket, address: str, timeout: float) -> "Monitor":
+        """Open a session on a connection, which is the monitor's from then on; `address` is what
+        messages call it.
+
+        Raises:
+            ConnectError, MonitorBusy, MonitorProtocolError: as `connect`.
+        """
+        monitor = cls(address, connection)
         try:
             monitor._greet(timeout)
         except BaseException:

@@ -3,9 +3,9 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An open monitor and what was found behind it."""
+    """An open monitor, what was found behind it, and how to look again."""
 
     monitor: Monitor
     found: Inventory
+    look: Callable[[], Inventory]
 
     @property
     def vm(self) -> Vm:
@@ -33,7 +34,7 @@ class Session:
 
     def again(self) -> "Session":
         """The same, looked at once more."""
-        return Session(self.monitor, inventory.take(self.monitor))
+        return replace(self, found=self.look())
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def opened(
             for done in recovery.recover(monitor, found):
                 log.warning("Cleaned up after a run that died: %s.", done)
             found = inventory.take(monitor)
-        yield Session(monitor, found)
+        yield Session(monitor, found, lambda: inventory.take(monitor))
 
 
 def _connected(address: str, wait: float) -> Monitor:

@@ -30,7 +30,7 @@ from qmpbackup.plan import commands
 from qmpbackup.plan.levels import plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu.view import View, require_present
-from qmpbackup.service import session
+from qmpbackup.service import offline, session
 from qmpbackup.service.backup import directory
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
@@ -47,8 +47,7 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
         QmpBackupError: no point was made, and what was begun has been undone.
     """
     with interrupt.held(), _opening(request) as opening, ExitStack() as stack:
-        opened = session.opened(request.address, lock_wait=request.lock_wait, recover=True)
-        vm = stack.enter_context(opened)
+        vm = stack.enter_context(_vm(request))
         _heal(request, vm)
         destination = stack.enter_context(opening.destination(vm.vm))
         try:
@@ -87,10 +86,20 @@ def dry_run(request: Request) -> Plan:
     with (
         interrupt.held(),
         _opening(request, look_only=True) as opening,
-        session.opened(request.address, lock_wait=request.lock_wait, look_only=True) as vm,
+        _vm(request, look_only=True) as vm,
         opening.destination(vm.vm) as destination,
     ):
         return _plan(request, vm.vm, destination)
+
+
+def _vm(request: Request, *, look_only: bool = False) -> AbstractContextManager[session.Session]:
+    """The VM, rid of what a run that died left in it, or only looked at; or the images of one that is
+    off."""
+    if request.offline is not None:
+        return offline.opened(request.offline, request.target)
+    return session.opened(
+        request.address, lock_wait=request.lock_wait, recover=not look_only, look_only=look_only
+    )
 
 
 def _heal(request: Request, vm: session.Session) -> None:

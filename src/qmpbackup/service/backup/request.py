@@ -8,6 +8,7 @@ from qmpbackup.model import AUDIT, Level, Place, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan, effective_level
 from qmpbackup.plan.selection import Selection
+from qmpbackup.service.offline import Offline
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Request:
     `speed` is bytes a second for each disk (0: no limit). `audit` is the share of unchanged chunks
     that an incremental into a repository reads again. With `check`, what goes into a repository is
     opened again before it is stored; with `verify_chain`, the files in a folder that an incremental is
-    to build on are read whole before.
+    to build on are read whole before. `offline` is the VM where it is off; then `address` means nothing.
     """
 
     address: str
@@ -36,6 +37,7 @@ class Request:
     audit: float = AUDIT
     check: bool = False
     verify_chain: bool = False
+    offline: Offline | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM that is off, as a session like that of one that runs: its images in a QEMU of our own.
+
+Which VM it is, and which images it has, is what the newest point in the target says, unless the user
+says it. Change bitmaps in the images are used and carried on as those of the running VM, so that the next
+backup of that is an incremental, and so is this one where the image can store bitmaps.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.model import Location, Place, Point, VmConfig, VmIdentity
+from qmpbackup.qemu import inventory, launching
+from qmpbackup.qemu.inventory import Inventory
+from qmpbackup.qemu.launching import Image
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.service.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class NamedImage:
+    """An image as the user names it; the format is empty where it was left out."""
+
+    id: str
+    path: Path
+    format: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offline:
+    """A VM that is off: its images (none: as the newest point recorded them), and its name, where the
+    target does not tell it."""
+
+    images: tuple[NamedImage, ...] = ()
+    vm: str = ""
+
+
+@contextmanager
+def opened(offline: Offline, place: Place) -> Iterator[Session]:
+    """Open the images of a VM for the block.
+
+    Raises:
+        UsageError: it cannot be told which VM it is, which images it has, or of what format.
+        VmError: an image is open elsewhere, or QEMU cannot open it.
+    """
+    newest = _newest(place, offline.vm)
+    config = newest.vm if newest else _config_of(offline)
+    images = _images(offline, newest)
+    program = config.command_line[0] if config.command_line else ""
+    with launching.images_open(images, program) as monitor:
+        inventory.require_version(monitor)
+
+        def look() -> Inventory:
+            return _as_recorded(monitor, config, images)
+
+        yield Session(monitor, look(), look)
+
+
+def _newest(place: Place, vm: str) -> Point | None:
+    """The newest point of the VM in the target."""
+    from qmpbackup.service import targets
+
+    try:
+        with targets.opened(place, vm if isinstance(place, Location) else "") as target:
+            points = target.load().points
+    except NoSuchTarget:
+        return None
+    newest = points[-1] if points else None
+    if newest and vm and vm not in {newest.vm.identity.name, newest.vm.identity.uuid}:
+        raise UsageError(
+            f"The newest point in {place} is of another VM, {newest.vm.identity.name}.",
+            "Leave --vm out, or use the target of this VM.",
+        )
+    return newest
+
+
+def _config_of(offline: Offline) -> VmConfig:
+    if not offline.vm:
+        raise UsageError(
+            "The target holds no point that tells which VM this is.", "Name it with --vm NAME."
+        )
+    return VmConfig(VmIdentity(name=offline.vm), qemu_version="")
+
+
+def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:
+    recorded = {disk.id: disk for disk in newest.disks} if newest else {}
+    if not offline.images and not recorded:
+        raise UsageError(
+            "The target holds no point that tells which images the VM has.",
+            "Name each: --image ID=PATH,format=FORMAT.",
+        )
+    named = offline.images or [
+        NamedImage(disk.id, Path(disk.source_file), disk.source_format)
+        for disk in recorded.values()
+    ]
+    known = {disk_id: disk.source_format for disk_id, disk in recorded.items()}
+    return [_image(each, each.format or known.get(each.id, "")) for each in named]
+
+
+def _image(named: NamedImage, image_format: str) -> Image:
+    if not named.path.is_absolute() and named.path.parts[:1] == ("json:",):
+        raise UsageError(
+            f"The image of disk {named.id} is no plain file: {named.path}.",
+            f"Name it: --image {named.id}=PATH,format=FORMAT.",
+        )
+    if not image_format:
+        # Never guessed: a guest may have written the header of another format into a raw disk.
+        raise UsageError(
+            f"The format of the image {named.path} of disk {named.id} is not known.",
+            f"Say it: --image {named.id}={named.path},format=qcow2 (or raw, …).",
+        )
+    return Image(named.id, named.path, image_format)
+
+
+def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[Image]) -> Inventory:
+    """What the QEMU that has the images shows, as if it were the VM."""
+    found = inventory.take(monitor)
+    ids = {launching.node_name(number): image.id for number, image in enumerate(images)}
+    disks = tuple(
+        replace(disk, id=ids[disk.below_ours], aliases=(ids[disk.below_ours],))
+        for disk in found.vm.disks
+    )
+    version = config.qemu_version or found.vm.config.qemu_version
+    vm = replace(found.vm, config=replace(config, qemu_version=version), disks=disks)
+    return replace(found, vm=vm)
