@@ -24,7 +24,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
-from qmpbackup import interrupt
+from qmpbackup import bounded_json, interrupt
 from qmpbackup.errors import ConnectError, GuestStateUnknown, QuiesceError
 from qmpbackup.qemu.monitor import open_socket
 from qmpbackup.qemu.reply import one_line
@@ -36,6 +36,7 @@ FLUSH = b"\xff"
 """Resets the agent's parser, whatever a client before us had left in it (qga/qapi-schema.json)."""
 
 _LONGEST_REPLY = 1024 * 1024
+_MOST_MEMORY = 16 * 1024 * 1024
 _SLICE_SECONDS = 0.5
 
 _NO_ANSWER_HINT = (
@@ -214,7 +215,7 @@ class Agent:
     def _line(self, deadline: float, *, interruptible: bool = False) -> bytes:
         """The next line that is not empty, without what precedes the last 0xFF in it."""
         while True:
-            line, end, rest = self._received.partition(b"\n")
+            line, end, rest = self._received.lstrip(b"\n").partition(b"\n")
             if end:
                 self._received = rest
                 line = line.rpartition(FLUSH)[2].strip()
@@ -278,8 +279,8 @@ class Agent:
 def _parsed(line: bytes) -> dict[str, object] | None:
     """The JSON object of a line, or `None` where there is none."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = bounded_json.load(line, _MOST_MEMORY)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError as QmpConnectError
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
-from qemu.qmp.events import EventListener
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError
 from qemu.qmp.message import Message
 from qemu.qmp.protocol import Runstate, StateError
 
@@ -36,9 +35,13 @@ from qmpbackup.errors import (
     VmError,
 )
 from qmpbackup.plan.commands import Command
+from qmpbackup.qemu.inbox import Client
 from qmpbackup.qemu.reply import Reply, one_line
 
 T = TypeVar("T")
+
+_OF_THE_LIBRARY = (AssertionError, asyncio.QueueFull)
+"""What `qemu.qmp` raises by itself over answers in an order that no QEMU has."""
 
 CONNECT_SECONDS = 5.0
 COMMAND_SECONDS = 60.0
@@ -47,8 +50,6 @@ a while is no reason to give up; storage that hangs for a minute is."""
 
 _SLICE_SECONDS = 0.5
 """How long one wait for events lasts before signals and the connection are looked at."""
-
-_LONGEST_LINE = 64 * 1024 * 1024
 
 
 class Monitor:
@@ -60,8 +61,7 @@ class Monitor:
         self.peer_pid = _peer_pid(connection)
         """The process id of QEMU, where the kernel tells it; also once the connection is lost."""
         self._loop = asyncio.new_event_loop()
-        self._client = _Client("qmpbackup", _LONGEST_LINE)
-        self._events = EventListener()
+        self._client = Client()
 
     @classmethod
     def connect(cls, address: str, timeout: float = CONNECT_SECONDS) -> "Monitor":
@@ -220,7 +220,6 @@ class Monitor:
                 f"What listens at {self.address} does not speak QMP.",
                 "Give the socket of QEMU's -qmp option, not that of the guest agent or of HMP.",
             ) from error
-        self._client.register_listener(self._events)
 
     def _closed_at_once(self) -> ConnectError:
         return ConnectError(
@@ -244,14 +243,15 @@ class Monitor:
 
     async def _next_event(self, timeout: float) -> Reply | None:
         try:
-            event: Message = await asyncio.wait_for(self._events.get(), timeout)
+            event: Message = await asyncio.wait_for(self._client.inbox.get(), timeout)
         except TimeoutError:
             if self._client.runstate != Runstate.RUNNING:
-                raise ConnectionLost(*_lost(self.address, "waiting for events")) from None
+                raise self._lost("waiting for events") from None
             return None
         return Reply(event, "event")
 
     def _run(self, work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
+        self._client.begin()
         try:
             return self._loop.run_until_complete(work)
         except TimeoutError as error:
@@ -261,24 +261,26 @@ class Monitor:
                 "Look at the VM's storage; the next run finds out and cleans up.",
             ) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
-            raise ConnectionLost(*_lost(self.address, what)) from error
+            raise self._lost(what) from error
         except VmError:
             raise
-        except (QMPError, ValueError, KeyError, TypeError) as error:
+        except (QMPError, ValueError, KeyError, TypeError, *_OF_THE_LIBRARY) as error:
             raise MonitorProtocolError(
                 f"The answer to {what} from {self.address} is not QMP: {one_line(str(error))}.",
                 "Check that the socket is a QMP monitor of QEMU.",
             ) from error
 
-
-class _Client(QMPClient):
-    """The library's client, without the text of every message that it renders for its log."""
-
-    def _cb_outbound(self, msg: Message) -> Message:
-        return msg
-
-    def _cb_inbound(self, msg: Message) -> Message:
-        return msg
+    def _lost(self, what: str) -> ConnectionLost:
+        if self._client.fault:
+            return ConnectionLost(
+                f"The connection to the monitor at {self.address} was given up during {what}, as "
+                f"what came from there is not QMP: {self._client.fault}.",
+                "Check that the socket is a QMP monitor of QEMU.",
+            )
+        return ConnectionLost(
+            f"The connection to the monitor at {self.address} was lost during {what}.",
+            "If the VM still runs, run again: the next run cleans up and carries on.",
+        )
 
 
 def _peer_pid(connection: socket.socket) -> int | None:
@@ -349,13 +351,6 @@ def _tcp_endpoint(address: str) -> tuple[str, int]:
             "Write it like tcp:localhost:4444.",
         )
     return host.strip("[]"), int(port)
-
-
-def _lost(address: str, what: str) -> tuple[str, str]:
-    return (
-        f"The connection to the monitor at {address} was lost during {what}.",
-        "If the VM still runs, run again: the next run cleans up and carries on.",
-    )
 
 
 def _drain(loop: asyncio.AbstractEventLoop) -> None:

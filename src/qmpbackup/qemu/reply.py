@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed access to what QEMU sent. Replies are input like any other: wrong types end in exit 6."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from qmpbackup.errors import MonitorProtocolError
+
+_NO_NAME = re.compile("[\0\n\r\ud800-\udfff]")
+_LARGEST = 2**63 - 1
 
 
 class Reply:
@@ -23,16 +27,16 @@ class Reply:
         return member in self._value
 
     def text(self, member: str, default: str | None = None) -> str:
-        """A string without NUL or line ends, which no name of QEMU's contains."""
+        """A string without NUL or line ends, which no name of QEMU's contains, nor half a character."""
         value = self._member(member, default)
-        if not isinstance(value, str) or any(character in value for character in "\0\n\r"):
+        if not isinstance(value, str) or _NO_NAME.search(value):
             raise _wrong(f"{self._where}.{member}", "one line of text", value)
         return value
 
     def integer(self, member: str, default: int | None = None) -> int:
-        """An integer that is not negative."""
+        """An integer that is not negative and fits into QEMU's own, which have 64 bits with a sign."""
         value = self._member(member, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if type(value) is not int or not 0 <= value <= _LARGEST:
             raise _wrong(f"{self._where}.{member}", "a number", value)
         return value
 

@@ -12,9 +12,13 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Final, NoReturn
+from typing import Final
 
+from qmpbackup import bounded_json
 from qmpbackup.errors import DamagedError
+
+_MOST_MEMORY: Final = 96 << 20
+"""Bytes of memory that the values in one document may take: some 20,000 nodes of a tree."""
 
 UINT32: Final = (1 << 32) - 1
 UINT64: Final = (1 << 64) - 1
@@ -74,17 +78,14 @@ def load(data: bytes, what: str) -> dict[str, object]:
         DamagedError: it is none.
     """
     try:
-        # What is nested too deeply is a RecursionError, and too long a number a ValueError.
-        found = json.loads(data.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        found = bounded_json.load(data, _MOST_MEMORY)
+    except bounded_json.TooLarge as error:
+        raise damaged(what, "it holds more than it may") from error
+    except ValueError as error:
         raise DamagedError(f"{what} is damaged: it is no JSON.") from error
     if not isinstance(found, dict):
         raise damaged(what, "it is no JSON object")
     return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def damaged(what: str, why: str) -> DamagedError:

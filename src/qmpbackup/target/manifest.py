@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, TypeVar
 
+from qmpbackup import bounded_json
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.model import (
     Consistency,
@@ -28,6 +29,9 @@ from qmpbackup.target.names import folder_name, is_point_id, parse_file
 SCHEMA = 1
 LARGEST = 16 * 1024 * 1024
 """Bytes of the largest manifest that is read."""
+
+_MOST_MEMORY = 128 * 1024 * 1024
+"""Bytes of memory that the values in one may take."""
 
 _LARGEST_SIZE = 2**63 - 1
 _LONGEST_TEXT = 65536
@@ -103,7 +107,7 @@ def encode(point: Point) -> bytes:
     content = point_to_json(point)
     content["digest"] = _digest(content)
     data = (json.dumps(content, indent=1) + "\n").encode("ascii")
-    if len(data) > LARGEST:
+    if len(data) > LARGEST or bounded_json.cost(data) > _MOST_MEMORY:
         raise StorageError(f"The manifest of point {point.id} would have {len(data)} bytes.")
     return data
 
@@ -156,16 +160,12 @@ def parse_object(data: bytes, name: str) -> Json:
         DamagedError: it is none.
     """
     try:
-        content = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
+        content = bounded_json.load(data, _MOST_MEMORY, _distinct)
+    except ValueError as error:
         raise DamagedError(f"{name} is not valid JSON ({error}).", RESTORE_HINT) from error
     if not isinstance(content, dict):
         raise DamagedError(f"{name} is not a JSON object.", RESTORE_HINT)
     return content
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Json:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory stays within its bound whatever others send: QEMU, a guest agent, servers of repositories.
+
+Each command runs in a process of its own, whose memory is what the kernel says of it.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import watched
+from lab.scripted import FakeMonitor, ScriptedServer
+
+MOST_MIB = 200
+"""What docs/explanation/threat-model.md promises."""
+
+MIB = 1 << 20
+
+
+def repeated(piece: bytes, size: int) -> bytes:
+    """As many pieces as make up a size."""
+    return piece * (size // len(piece))
+
+
+def amplified(size: int) -> bytes:
+    """JSON of a size that takes ten times as much once it is parsed."""
+    return b"[" + repeated(b"[],", size) + b"[]]"
+
+
+EVENTS = {
+    "unrelated": b'{"event": "NOISE", "data": {}}\n',
+    "large and unrelated": b'{"event": "NOISE", "data": {"x": "%b"}}\n' % (b"x" * MIB),
+    "many values": b'{"event": "NOISE", "data": %b}\n' % amplified(MIB),
+    "of foreign jobs": b'{"event": "JOB_STATUS_CHANGE", "data": {"id": "a", "status": "running"}}\n',
+    "of our jobs": b'{"event": "JOB_STATUS_CHANGE", "data": {"id": "qmpbackup-1-copy0", '
+    b'"status": "running"}}\n',
+    "of our jobs, large": b'{"event": "BLOCK_JOB_ERROR", "data": {"device": "qmpbackup-1-copy0", '
+    b'"operation": "%b"}}\n' % (b"x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_a_flood_of_events(kind: str, tmp_path: Path) -> None:
+    event = EVENTS[kind]
+    # What is kept of small ones takes some 20 times their length, of large ones just that.
+    pieces = [repeated(event, 8 * MIB)] * (40 if kind == "large and unrelated" else 4)
+
+    def answer(_name: str) -> dict[str, Any]:
+        assert monitor.client
+        while pieces:
+            monitor.client.sendall(pieces.pop())
+        return {"return": {}}
+
+    monitor = FakeMonitor(answer)
+    with ScriptedServer(tmp_path / "qmp", monitor.serve):
+        seen = watched.run("--socket", tmp_path / "qmp", "info", "--show", "blockdev")
+    seen.result.check(6)
+    assert "Unexpected" not in seen.result.err
+    assert seen.mib < MOST_MIB
+
+
+def replies(size: int) -> dict[str, Callable[[], bytes]]:
+    """Replies without id, of about a size, each of another kind."""
+    return {
+        "arrays": lambda: b'"return": ' + amplified(size),
+        "objects": lambda: b'"return": [' + repeated(b'{"":0},', size) + b"0]",
+        "strings": lambda: b'"return": [' + repeated(b'"ab",', size) + b"0]",
+        "one rare letter": lambda: b'"return": "' + b"a" * size + b'\\ud83d\\ude00"',
+        "refusals": lambda: b'"error": {"class": "A", "desc": %b}' % amplified(size),
+        "deep": lambda: b'"return": ' + repeated(b"[[[[],", size) + b"0",
+    }
+
+
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, '
+    b'"capabilities": []}}\n'
+)
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 15 * MIB, 40 * MIB])
+@pytest.mark.parametrize("kind", replies(0))
+def test_large_replies_to_all_questions(kind: str, size: int, tmp_path: Path) -> None:
+    reply = replies(size)[kind]()
+
+    def serve(client: socket.socket) -> None:
+        """Answer with the ids that are asked for."""
+        client.sendall(GREETING)
+        client.recv(65536)
+        client.sendall(b'{"return": {}}\n')
+        while data := client.recv(65536):
+            for number in data.split(b'"id":"')[1:]:
+                client.sendall(b'{"id": "%b", %b}\n' % (number.partition(b'"')[0], reply))
+
+    with ScriptedServer(tmp_path / "qmp", serve):
+        seen = watched.run("--socket", tmp_path / "qmp", "info", "--show", "blockdev")
+    seen.result.check(6)
+    assert "Unexpected" not in seen.result.err
+    assert seen.mib < MOST_MIB
