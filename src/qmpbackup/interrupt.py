@@ -3,7 +3,8 @@
 
 A run holds these signals back as a whole and asks at its own checkpoints whether one is waiting.
 So no exception ever lands between a step and the registration of its undoing, nor inside the event
-loop of the monitor. The kernel's set of pending signals is the only state.
+loop of the monitor. The kernel's set of pending signals is the only state, but for SIGHUP where that
+may be a mere question (`hangups_survived`).
 
 One that was ignored when we were started (nohup, a job in the background of a script) stays so. The
 kernel keeps it waiting all the same while it is held back (signal(7)), so it must not be asked for.
@@ -55,8 +56,19 @@ def let_through() -> Iterator[None]:
 def check() -> None:
     """Raise `Interrupted` if a held signal is waiting, and take it off the queue."""
     waiting = signal.sigpending() & heeded()
+    for doorkeeper in _doorkeepers:
+        waiting -= {signal.SIGHUP}
+        doorkeeper.check()
     if waiting:
         raise Interrupted(int(signal.sigwait(waiting)))
+
+
+def put_back(number: int) -> None:
+    """Have a signal that was taken wait again."""
+    if number == signal.SIGHUP and _doorkeepers:
+        _doorkeepers[-1].put_back()
+    else:
+        signal.raise_signal(number)
 
 
 @contextmanager
@@ -79,8 +91,12 @@ def hangups_survived(program: str) -> Iterator[None]:
             signal.signal(signal.SIGHUP, before)
 
 
+_doorkeepers: "list[_Doorkeeper]" = []
+"""Those at work, of nested blocks."""
+
+
 class _Doorkeeper:
-    """A thread that takes each SIGHUP at once, and passes it on to the main thread if that is an order.
+    """A thread that takes each SIGHUP at once, and keeps it for the next check if it is an order.
 
     Who sent it can be found out for as long as the sender lives. One who only asks may have ended by
     then, so somebody who is gone counts as such, unless the terminal or the session has ended.
@@ -89,23 +105,37 @@ class _Doorkeeper:
     def __init__(self, program: str) -> None:
         self._program = program
         self._over = threading.Event()
+        self._ordered = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="hangups", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
+        _doorkeepers.append(self)
 
     def __exit__(self, *_: object) -> None:
+        _doorkeepers.remove(self)
         self._over.set()
         if self._thread.ident is not None and self._thread.is_alive():
             signal.pthread_kill(self._thread.ident, signal.SIGHUP)
         self._thread.join()
+        if self._ordered.is_set():
+            signal.raise_signal(signal.SIGHUP)
+
+    def check(self) -> None:
+        """Raise `Interrupted` if an order has come."""
+        if self._ordered.is_set():
+            self._ordered.clear()
+            raise Interrupted(int(signal.SIGHUP))
+
+    def put_back(self) -> None:
+        """Have an order that was taken wait again."""
+        self._ordered.set()
 
     def _keep(self) -> None:
-        main = threading.main_thread().ident
         while not self._over.is_set():
             sender = signal.sigwaitinfo({signal.SIGHUP}).si_pid
-            if not (self._over.is_set() or self._asks(sender)) and main is not None:
-                signal.pthread_kill(main, signal.SIGHUP)
+            if not (self._over.is_set() or self._asks(sender)):
+                self._ordered.set()
 
     def _asks(self, sender: int) -> bool:
         if sender in {0, os.getppid(), os.getsid(0)}:  # 0: the kernel, or from outside a container

@@ -5,9 +5,9 @@ Unlike `contextlib.ExitStack`, a failing step never keeps the others from runnin
 the error that made us undo: its sentence is collected and reported.
 """
 
-import signal
 from collections.abc import Callable
 
+from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted
 
 
@@ -37,7 +37,7 @@ class UndoStack:
                 if isinstance(error, Interrupted):
                     signals.add(error.signal_number)
         for number in signals:
-            signal.raise_signal(number)
+            interrupt.put_back(number)
         return failures
 
     def move_to(self, other: "UndoStack") -> None:
