@@ -21,7 +21,15 @@ from qmpbackup.restic.blobs import BlobIndex
 from qmpbackup.restic.crypto import Key
 from qmpbackup.restic.pack import EMPTY_PACK, BlobType, PackedBlob, open_blob, read_header
 from qmpbackup.restic.places import PackSize, Place
-from qmpbackup.restic.storage.interface import File, Kind, Missing, Refused, Storage, Temporary
+from qmpbackup.restic.storage.interface import (
+    File,
+    Kind,
+    Missing,
+    Refused,
+    Storage,
+    Strange,
+    Temporary,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -200,6 +208,8 @@ def load_part(storage: Storage, pack: bytes, offset: int, length: int) -> bytes:
         return storage.load(file, offset, length)
     except Missing as error:
         raise DamagedError(f"The pack {file.name}, which the index names, is missing.") from error
+    except Strange as error:
+        raise DamagedError(error.message, error.hint) from error
     except (Temporary, Refused):
         raise
     except StorageError as error:

@@ -21,6 +21,7 @@ from qmpbackup.errors import (
     DamagedError,
     NoSuchTarget,
     QmpBackupError,
+    StorageError,
     UsageError,
     WrongPassword,
 )
@@ -33,7 +34,7 @@ from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
 from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob, open_large_blob
 from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage
+from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage, Strange
 from qmpbackup.restic.tree import Node
 
 T = TypeVar("T")
@@ -250,6 +251,7 @@ class Repository:
         data = snapshot.encode(new)
         name, sealed = self.seal_unpacked(Kind.SNAPSHOT, data)
         self.require_lock()
+        self.require_same()
         file = File(Kind.SNAPSHOT, name)
         try:
             self.storage.save(file, [sealed])
@@ -353,6 +355,25 @@ class Repository:
         if self._held is not None:
             self._held.require()
 
+    def require_same(self) -> None:
+        """See that what lies at this place is still the repository that was opened there.
+
+        Raises:
+            StorageError: it is not: unmounted, moved away, or another one put in its place.
+        """
+        self._storage.require_same()
+        try:
+            sealed = _bounded(self._storage, CONFIG, None)
+            found = configs.parse(unseal(self.key, sealed, "The repository's config")).id
+        except (Missing, DamagedError):
+            found = ""
+        if found != self.config.id:
+            raise StorageError(
+                f"The repository at {self._storage.name} has gone away: "
+                + ("another one is there now." if found else "its config is not there any more."),
+                "Was it moved or replaced meanwhile? Put it back, and run again.",
+            )
+
     # What is slow to fetch or to work out
 
     def cached(self, name: str) -> bytes | None:
@@ -372,7 +393,10 @@ def _bounded(storage: Storage, file: File, size: int | None) -> bytes:
     """A stored file, unless it is too large to be what it says."""
     if size is not None and size > _LARGEST[file.kind] + OVERHEAD + len(_COMPRESSED):
         raise DamagedError(f"{_called(file)} is damaged: it is too large.")
-    return storage.load(file)
+    try:
+        return storage.load(file)
+    except Strange as error:
+        raise DamagedError(error.message, error.hint) from error
 
 
 def _list(storage: Storage, kind: Kind) -> list[tuple[str, int]]:

@@ -340,7 +340,9 @@ def _recover_point(top: Folder, point_id: str) -> str:
 def _discard(top: Folder, point_id: str, journal: Journal) -> int:
     """Remove a point that does not exist: manifest first, journal last, so that any prefix of this
     can be repeated."""
-    with top.sub(POINTS, create=True) as points:
+    if not top.exists(POINTS):
+        return 0  # nothing was begun, or it is another folder that is there now
+    with top.sub(POINTS) as points:
         if points.remove(point_id + MANIFEST):
             points.sync()
         removed = sum(_discard_file(top, name) for name in journal.files)

@@ -78,11 +78,15 @@ class Refused(StorageError):
     """The storage does not allow it (no right, append-only, read-only)."""
 
 
+class Strange(StorageError):
+    """What has the name of a file is none, or lies behind a link; it was not opened."""
+
+
 class Storage(ABC):
     """A place that stores files.
 
-    Every method raises `Missing`, `Temporary`, `Refused` or another `StorageError`, and nothing
-    else on account of the storage.
+    Every method raises `Missing`, `Temporary`, `Refused`, `Strange` or another `StorageError`, and
+    nothing else on account of the storage.
     """
 
     @property
@@ -125,6 +129,20 @@ class Storage(ABC):
 
         Raises:
             Missing: there is no such file.
+        """
+
+    def require_same(self) -> None:  # noqa: B027 - a server's files tell, see `Repository`
+        """See that the place still leads to what was opened there.
+
+        Raises:
+            StorageError: it was unmounted, moved or replaced.
+        """
+
+    def require_ours(self) -> None:  # noqa: B027 - a server's folders are the server's
+        """Refuse a place in which others could exchange things while we write into it.
+
+        Raises:
+            StorageError: it is somebody else's, or others may write into it.
         """
 
     def give_up(self) -> None:  # noqa: B027 - most do not wait

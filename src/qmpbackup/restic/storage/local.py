@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A repository in a folder of this machine, laid out as restic's local backend does.
 
+    <path>, followed once and held open ─► keys, locks, …, data ─► data/xx ─► the file
+
+Everything is reached through the descriptor of the repository's folder, and no link below it is
+followed: what is unmounted, moved away or replaced meanwhile is never mixed up with what was opened,
+and nobody who may write into it can lead us out of it. What has the name of a file and is none (a link,
+a pipe, a device) is not opened.
+
 A file is written without a name, made durable, given its name, and its folder made durable: so a name
 is there with all its bytes or not at all, and a process that dies leaves nothing. Where the file system
 knows no files without a name (open(2), O_TMPFILE), it is written under a temporary one and renamed, as
@@ -11,20 +18,24 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup.durable import storage_error, sync_folder
 from qmpbackup.errors import StorageError
+from qmpbackup.ownership import require_ours
 from qmpbackup.restic.storage.interface import (
-    CONFIG,
     Buffer,
     File,
     Kind,
     Missing,
     Refused,
     Storage,
+    Strange,
     is_name,
 )
 
@@ -33,6 +44,10 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
 _NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.EPERM})
 """How file systems and old kernels say that there are no files without a name."""
+
+_ANY_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
+_NO_LINK = frozenset({errno.ELOOP, errno.ENOTDIR})
 
 _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
@@ -49,37 +64,113 @@ def is_repository(folder: Path) -> bool:
 
 
 class LocalStorage(Storage):
-    """The folder `path`."""
+    """The folder `path`, which is opened when it is first needed, and stays open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._opening = threading.Lock()
+        self._fd: int | None = None
+        self._close: Callable[[], object] = lambda: None
 
     @property
     def name(self) -> str:
         """The path."""
         return str(self._path)
 
+    def close(self) -> None:
+        """Let go of the folder."""
+        with self._opening:
+            self._fd = None
+            self._close()
+
+    @property
+    def _top(self) -> int:
+        with self._opening:
+            if self._fd is None:
+                self._fd = os.open(self._path, _ANY_FOLDER)
+                self._close = weakref.finalize(self, os.close, self._fd)
+            return self._fd
+
     def create(self) -> None:
         """Make the folders; those of packs, too, as restic does."""
         try:
+            for path in reversed([self._path, *self._path.parents]):
+                if not path.exists():
+                    _make_at(path)
+            require_ours(self._top, self._path)
             for kind in _FOLDERS:
-                _make(self._path / kind)
-            for number in range(256):
-                _make(self._path / Kind.DATA / f"{number:02x}")
+                _make(kind, self._top)
+            with self._folder(Kind.DATA) as data:
+                for number in range(256):
+                    _make(f"{number:02x}", data)
         except OSError as error:
             raise _failure(f"create {self._path}", error) from error
 
+    def require_same(self) -> None:
+        """See that the path still leads to the folder that was opened."""
+        opened = os.fstat(self._top)
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise StorageError(
+                f"The repository at {self._path} has gone away: {error.strerror}.", _GONE
+            ) from error
+        if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
+            raise StorageError(
+                f"The repository at {self._path} has gone away: something else is there now.", _GONE
+            )
+
+    def require_ours(self) -> None:
+        """Refuse folders that others could rearrange while we write into them."""
+        try:
+            require_ours(self._top, self._path)
+            for kind in _FOLDERS:
+                for folder in {(kind,), *self._folders(kind)}:
+                    with suppress(FileNotFoundError), self._folder(*folder) as fd:
+                        require_ours(fd, self._path.joinpath(*folder))
+        except OSError as error:
+            raise _failure(f"look at {self._path}", error) from error
+
+    def _parts(self, file: File) -> tuple[str, ...]:
+        """The folders in which a file lies, below the repository's own."""
+        if file.kind is Kind.CONFIG:
+            return ()
+        return (file.kind, file.name[:2]) if file.kind is Kind.DATA else (file.kind,)
+
     def _where(self, file: File) -> Path:
-        if file.kind is Kind.DATA:
-            return self._path / file.kind / file.name[:2] / file.name
-        return self._path / file.kind / file.name
+        """What messages call a file."""
+        return self._path.joinpath(*self._parts(file), _base(file))
+
+    @contextmanager
+    def _folder(self, *parts: str, make: bool = False) -> Iterator[int]:
+        """A folder below the repository's own, open while the block runs.
+
+        With `make`, one that is missing is made, as copies of repositories may lack empty folders;
+        but only beside the repository's config: what has none is no repository any more.
+        """
+        fds: list[int] = []
+        try:
+            for depth, part in enumerate(parts):
+                above = fds[-1] if fds else self._top
+                try:
+                    fds.append(_open_folder(part, above, self._path.joinpath(*parts[: depth + 1])))
+                except FileNotFoundError:
+                    if not make or not _exists(Kind.CONFIG, self._top):
+                        raise
+                    _make(part, above)
+                    fds.append(_open_folder(part, above, self._path.joinpath(*parts[: depth + 1])))
+            yield fds[-1] if fds else self._top
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def save(self, file: File, parts: Sequence[Buffer]) -> None:
         """Write, fsync, give it its name, fsync the folder; a file that is there stays as it is."""
         path = self._where(file)
         try:
-            if not path.exists():
-                _write(path, parts)
+            with self._folder(*self._parts(file), make=True) as folder:
+                if not _is_there(path, folder):
+                    _write(path, folder, parts)
         except OSError as error:
             raise _failure(f"write {path}", error) from error
 
@@ -87,9 +178,9 @@ class LocalStorage(Storage):
         """Read a file or a part of it."""
         path = self._where(file)
         try:
-            with path.open("rb", buffering=0) as opened:
-                wanted = os.fstat(opened.fileno()).st_size - offset if length is None else length
-                data = _read(opened.fileno(), offset, wanted)
+            with self._folder(*self._parts(file)) as folder, _opened(path, folder) as fd:
+                wanted = os.fstat(fd).st_size - offset if length is None else length
+                data = _read(fd, offset, wanted)
         except OSError as error:
             raise _failure(f"read {path}", error) from error
         if len(data) != wanted:
@@ -100,84 +191,152 @@ class LocalStorage(Storage):
         """The length of a file."""
         path = self._where(file)
         try:
-            return path.stat().st_size
+            with self._folder(*self._parts(file)) as folder:
+                return _plain(path, folder).st_size
         except OSError as error:
             raise _failure(f"look at {path}", error) from error
 
     def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
         """What lies in the kind's folder, or for packs in the folders below."""
-        folder = self._path / kind
         try:
-            for each, prefix in self._folders(kind):
-                yield from _listed(each, prefix)
+            for parts in self._folders(kind):
+                with suppress(FileNotFoundError), self._folder(*parts) as folder:
+                    yield from _listed(folder, parts[1] if len(parts) > 1 else "")
         except OSError as error:
-            raise _failure(f"read {folder}", error) from error
+            raise _failure(f"read {self._path / kind}", error) from error
 
-    def _folders(self, kind: Kind) -> Sequence[tuple[Path, str]]:
-        """Folders in which files of a kind lie, and how their names begin there."""
-        folder = self._path / kind
+    def _folders(self, kind: Kind) -> Sequence[tuple[str, ...]]:
+        """Folders in which files of a kind lie, by their names below the repository's own."""
         try:
-            entries = [*folder.iterdir()]
+            with self._folder(kind) as folder:
+                entries = os.listdir(folder)  # noqa: PTH208 - by descriptor
         except FileNotFoundError:
             # Copies of repositories may lack empty folders; one that went away lacks more.
-            if self._where(CONFIG).exists():
+            if _exists(Kind.CONFIG, self._top):
                 return []
             raise
         if kind is not Kind.DATA:
-            return [(folder, "")]
-        return [(each, each.name) for each in entries if _PREFIX.fullmatch(each.name)]
+            return [(kind,)]
+        return [(kind, each) for each in entries if _PREFIX.fullmatch(each)]
 
     def remove(self, file: File) -> None:
         """Remove a file, durably."""
         path = self._where(file)
         try:
-            path.unlink()
-            _sync(path.parent)
+            with self._folder(*self._parts(file)) as folder:
+                os.unlink(path.name, dir_fd=folder)
+                sync_folder(folder)
         except OSError as error:
             raise _failure(f"remove {path}", error) from error
 
 
-def _listed(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+_GONE = "Was it unmounted, moved or replaced meanwhile? Put it back, and run again."
+
+
+def _base(file: File) -> str:
+    return file.name or str(file.kind)
+
+
+def _open_folder(name: str, above: int, path: Path) -> int:
     try:
-        entries = os.scandir(folder)
+        return os.open(name, _FOLDER, dir_fd=above)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        raise Strange(
+            f"{path} is no folder of its own (a link, or a file).",
+            "Links in a repository are not followed: put the folder itself there.",
+        ) from None
+
+
+def _exists(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return  # removed meanwhile
-    with entries:
-        for entry in entries:
-            if is_name(entry.name) and entry.name.startswith(prefix):
-                with suppress(FileNotFoundError):  # likewise
-                    if entry.is_file():
-                        yield entry.name, entry.stat().st_size
+        return False
+    return True
 
 
-def _make(folder: Path) -> None:
+def _is_there(path: Path, folder: int) -> bool:
     try:
-        folder.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        return
-    _sync(folder.parent)
+        _plain(path, folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _plain(path: Path, folder: int) -> os.stat_result:
+    """The state of a plain file.
+
+    Raises:
+        Strange: it is none.
+    """
+    state = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+    if not stat.S_ISREG(state.st_mode):
+        raise _strange(path)
+    return state
+
+
+def _strange(path: Path) -> Strange:
+    return Strange(f"{path} is not a plain file (a link, a pipe, a device).", "Remove it.")
+
+
+@contextmanager
+def _opened(path: Path, folder: int) -> Iterator[int]:
+    """A plain file, open for reading while the block runs."""
+    _plain(path, folder)  # first, as the mere opening of a device or a pipe can have an effect
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path.name, flags, dir_fd=folder)
     try:
-        sync_folder(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _strange(path)
+        yield fd
     finally:
         os.close(fd)
 
 
-def _write(path: Path, parts: Sequence[Buffer]) -> None:
-    if not path.parent.is_dir():
-        _make(path.parent)
-    if not _write_nameless(path, parts):
-        _write_renamed(path, parts)
-    _sync(path.parent)
+def _listed(folder: int, prefix: str) -> Iterator[tuple[str, int]]:
+    """Names and lengths. What is no plain file passes for one of a byte: reading it says why not."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_name(entry.name) and entry.name.startswith(prefix):
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    state = entry.stat(follow_symlinks=False)
+                    yield entry.name, state.st_size if stat.S_ISREG(state.st_mode) else 1
 
 
-def _write_nameless(path: Path, parts: Sequence[Buffer]) -> bool:
+def _make(name: str, above: int) -> None:
+    """Make a folder that is ours alone, whatever the umask; one that is there stays as it is."""
+    try:
+        os.mkdir(name, 0o700, dir_fd=above)
+    except FileExistsError:
+        return
+    fd = os.open(name, _FOLDER, dir_fd=above)
+    try:
+        os.fchmod(fd, 0o700)
+    finally:
+        os.close(fd)
+    sync_folder(above)
+
+
+def _make_at(path: Path) -> None:
+    above = os.open(path.parent, _ANY_FOLDER)
+    try:
+        _make(path.name, above)
+    finally:
+        os.close(above)
+
+
+def _write(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
+    if not _write_nameless(path, folder, parts):
+        _write_renamed(path, folder, parts)
+    sync_folder(folder)
+
+
+def _write_nameless(path: Path, folder: int, parts: Sequence[Buffer]) -> bool:
     """Write a file that has no name before it is durable; false where that cannot be done."""
     try:
-        fd = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
     except OSError as error:
         if error.errno in _NO_NAMELESS:
             return False
@@ -185,40 +344,40 @@ def _write_nameless(path: Path, parts: Sequence[Buffer]) -> bool:
     try:
         _write_all(fd, parts)
         os.fsync(fd)
-        return _named(fd, path)
+        return _named(fd, path, folder)
     finally:
         os.close(fd)
 
 
-def _named(fd: int, path: Path) -> bool:
+def _named(fd: int, path: Path, folder: int) -> bool:
     """Give a file without a name one; false where a file cannot come to its name like this.
 
-    There may be no /proc, a policy may forbid links alone, or a link that leads nowhere is there.
+    There may be no /proc, or a policy may forbid links alone.
     """
     try:
-        # A folder's descriptor, unused with an absolute path, has Python call linkat(2), which follows.
-        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+        # A folder's descriptor has Python call linkat(2), which follows.
+        os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=folder)
     except FileExistsError:
-        return path.exists()
+        return _is_there(path, folder)
     except OSError:
         return False
     return True
 
 
-def _write_renamed(path: Path, parts: Sequence[Buffer]) -> None:
-    temporary = path.with_name(f"{path.name}-tmp-{secrets.token_hex(4)}")
+def _write_renamed(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
+    temporary = f"{path.name}-tmp-{secrets.token_hex(4)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o600)
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
     try:
         try:
             _write_all(fd, parts)
             os.fsync(fd)
         finally:
             os.close(fd)
-        temporary.rename(path)
+        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary, dir_fd=folder)
         raise
 
 

@@ -62,6 +62,12 @@ class _Wrapper(Storage):
     def remove(self, file: File) -> None:
         self._call(self._storage.remove, file)
 
+    def require_same(self) -> None:
+        self._call(self._storage.require_same)
+
+    def require_ours(self) -> None:
+        self._call(self._storage.require_ours)
+
     def give_up(self) -> None:
         self._storage.give_up()
 

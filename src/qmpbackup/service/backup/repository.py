@@ -97,6 +97,7 @@ class Opening:
             QmpBackupError: it could not be opened, or the points there are another VM's.
         """
         target = RepositoryTarget.of(self._found(), vm.config.identity)
+        target.repository.storage.require_ours()
         with target.lock(write=True, wait=self._request.lock_wait):
             stored = target.load()
             for damage in stored.damaged:

@@ -84,6 +84,7 @@ def prune(request: Request, location: Location, now: datetime) -> Outcome:
     with interrupt.held(), targets.opened(location, request.vm, secret) as target:
         if not isinstance(target, RepositoryTarget):
             raise TypeError("a location is that of a repository")
+        target.repository.storage.require_ours()
         with target.lock(wait=request.lock_wait):
             found = target.load()
         verdicts = _decide(target, found, request, now)
