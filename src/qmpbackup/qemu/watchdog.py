@@ -173,9 +173,7 @@ def _reap(pid: int) -> None:
 def _become_guard(control: int, qmp_fd: int | None, agent_fd: int | None) -> NoReturn:
     """The life of the forked process; nothing of the run's code runs in it ever again."""
     try:
-        # A destructor of one of the run's objects would close a descriptor that is now ours.
-        gc.disable()
-        _detach({fd for fd in (control, qmp_fd, agent_fd) if fd is not None})
+        detach({fd for fd in (control, qmp_fd, agent_fd) if fd is not None})
         Guard(
             socket.socket(fileno=control),
             None if qmp_fd is None else socket.socket(fileno=qmp_fd),
@@ -185,8 +183,11 @@ def _become_guard(control: int, qmp_fd: int | None, agent_fd: int | None) -> NoR
         os._exit(0)
 
 
-def _detach(keep: set[int]) -> None:
-    """Leave the run's session, signals, folder and files, but for the descriptors to keep."""
+def detach(keep: set[int]) -> None:
+    """Leave the run's session, signals, folder and files, but for the descriptors to keep: what a
+    forked process does first that is to outlive the run."""
+    # A destructor of one of the run's objects would close a descriptor that is now ours.
+    gc.disable()
     signal.set_wakeup_fd(-1)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
