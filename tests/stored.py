@@ -34,6 +34,7 @@ class Stored:
 
     path: Path
     size: int = 4 * MIB
+    compress: bool = False
     points: list[Point] = field(default_factory=list)
     expected: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
@@ -110,7 +111,8 @@ class Stored:
             contents[write.offset : write.offset + write.length] = (
                 bytes([write.value]) * write.length
             )
-            commands += ["-c", f"write -P {write.value} {write.offset} {write.length}"]
+            how = "write -c" if self.compress else "write"
+            commands += ["-c", f"{how} -P {write.value} {write.offset} {write.length}"]
         run("qemu-io", "-f", "qcow2", *commands, str(path))
         self.expected[point_id, disk_id] = bytes(contents)
 

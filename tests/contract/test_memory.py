@@ -12,7 +12,7 @@ from pathlib import Path
 from lab import repositories
 from lab.disks import MIB, create
 from qmpbackup.qemu import exports, nbd
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200
@@ -37,7 +37,7 @@ def served(folder: Path, size: int) -> Iterator[str]:
     with (
         create(folder / "image", size).open("rb") as image,
         exports.serving(
-            Layer(image.fileno(), "image"), ["--export-name=disk"], "open it"
+            Layer.of(image.fileno(), "image"), ["--export-name=disk"], "open it"
         ) as socket,
     ):
         yield socket

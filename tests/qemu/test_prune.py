@@ -21,7 +21,7 @@ from qmpbackup.model import Level
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
 from qmpbackup.qemu import images
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, stand_in
 from qmpbackup.service.prune import Outcome, Request, prune
 from qmpbackup.service.rebase.merge import merge_part
 from qmpbackup.service.rebase.place import Place
@@ -142,8 +142,8 @@ def test_zeros_are_told_from_nothing(tmp_path: Path) -> None:
             "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "x", "-F", "raw", str(path), "4M"
         )
         run("qemu-io", "-c", command, "json:" + over_nothing(path))
-        with path.open("rb") as file, images.stand_in(2 * MIB) as ground:
-            held[name] = images.held_ranges([Layer(file.fileno(), name)], ground, 2 * MIB)
+        with path.open("rb") as file, stand_in(2 * MIB) as ground:
+            held[name] = images.held_ranges([Layer.of(file.fileno(), name)], ground, 2 * MIB)
     assert held == {"zeros": [(MIB, MIB + 128 * 1024)], "nothing": []}
 
 

@@ -12,22 +12,22 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.process import Child
 from qmpbackup.qemu import images
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, Opening, opened
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.01
 
 
 @contextmanager
-def snapshot(layer: Layer, name: str) -> Iterator[str]:
-    """Serve a snapshot of one image for the block; gives the name by which QEMU opens it.
+def snapshot(layer: Layer, name: str) -> Iterator[Opening]:
+    """Serve a snapshot of one image for the block; gives what QEMU opens.
 
     Raises:
         QmpBackupError: the image has no such snapshot, or qemu-nbd cannot be run.
     """
     options = ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
     with serving(layer, options, f"open snapshot {name} of {layer.name}") as socket:
-        yield f"nbd+unix:///?socket={socket}"
+        yield Opening({"driver": "nbd", "server": {"type": "unix", "path": socket}}, ())
 
 
 @contextmanager
@@ -40,11 +40,11 @@ def serving(layer: Layer, options: Sequence[str], action: str) -> Iterator[str]:
     """
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder, opened([layer]) as image:
         socket, started = f"{folder}/nbd", Path(folder) / "pid"
         command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", *options]
-        command += [f"--socket={socket}", f"--pid-file={started}", images.spelled_out([layer])]
-        with Child(command, pass_fds=[layer.fd]) as child:
+        command += [f"--socket={socket}", f"--pid-file={started}", image.name]
+        with Child(command, pass_fds=image.fds) as child:
             _await_start(child, started, action)
             yield socket
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from qmpbackup.errors import DamagedError
 
+HEAD = 65536
+"""Bytes of a file that hold its head, at most: the header, its extensions and the link, which QEMU
+writes one behind the other."""
+
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and with the offset of the snapshots
 _MAGIC = b"QFI\xfb"
 _FEATURES_AT = 72
@@ -41,7 +45,15 @@ def read_header(fd: int, name: str) -> Header:
         DamagedError: it is no qcow2 image.
         OSError: it cannot be read.
     """
-    head = os.pread(fd, 65536, 0)
+    return parse_header(os.pread(fd, HEAD, 0), name)
+
+
+def parse_header(head: bytes, name: str) -> Header:
+    """What the first `HEAD` bytes of a file say; `name` is what messages call it.
+
+    Raises:
+        DamagedError: it is no qcow2 image.
+    """
     if len(head) < _HEADER.size or head[:4] != _MAGIC:
         raise DamagedError(f"{name} is not a qcow2 image.", _HINT)
     fields = _HEADER.unpack_from(head)
@@ -52,7 +64,7 @@ def read_header(fd: int, name: str) -> Header:
     return Header(
         version=version,
         size=fields[5],
-        backing=_backing(fd, name, backing_at, backing_length),
+        backing=_backing(head, name, backing_at, backing_length),
         backing_format=_backing_format(head, version),
         snapshots=fields[11],
         encrypted=fields[6] != 0,
@@ -64,12 +76,12 @@ def read_header(fd: int, name: str) -> Header:
 _HINT = "Put back an unharmed copy, or restore another point."
 
 
-def _backing(fd: int, name: str, offset: int, length: int) -> str:
+def _backing(head: bytes, name: str, offset: int, length: int) -> str:
     if offset == 0:
         return ""
-    if not 0 < length <= _LONGEST_BACKING or offset > 2**32:
+    if not 0 < length <= _LONGEST_BACKING or offset + length > len(head):
         raise DamagedError(f"{name} has a header that makes no sense.", _HINT)
-    return os.pread(fd, length, offset).decode("utf-8", "surrogateescape")
+    return head[offset : offset + length].decode("utf-8", "surrogateescape")
 
 
 def _backing_format(head: bytes, version: int) -> str:

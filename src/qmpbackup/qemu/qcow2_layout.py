@@ -74,7 +74,15 @@ class Layout:
             table_at += CLUSTER
         _write(fd, _big_endian(l1), self._l1_at)
         self._write_refcounts(fd)
-        _write(fd, self._header(), 0)
+        counts = (self._l1_at - self._table_at) // CLUSTER
+        head = header(
+            self._size,
+            l1_at=self._l1_at,
+            l1_size=self._l1_size,
+            counts_at=self._table_at,
+            counts=counts,
+        )
+        _write(fd, head, 0)
 
     def _used(self) -> Iterator[int]:
         """Numbers of the L2 tables that map anything."""
@@ -108,23 +116,26 @@ class Layout:
             _write(fd, b"\0\1" * used, place)
             left -= used
 
-    def _header(self) -> bytes:
-        return _HEADER.pack(
-            _MAGIC,
-            3,
-            *(0, 0),  # no backing file
-            _CLUSTER_BITS,
-            self._size,
-            0,  # not encrypted
-            self._l1_size,
-            self._l1_at,
-            self._table_at,
-            (self._l1_at - self._table_at) // CLUSTER,
-            *(0, 0),  # no snapshots
-            *(0, 0, 0),  # no features
-            _REFCOUNT_ORDER,
-            _HEADER.size,
-        )
+
+def header(size: int, *, l1_at: int, l1_size: int, counts_at: int, counts: int = 1) -> bytes:
+    """The header of an image that builds on nothing; `counts` clusters at `counts_at` are the table of
+    its refcounts."""
+    return _HEADER.pack(
+        _MAGIC,
+        3,
+        *(0, 0),  # no backing file
+        _CLUSTER_BITS,
+        size,
+        0,  # not encrypted
+        l1_size,
+        l1_at,
+        counts_at,
+        counts,
+        *(0, 0),  # no snapshots
+        *(0, 0, 0),  # no features
+        _REFCOUNT_ORDER,
+        _HEADER.size,
+    )
 
 
 def _clusters(length: int) -> int:

@@ -14,7 +14,7 @@ from qmpbackup.errors import VmError
 from qmpbackup.plan import commands
 from qmpbackup.plan.names import LEDGER, RunNames
 from qmpbackup.qemu import copy, exports, jobs
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Seat, View
 from qmpbackup.undo import UndoStack
@@ -75,7 +75,7 @@ class Staging:
         Raises:
             QmpBackupError: qemu-nbd cannot be run.
         """
-        layer = Layer(self._stages[seat.number].fd, seat.disk.id)
+        layer = Layer.of(self._stages[seat.number].fd, seat.disk.id)
         bitmaps = (self._view.changed_bitmap(seat), self._view.read_bitmap(seat))
         options = [f"--export-name={EXPORT}", *(f"--bitmap={each}" for each in bitmaps if each)]
         return exports.serving(layer, options, f"open the staged image of {seat.disk.id}")

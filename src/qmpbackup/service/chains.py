@@ -13,8 +13,7 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
-from qmpbackup.qemu import images
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, check_link
 from qmpbackup.qemu.qcow2 import Header
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.target.digest import digest
@@ -31,12 +30,7 @@ class OpenFile:
     """A file of a chain, open for reading."""
 
     link: Link
-    fd: int
-
-    @property
-    def layer(self) -> Layer:
-        """As qemu-img needs it."""
-        return Layer(self.fd, self.link.disk.file.rpartition("/")[2])
+    layer: Layer
 
 
 @contextmanager
@@ -51,7 +45,7 @@ def opened(
         StorageError: one cannot be opened.
     """
     links = chain(points, point, disk.id)
-    allow_open_files(len(links) + 64)
+    allow_open_files(len(links))
     with ExitStack() as stack:
         files: list[OpenFile] = []
         for link in links:
@@ -59,9 +53,10 @@ def opened(
                 fd = target.open_file(link.disk.file)
                 stack.callback(os.close, fd)
                 check_length(target, link.disk, fd)
-            files.append(OpenFile(link, fd))
-        with storage_errors(f"read the files of disk {disk.id}"):
-            _check_links(target, files, disk)
+                with storage_errors(f"read {target.path / link.disk.file}"):
+                    layer = Layer.of(fd, link.disk.file.rpartition("/")[2])
+            files.append(OpenFile(link, layer))
+        _check_links(target, files, disk)
         yield tuple(files)
 
 
@@ -70,7 +65,7 @@ def _check_links(target: DirectoryTarget, files: Sequence[OpenFile], disk: Store
     parent = ""
     for file in files:
         with marking(target, file.link.disk):
-            header = images.check_link(file.layer, parent)
+            header = check_link(file.layer, parent)
             parent = file.layer.name
             if file is files[-1]:
                 _check_size(header, disk)
@@ -133,10 +128,10 @@ def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, who
     try:
         check_length(target, disk, fd)
         with storage_errors(f"read {target.path / disk.file}"):
-            header = images.check_link(Layer(fd, disk.file.rpartition("/")[2]), parent)
-        _check_size(header, disk)
+            layer = Layer.of(fd, disk.file.rpartition("/")[2])
+        _check_size(check_link(layer, parent), disk)
         if whole:
-            check_digest(target, disk, fd)
+            check_digest(target, disk, layer)
     finally:
         os.close(fd)
 
@@ -155,9 +150,13 @@ def check_length(target: DirectoryTarget, disk: StoredDisk, fd: int) -> None:
 
 
 def check_digest(
-    target: DirectoryTarget, disk: StoredDisk, fd: int, each: Callable[[], None] | None = None
+    target: DirectoryTarget,
+    disk: StoredDisk,
+    layer: Layer,
+    each: Callable[[], None] | None = None,
 ) -> None:
-    """Read a whole file and compare it with its manifest; `each` is called now and then.
+    """Read a whole file, but for its head, which was read, and compare it with its manifest; `each` is
+    called now and then.
 
     Raises:
         DamagedError: its contents are others.
@@ -165,15 +164,17 @@ def check_digest(
     """
     path = target.path / disk.file
     with storage_errors(f"read {path}"):
-        found = digest(fd, each)
+        found = digest(layer.fd, each, layer.head)
     if found != disk.digest:
         raise DamagedError(f"The contents of {path} are not those that were written.", _HINT)
 
 
-def allow_open_files(count: int) -> None:
-    """Raise our limit of open files, as far as that is allowed, for a long chain."""
+def allow_open_files(layers: int) -> None:
+    """Raise our limit of open files, as far as that is allowed, for a long chain: each layer is a file
+    and its head."""
     import resource
 
+    count = 2 * layers + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)

@@ -10,10 +10,10 @@ _CHUNK = 1024 * 1024
 """Measured: more than this leaves the processor's cache, less does not feed several threads."""
 
 
-def digest(fd: int, each: Callable[[], None] | None = None) -> str:
+def digest(fd: int, each: Callable[[], None] | None = None, head: bytes = b"") -> str:
     """`blake3:<hex>` of an open file, from its first byte to its last.
 
-    `each` is called after every MiB, and ends the reading by raising.
+    `head` takes the place of the first bytes, which are not read (again). `each` is called after every MiB, and ends the reading by raising.
 
     The file is read, not mapped: an I/O error then is an error here and no SIGBUS.
 
@@ -23,9 +23,9 @@ def digest(fd: int, each: Callable[[], None] | None = None) -> str:
     """
     from blake3 import blake3
 
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = blake3(head, max_threads=blake3.AUTO)
     buffer = memoryview(bytearray(_CHUNK))
-    offset = 0
+    offset = len(head)
     while length := os.preadv(fd, [buffer], offset):
         hasher.update(buffer[:length])
         offset += length

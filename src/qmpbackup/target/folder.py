@@ -60,9 +60,10 @@ class Folder:
                 f"{path} is not a folder of its own (a link, or a file).", "Remove it."
             ) from None
 
-    def open_file(self, name: str) -> int:
-        """Open a plain file for reading."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    def open_file(self, name: str, *, write: bool = False) -> int:
+        """Open a plain file for reading, or for writing too."""
+        flags = os.O_RDWR if write else os.O_RDONLY
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._refuse_special(name)
         fd = os.open(name, flags, dir_fd=self.fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -107,6 +108,12 @@ class Folder:
         except FileNotFoundError:
             return False
         return True
+
+    def require_named(self, name: str, fd: int) -> None:
+        """Make sure that a name is still that of an open file, and of no other."""
+        named, found = os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd)
+        if (named.st_dev, named.st_ino) != (found.st_dev, found.st_ino):
+            raise OSError(errno.ESTALE, "somebody has put another file in its place")
 
     def is_folder(self, name: str) -> bool:
         """Whether this name is a folder, and no link to one."""

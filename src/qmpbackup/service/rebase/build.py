@@ -17,9 +17,8 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.plan.merge import MERGED, PARTIAL, Contents, MergePlan, Tag
 from qmpbackup.plan.sizes import human
-from qmpbackup.qemu import exports, images
-from qmpbackup.qemu.images import Layer
-from qmpbackup.qemu.qcow2 import read_header
+from qmpbackup.qemu import exports, images, merging
+from qmpbackup.qemu.layers import Layer, opened, raw, require_unchanged, stand_in
 from qmpbackup.target.digest import digest
 from qmpbackup.target.folder import Folder
 
@@ -92,20 +91,24 @@ def build(
         QmpBackupError: it could not be made, or is not right; the caller removes it.
     """
     partial = plan.base + PARTIAL
-    with _created(folder, partial, layers[0].fd) as fd:
-        new = Layer(fd, partial)
+    with _created(folder, partial) as fd:
         if plan.flattens:
             flatten(layers, fd, rate)
             each("built")
         elif plan.below is not None:
-            _merge_above(folder, new, plan, layers, rate, each)
+            _merge_above(folder, fd, plan, layers, rate, each)
         else:
-            _copy_and_apply(folder.path / partial, new, plan, layers, rate, each)
+            _copy_and_apply(fd, plan, layers, rate, each)
+        with storage_errors(f"read {folder.path / partial}"):
+            new = Layer.of(fd, partial)
         _prove(new, plan, layers)
+        require_unchanged(layers)
         each("proved")
         with storage_errors(f"store {folder.path / partial}"):
+            _give_away(fd, layers[0].fd)
             os.fsync(fd)
             contents = Contents(os.fstat(fd).st_size, digest(fd))
+            folder.require_named(partial, fd)
             folder.rename(partial, plan.base + MERGED)
             folder.sync()
     each("durable")
@@ -126,77 +129,86 @@ def flatten(layers: Sequence[Layer], output: int, rate: int) -> None:
 
 
 @contextmanager
-def _created(folder: Folder, name: str, like: int) -> Iterator[int]:
-    """A new file with the owner and mode of another; open for the block."""
+def _created(folder: Folder, name: str) -> Iterator[int]:
+    """A new file, ours alone as long as programs parse it; open for the block."""
     with ExitStack() as stack:
         with storage_errors(f"create {folder.path / name}"):
             folder.remove(name)
             fd = folder.create_file(name)
             stack.callback(os.close, fd)
-            state = os.fstat(like)
-            with suppress(PermissionError):
-                os.fchown(fd, state.st_uid, state.st_gid)
-            os.fchmod(fd, stat.S_IMODE(state.st_mode))
         yield fd
 
 
+def _give_away(fd: int, like: int) -> None:
+    """Give a file that is complete the owner and mode of another."""
+    state = os.fstat(like)
+    with suppress(PermissionError):
+        os.fchown(fd, state.st_uid, state.st_gid)
+    os.fchmod(fd, stat.S_IMODE(state.st_mode))
+
+
 def _copy_and_apply(
-    path: Path, new: Layer, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+    new: int, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
 ) -> None:
     tags = {tag.file: tag for tag in plan.tags}
-    with storage_errors(f"copy {layers[0].name}"):
-        _copy(layers[0].fd, new.fd)
+    _copy(layers[0], new)
     each("copied")
-    _keep(path, tags.get(layers[0].name))
+    _keep(new, tags.get(layers[0].name))
     for layer in layers[1:]:
         interrupt.check()
         log.info("Applying %s", layer.name)
-        images.apply(layer, read_header(layer.fd, layer.name).size, path, rate=rate)
-        _keep(path, tags.get(layer.name))
+        merging.apply(layer, new, rate=rate)
+        _keep(new, tags.get(layer.name))
         each(f"applied {layer.name}")
 
 
 def _merge_above(
-    folder: Folder, new: Layer, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+    folder: Folder, new: int, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
 ) -> None:
     """As `_copy_and_apply` for a part of a chain; what lies below the part is neither read nor shown
     in the result."""
-    with images.stand_in(plan.below or 0) as ground:
+    with stand_in(plan.below or 0) as ground:
         if not any(compressed([layer]) for layer in layers):
             _copy_and_apply_above(new, ground, layers, rate, each)
             return
         # QEMU compresses only into room that is free, so all is merged first, then compressed. Until
         # the merge is proved nobody takes the second file for more than half made.
-        with _created(folder, plan.base + MERGED, layers[0].fd) as fd:
-            merged = Layer(fd, plan.base + MERGED)
-            _copy_and_apply_above(merged, ground, layers, 0, each)
-            size = read_header(fd, merged.name).size
-            below = read_header(layers[0].fd, layers[0].name).backing
-            images.create(folder.path / new.name, size, backing=below, compress=True)
-            images.apply_above(merged, new, ground, compress=True, rate=rate)
+        with _created(folder, plan.base + MERGED) as fd:
+            _copy_and_apply_above(fd, ground, layers, 0, each)
+            with storage_errors(f"read {plan.base}{MERGED}"):
+                merged = Layer.of(fd, plan.base + MERGED)
+            size, below = merged.header.size, layers[0].header.backing
+            merging.create(new, plan.base + PARTIAL, size, backing=below, compress=True)
+            merging.apply_above(merged, new, ground, compress=True, rate=rate)
             each("compressed")
 
 
 def _copy_and_apply_above(
-    new: Layer, ground: int, layers: Sequence[Layer], rate: int, each: Observer
+    new: int, ground: int, layers: Sequence[Layer], rate: int, each: Observer
 ) -> None:
-    with storage_errors(f"copy {layers[0].name}"):
-        _copy(layers[0].fd, new.fd)
+    _copy(layers[0], new)
     each("copied")
     for layer in layers[1:]:
         interrupt.check()
         log.info("Applying %s", layer.name)
-        images.apply_above(layer, new, ground, rate=rate)
+        merging.apply_above(layer, new, ground, rate=rate)
         each(f"applied {layer.name}")
 
 
-def _keep(path: Path, tag: Tag | None) -> None:
+def _keep(fd: int, tag: Tag | None) -> None:
     if tag is not None and not tag.exists:
-        images.take_snapshot(path, tag.name)
+        merging.take_snapshot(fd, tag.name)
 
 
-def _copy(source: int, output: int) -> None:
-    """Copy a file: by sharing its blocks where the file system can, else without its holes."""
+def _copy(source: Layer, output: int) -> None:
+    """Copy a file, with the head that was checked: programs are going to write where that says."""
+    with storage_errors(f"copy {source.name}"):
+        _copy_file(source.fd, output)
+        os.pwrite(output, source.head, 0)
+
+
+def _copy_file(source: int, output: int) -> None:
+    """Share the blocks of a file where the file system can, else copy it without its holes."""
     import fcntl
 
     try:
@@ -241,16 +253,16 @@ def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
     found = images.check(new)
     if found.errors:
         raise _unproved(f"qemu-img check finds errors in {new.name}", found.message)
-    if read_header(new.fd, new.name).size != read_header(layers[-1].fd, layers[-1].name).size:
+    if new.header.size != layers[-1].header.size:
         raise _unproved(f"{new.name} is not as large as {layers[-1].name}")
     if plan.below is not None:
         _prove_above(new, plan.below, layers)
-    elif not _same(images.spelled_out([new]), [new], layers):
+    elif not _same_as_chain(new, layers):
         raise _unproved(f"{new.name} does not hold the state of {layers[-1].name}")
     for tag in plan.tags:
         index = plan.chain.index(tag.file)
-        with exports.snapshot(new, tag.name) as name:
-            if not _same(name, [], layers[: index + 1]):
+        with exports.snapshot(new, tag.name) as one, opened(layers[: index + 1]) as other:
+            if not images.same_contents(one, other):
                 raise _unproved(f"snapshot {tag.name} does not hold the state of {tag.file}")
     for carried in plan.carried:
         with exports.snapshot(new, carried) as one, exports.snapshot(layers[0], carried) as other:
@@ -264,20 +276,19 @@ def _prove_above(new: Layer, below: int, layers: Sequence[Layer]) -> None:
     It does if both show the same above zeros, and hold themselves the same ranges of the disk, as far
     as anything lies below.
     """
-    with images.stand_in(below) as ground:
-        fds = [ground, new.fd, *(layer.fd for layer in layers)]
-        one, other = (images.spelled_out(each, ground) for each in ([new], layers))
-        if not images.same_contents(one, other, pass_fds=fds):
+    with stand_in(below) as ground:
+        with opened([new], raw(ground)) as one, opened(layers, raw(ground)) as other:
+            same = images.same_contents(one, other)
+        if not same:
             raise _unproved(f"{new.name} does not hold the changes up to {layers[-1].name}")
         found = images.held_ranges([new], ground, below)
         if found != images.held_ranges(layers, ground, below):
             raise _unproved(f"{new.name} does not hold the same parts as up to {layers[-1].name}")
 
 
-def _same(name: str, needs: Sequence[Layer], layers: Sequence[Layer]) -> bool:
-    with images.opened(layers) as chain:
-        fds = [layer.fd for layer in (*needs, *layers)]
-        return images.same_contents(name, chain[-1], pass_fds=fds)
+def _same_as_chain(new: Layer, layers: Sequence[Layer]) -> bool:
+    with opened([new]) as one, opened(layers) as other:
+        return images.same_contents(one, other)
 
 
 def _unproved(what: str, detail: str = "") -> DamagedError:

@@ -11,6 +11,7 @@ from qmpbackup import durable, interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.plan.merge import PARTIAL
+from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service.rebase import build
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import refuse_unfinished
@@ -45,6 +46,7 @@ def export(request: Request, output: Path) -> str:
                 build.require_room(output.parent, needed, "The new image")
                 log.info("Merging %s into %s", ", ".join(source.names), output)
                 build.flatten(layers, fd, request.rate)
+                require_unchanged(layers)
                 with storage_errors(f"write {output}"):
                     os.fsync(fd)
                 interrupt.check()

@@ -226,18 +226,36 @@ def _require_size(folder: Folder, name: str, size: int) -> None:
 
 
 def _relink(folder: Folder, name: str, parent: str) -> None:
-    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.fd)
+    with _open_head(folder, name) as (fd, head):
+        _write_head(fd, head, relink.relinked(head, name, parent))
+
+
+def put_link(folder: Folder, name: str, parent: str) -> None:
+    """Let an image of the folder build on another one, whatever it builds on now, durably.
+
+    Raises:
+        DamagedError: it is no qcow2 image.
+        StorageError: its head has no room for the link.
+        OSError: it could not be written.
+    """
+    with _open_head(folder, name) as (fd, head):
+        _write_head(fd, head, relink.linked(head, name, parent))
+
+
+@contextmanager
+def _open_head(folder: Folder, name: str) -> Iterator[tuple[int, bytes]]:
+    fd = folder.open_file(name, write=True)
     try:
-        head = os.pread(fd, relink.HEAD, 0)
-        new = relink.relinked(head, name, parent)
-        changed = [
-            at for at, (one, other) in enumerate(zip(head, new, strict=True)) if one != other
-        ]
-        if changed:
-            os.pwrite(fd, new[: changed[-1] + 1], 0)
-        os.fsync(fd)
+        yield fd, os.pread(fd, relink.HEAD, 0)
     finally:
         os.close(fd)
+
+
+def _write_head(fd: int, head: bytes, new: bytes) -> None:
+    changed = [at for at, (one, other) in enumerate(zip(head, new, strict=True)) if one != other]
+    if changed:
+        os.pwrite(fd, new[: changed[-1] + 1], 0)
+    os.fsync(fd)
 
 
 def _correct_symlink(folder: Folder, intent: Intent) -> None:

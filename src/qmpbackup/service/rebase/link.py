@@ -13,7 +13,6 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.lineage import Bond
 from qmpbackup.plan.merge import SYMLINK
-from qmpbackup.qemu import images
 from qmpbackup.service.rebase import journal
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import clear_up, refuse_unfinished
@@ -49,11 +48,11 @@ def link(request: Request) -> LinkPlan:
         source = sources.select(place, request)
         plan = _plan(source)
         _verify(source, request)
-        for bond in plan.bonds:
-            interrupt.check()
-            log.info("%s builds on %s", bond.child, bond.parent)
-            images.rebase(place.folder / bond.child, bond.parent)
-        with storage_errors(f"make a link in {place.folder}"), Folder.open(place.folder) as folder:
+        with storage_errors(f"make links in {place.folder}"), Folder.open(place.folder) as folder:
+            for bond in plan.bonds:
+                interrupt.check()
+                log.info("%s builds on %s", bond.child, bond.parent)
+                journal.put_link(folder, bond.child, bond.parent)
             journal.put_symlink(folder, plan.newest)
     return plan
 

@@ -28,13 +28,14 @@ from qmpbackup.plan.merge import (
     tags_for,
 )
 from qmpbackup.qemu import images, relink
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, check_link
 from qmpbackup.service.rebase import build, journal
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.build import Observer
 from qmpbackup.service.rebase.journal import Intent, Phase
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
+from qmpbackup.target.digest import digest
 from qmpbackup.target.folder import Folder
 
 log = logging.getLogger(__name__)
@@ -228,21 +229,21 @@ class _Merge:
         """What the images that build on the chain hold once they build on the full."""
         found: dict[str, Contents] = {}
         for name in self._plan.relinked:
-            with sources.opened_child(self._source, name) as (fd, disk):
-                contents = self._relinked(name, fd, disk)
+            with sources.opened_child(self._source, name) as (layer, disk):
+                contents = self._relinked(layer, disk)
             if disk is not None:
                 found[disk.file] = contents
         return found
 
-    def _relinked(self, name: str, fd: int, disk: StoredDisk | None) -> Contents:
-        images.check_link(Layer(fd, name), self._plan.newest)
+    def _relinked(self, layer: Layer, disk: StoredDisk | None) -> Contents:
+        check_link(layer, self._plan.newest)
         if disk is not None:  # always: a new digest must not call damage whole
-            sources.verify_child(self._source, fd, disk)
-        with storage_errors(f"read {name}"):
-            head = relink.relinked(os.pread(fd, relink.HEAD, 0), name, self._plan.base)
-            if disk is None:
-                return Contents(0, "")
-            return Contents(os.fstat(fd).st_size, digest_with_head(fd, head))
+            sources.verify_child(self._source, layer, disk)
+        head = relink.relinked(layer.head, layer.name, self._plan.base)
+        if disk is None:
+            return Contents(0, "")
+        with storage_errors(f"read {layer.name}"):
+            return Contents(os.fstat(layer.fd).st_size, digest(layer.fd, head=head))
 
     def _intent(self, base: Contents, relinked: dict[str, Contents]) -> Intent:
         rewritten = Rewritten()
@@ -276,20 +277,3 @@ class _Merge:
         except Interrupted:
             log.warning("The merge is begun. Run the same command again, which finishes it.")
             raise
-
-
-def digest_with_head(fd: int, head: bytes) -> str:
-    """The digest that an open file will have once it begins with `head`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    from blake3 import blake3
-
-    hasher = blake3(head, max_threads=blake3.AUTO)
-    offset = len(head)
-    while chunk := os.pread(fd, 4 * 1024 * 1024, offset):
-        hasher.update(chunk)
-        offset += len(chunk)
-        interrupt.check()
-    return f"blake3:{hasher.hexdigest()}"

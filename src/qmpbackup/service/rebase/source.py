@@ -21,7 +21,7 @@ from qmpbackup.plan.chain import Link
 from qmpbackup.plan.lineage import Bond, Image
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
 from qmpbackup.qemu import images
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, check_link
 from qmpbackup.qemu.qcow2 import read_header
 from qmpbackup.service import chains
 from qmpbackup.service.rebase.place import Place
@@ -29,9 +29,6 @@ from qmpbackup.target.directory import DirectoryTarget
 from qmpbackup.target.folder import Folder
 
 log = logging.getLogger(__name__)
-
-_DEEPEST_WITHOUT_LINKS = 64
-"""Files up to which a chain can be spelled out to QEMU; a deeper one goes by its links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +201,11 @@ def opened(source: Source) -> Iterator[list[Layer]]:
         with chains.opened(_target(source), source.points, last.point, last.disk) as files:
             yield [file.layer for file in files[-len(source.names) :]]
         return
-    if source.assumed and len(source.names) > _DEEPEST_WITHOUT_LINKS:
-        raise UsageError(
-            f"A chain of {len(source.names)} images without links is too deep.", LINK_HINT
-        )
-    chains.allow_open_files(len(source.names) + 64)
+    chains.allow_open_files(len(source.names))
     with ExitStack() as stack:
         layers = _open_layers(source, stack)
-        with storage_errors(f"read {source.place.folder}"):
-            for layer, parent in zip(layers, ("", *source.names), strict=False):
-                images.check_link(layer, _expected_link(source, layer, parent))
+        for layer, parent in zip(layers, ("", *source.names), strict=False):
+            check_link(layer, _expected_link(source, layer, parent))
         yield layers
 
 
@@ -221,7 +213,7 @@ def _expected_link(source: Source, layer: Layer, parent: str) -> str:
     if any(bond.child == layer.name for bond in source.assumed):
         return ""
     if any(bond.child == layer.name for bond in source.misplaced):
-        return read_header(layer.fd, layer.name).backing  # to be rewritten, and not followed
+        return layer.header.backing  # to be rewritten, and not followed
     return parent
 
 
@@ -231,7 +223,7 @@ def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
         for name in source.names:
             fd = folder.open_file(name)
             stack.callback(os.close, fd)
-            layers.append(Layer(fd, name))
+            layers.append(Layer.of(fd, name))
     return layers
 
 
@@ -247,7 +239,7 @@ def verify(source: Source, layers: Sequence[Layer]) -> None:
     if source.links:
         for link, layer in zip(source.links, layers, strict=True):
             log.info("Verifying %s", layer.name)
-            chains.check_digest(_target(source), link.disk, layer.fd)
+            chains.check_digest(_target(source), link.disk, layer)
         return
     for layer in layers:
         log.info("Checking %s", layer.name)
@@ -261,7 +253,7 @@ def verify(source: Source, layers: Sequence[Layer]) -> None:
 
 
 @contextmanager
-def opened_child(source: Source, name: str) -> Iterator[tuple[int, StoredDisk | None]]:
+def opened_child(source: Source, name: str) -> Iterator[tuple[Layer, StoredDisk | None]]:
     """Open an image that builds on the chain; its record is `None` without manifests.
 
     Raises:
@@ -273,19 +265,21 @@ def opened_child(source: Source, name: str) -> Iterator[tuple[int, StoredDisk | 
     try:
         if disk is not None:
             chains.check_length(_target(source), disk, fd)
-        yield fd, disk
+        with storage_errors(f"read {name}"):
+            layer = Layer.of(fd, name)
+        yield layer, disk
     finally:
         os.close(fd)
 
 
-def verify_child(source: Source, fd: int, disk: StoredDisk) -> None:
+def verify_child(source: Source, layer: Layer, disk: StoredDisk) -> None:
     """Prove an image that builds on the chain by its digest.
 
     Raises:
         DamagedError: it is damaged.
     """
     log.info("Verifying %s", disk.file)
-    chains.check_digest(_target(source), disk, fd)
+    chains.check_digest(_target(source), disk, layer)
 
 
 def _record_of(source: Source, name: str) -> StoredDisk | None:

@@ -17,7 +17,8 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.process import Child
-from qmpbackup.qemu import images
+from qmpbackup.qemu import images, merging
+from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service import chains
 from qmpbackup.service.chains import OpenFile
 from qmpbackup.service.restore import place
@@ -71,7 +72,7 @@ def _fill(target: DirectoryTarget, source: _Source, partial: Partial, format_: s
     running = images.converting(layers, partial.fd, format_, snapshot=disk.snapshot)
     with running as child:
         _verify(target, source, child)
-        _finish(child, f"restore disk {disk.id}")
+        _finish(child, source, f"restore disk {disk.id}")
     _fit(partial.fd, format_, disk)
     with storage_errors(f"write {partial.path}"):
         os.fsync(partial.fd)
@@ -81,7 +82,7 @@ def _verify(target: DirectoryTarget, source: _Source, child: Child | None = None
     """Read the digests of a chain; stop early where the copy has failed for want of room."""
     for file in source.files:
         with chains.marking(target, file.link.disk):
-            chains.check_digest(target, file.link.disk, file.fd, _stop_with(child))
+            chains.check_digest(target, file.link.disk, file.layer, _stop_with(child))
 
 
 def _stop_with(child: Child | None) -> Callable[[], None] | None:
@@ -97,8 +98,10 @@ def _stop_with(child: Child | None) -> Callable[[], None] | None:
     return check
 
 
-def _finish(child: Child, action: str) -> None:
+def _finish(child: Child, source: _Source, action: str) -> None:
+    """What was copied is what the digests stand for."""
     result = child.wait()
+    require_unchanged([file.layer for file in source.files])
     if result.code:
         raise images.failure(result, action)
 
@@ -110,7 +113,7 @@ def _fit(fd: int, format_: str, disk: StoredDisk) -> None:
         DamagedError: it is not.
     """
     if disk.snapshot and place.size_of(fd, format_) != disk.size:
-        images.resize(fd, format_, disk.size)
+        merging.resize(fd, format_, disk.size)
     place.check_size(fd, format_, disk)
 
 
@@ -123,4 +126,4 @@ def _to_device(target: DirectoryTarget, source: _Source, device: Path, request: 
         with place.overwriting(device, fd, disk):
             running = images.converting(layers, fd, "raw", snapshot=disk.snapshot, existing=True)
             with running as child:
-                _finish(child, f"restore disk {disk.id} to {device}")
+                _finish(child, source, f"restore disk {disk.id} to {device}")

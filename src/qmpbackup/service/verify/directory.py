@@ -15,7 +15,7 @@ from qmpbackup.errors import DamagedError, QmpBackupError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import chain
 from qmpbackup.qemu import images
-from qmpbackup.qemu.images import Layer
+from qmpbackup.qemu.layers import Layer, check_link, require_unchanged
 from qmpbackup.service import chains
 from qmpbackup.service.show import find_point
 from qmpbackup.service.verify.report import Report, Request, Verdict
@@ -127,12 +127,13 @@ class _Verification:
             os.close(fd)
 
     def _check_open(self, disk: StoredDisk, fd: int, parent: str) -> None:
-        name = disk.file.rpartition("/")[2]
         chains.check_length(self._target, disk, fd)
-        chains.check_digest(self._target, disk, fd)
         with storage_errors(f"read {self._target.path / disk.file}"):
-            images.check_link(Layer(fd, name), parent)
-        result = images.check(Layer(fd, name))
+            layer = Layer.of(fd, disk.file.rpartition("/")[2])
+        chains.check_digest(self._target, disk, layer)
+        check_link(layer, parent)
+        result = images.check(layer)
+        require_unchanged([layer])
         if result.errors:
             said = result.message or f"{result.errors} errors"
             raise DamagedError(f"qemu-img check finds {disk.file} damaged: {said}.")
@@ -144,7 +145,8 @@ class _Verification:
         try:
             fd = self._target.open_file(disk.file)
             try:
-                layer = Layer(fd, disk.file.rpartition("/")[2])
+                with storage_errors(f"read {disk.file}"):
+                    layer = Layer.of(fd, disk.file.rpartition("/")[2])
                 return _state_fault(layer, disk)
             finally:
                 os.close(fd)
@@ -156,6 +158,5 @@ def _state_fault(layer: Layer, disk: StoredDisk) -> str:
     if disk.snapshot:
         names = images.snapshot_names(layer)
         return "" if disk.snapshot in names else f"{disk.file} has no snapshot {disk.snapshot!r}."
-    with storage_errors(f"read {disk.file}"):
-        size = images.virtual_size(layer)
+    size = layer.header.size
     return "" if size == disk.size else f"{disk.file} is of {size} bytes instead of {disk.size}."
