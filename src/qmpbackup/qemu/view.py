@@ -45,6 +45,7 @@ from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import END, LEDGER, SAMPLES, STOPPED_MARKER, RunNames
+from qmpbackup.plan.vm_states import GONE, OBSTACLES
 from qmpbackup.qemu import scratch_nodes
 from qmpbackup.qemu.graph import active_nodes, children
 from qmpbackup.qemu.monitor import Monitor
@@ -64,9 +65,6 @@ CBW_TIMEOUT_SECONDS_OF_OLD = 4
 
 STOP_SECONDS = 10.0
 """After this long the watchdog lets the VM run again and the run is given up."""
-
-GONE = frozenset({"postmigrate", "finish-migrate"})
-"""States of a VM whose disks belong to another QEMU, or are about to (qapi/run-state.json)."""
 
 _CONTINUED = "Somebody else let the VM run while the instant was taken."
 
@@ -399,13 +397,14 @@ def _chunk_bitmap(seat: Seat, node: str, name: str) -> Command:
 
 
 def require_present(status: str) -> None:
-    """Refuse a VM whose disks are another QEMU's, or are about to be.
+    """Refuse a VM whose disks are not its own, or about to change as a whole.
 
     Raises:
-        VmError: the VM has been migrated away.
+        VmError: it has been migrated away, or the like.
     """
-    if status in GONE:
-        raise VmError("The VM has been migrated away.", "Back it up where it runs now.")
+    obstacle = OBSTACLES.get(status)
+    if obstacle is not None:
+        raise VmError(obstacle.reason, obstacle.todo)
 
 
 def status_of(monitor: Monitor) -> str:

@@ -11,6 +11,7 @@ from qmpbackup.model import Bitmap, Disk, Location, Place, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
+from qmpbackup.plan.vm_states import OBSTACLES
 from qmpbackup.qemu import copy, inventory, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
@@ -80,6 +81,9 @@ def examine(
 
 def _qemu(vm: Vm) -> Iterator[Finding]:
     yield Finding("QEMU", Health.FINE, f"version {vm.config.qemu_version}, VM is {vm.status}")
+    obstacle = OBSTACLES.get(vm.status)
+    if obstacle is not None:
+        yield Finding("VM", Health.PROBLEM, obstacle.reason, obstacle.todo)
     if vm.version[:2] < copy.FIRST_RIGHT_SNAPSHOT_ACCESS:
         yield Finding(
             "QEMU",

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import MonitorBusy
+from qmpbackup.errors import CommandError, MonitorBusy, VmError
 from qmpbackup.filelock import vm_lock
 from qmpbackup.model import Vm
+from qmpbackup.plan.commands import Command
 from qmpbackup.qemu import inventory, presence
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
@@ -57,6 +58,7 @@ def opened(
         if monitor.peer_pid is not None:
             stack.enter_context(vm_lock(f"pid-{monitor.peer_pid}", lock_wait))
         inventory.require_version(monitor)
+        _require_vm(monitor)
         if not look_only:
             stack.enter_context(presence.claimed(monitor, lock_wait))
         found = _look(monitor, lock_wait) if look_only else inventory.take(monitor)
@@ -79,6 +81,26 @@ def _connected(address: str, wait: float) -> Monitor:
             interrupt.check()
             if time.monotonic() >= deadline:
                 raise
+
+
+def _require_vm(monitor: Monitor) -> None:
+    """Name the two kinds of monitor that answer hardly any question.
+
+    Raises:
+        VmError: there is no VM behind it, or none yet.
+    """
+    status, jobs = monitor.execute_each([Command("query-status"), Command("query-jobs")])
+    if isinstance(status, CommandError) and status.error_class == "CommandNotFound":
+        raise VmError(
+            f"At {monitor.address} there is no VM: it is the monitor of qemu-storage-daemon or the "
+            "like.",
+            "Give the monitor of the VM itself; its disks are backed up where the VM has them.",
+        )
+    if isinstance(jobs, CommandError) and "machine initialization" in jobs.description:
+        raise VmError(
+            "The VM is not set up yet: QEMU was started with -preconfig.",
+            "Run again after x-exit-preconfig.",
+        )
 
 
 def _look(monitor: Monitor, wait: float) -> Inventory:
