@@ -61,6 +61,7 @@ class Disk:
     `node` is the active node, the one its device sits on; `format_node` the first node below all
     filters, where bitmaps live (the same node where there is no filter). `below_ours` is the active
     node unless a run that died left its filter on the disk; then it is the node below that filter.
+    `label` is what users of the VM's manager call it (`vda` of libvirt's), where that is known.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Disk:
     aliases: tuple[str, ...] = ()
     actual_size: int = 0
     encrypted: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ class StoredDisk:
     the change bitmap that counts from this point (empty: none), `end_mark` that of the bitmap which
     tells whether the disk was shrunk since (see `plan.levels`). `snapshot` names an internal
     snapshot of `file` that holds this state, after `qmprestore snapshotrebase` (empty: the file's
-    current state). `digest` is `blake3:<hex>` of the whole file, `file_size` its length.
+    current state). `digest` is `blake3:<hex>` of the whole file, `file_size` its length. `label` is as
+    in `Disk`.
     """
 
     id: str
@@ -163,6 +166,12 @@ class StoredDisk:
     end_mark: str = ""
     reason: str = ""
     snapshot: str = ""
+    label: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Its names for people."""
+        return f"{self.id} ({self.label})" if self.label else self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +207,10 @@ class Point:
     def disk(self, disk_id: str) -> StoredDisk | None:
         """The record of one disk, or `None` where the point does not hold it."""
         return next((disk for disk in self.disks if disk.id == disk_id), None)
+
+    def disk_called(self, name: str) -> StoredDisk | None:
+        """The same by its id, or else by its label."""
+        return self.disk(name) or next((disk for disk in self.disks if disk.label == name), None)
 
     @property
     def size(self) -> int:

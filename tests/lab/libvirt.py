@@ -20,12 +20,11 @@ from typing import Any, Literal, Self
 from lab.cli import Result
 from lab.disks import Disk
 from lab.machine import LINE_BUFFERED, Machine
+from lab.patience import PATIENCE
 from lab.qemu import HALT
 from lab.qmp import Monitor
 
 USER = "nobody" if os.geteuid() == 0 else ""
-PATIENCE = 120
-"""Seconds, which matter only when something is wrong."""
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
 """The system's, which its libvirt knows."""
@@ -54,6 +53,7 @@ DOMAIN = """
     <controller type='scsi' model='virtio-scsi'/>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
   </devices>
   <qemu:commandline>
     <qemu:arg value='-qmp'/>
@@ -70,6 +70,7 @@ DISK = """
       <driver name='qemu' type='{disk.format}'/>
       <source file='{disk.image}'/>
       <target dev='{target}' bus='{bus}'/>
+      {alias}
     </disk>
 """
 
@@ -227,7 +228,8 @@ class Managed(Machine):
     """A VM of libvirt's, with `disks` on one `bus`.
 
     On `virtio`, they are called `virtio-disk0` … by libvirt, and their targets `vda` …; on `scsi`,
-    whose disks can be detached without a guest that agrees, `scsi0-0-0-0` … and `sda` ….
+    whose disks can be detached without a guest that agrees, `scsi0-0-0-0` … and `sda` …. An id that
+    begins with `ua-` is given to libvirt as the user's own.
     """
 
     def __init__(
@@ -251,7 +253,12 @@ class Managed(Machine):
     def xml(self) -> str:
         """Its description."""
         disks = (
-            DISK.format(disk=disk, bus=self.bus, target=f"{self.bus[0]}d{letter}")
+            DISK.format(
+                disk=disk,
+                bus=self.bus,
+                target=f"{self.bus[0]}d{letter}",
+                alias=f"<alias name='{disk.id}'/>" if disk.id.startswith("ua-") else "",
+            )
             for letter, disk in zip("abcdef", self.disks, strict=False)
         )
         environment = (

@@ -47,11 +47,13 @@ def start_managed(host: Libvirt) -> Iterator[Callable[..., Managed]]:
 
 
 @contextmanager
-def managed(host: Libvirt, name: str, bus: Bus = "virtio") -> Iterator[Managed]:
+def managed(
+    host: Libvirt, name: str, bus: Bus = "virtio", ids: tuple[str, str] | None = None
+) -> Iterator[Managed]:
     """A running VM with two disks that hold something."""
     disks = [
         Disk(disk, create(host.images / f"{name}-{disk}", SIZE, contents=pattern(SIZE, seed)))
-        for seed, disk in enumerate(IDS[bus])
+        for seed, disk in enumerate(ids or IDS[bus])
     ]
     vm = Managed(host, name, disks, bus)
     vm.define()

@@ -2,21 +2,25 @@
 """Backups of VMs that libvirt manages, over a second monitor that it leaves alone."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lab import cli
 from lab.aftermath import assert_clean
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
-from lab.disks import MIB
+from lab.disks import MIB, first_difference
 from lab.libvirt import Managed
+from lab.patience import wait_until
 from lab.repositories import Repository, Target, repository
 
-from .conftest import VDA, VDB, live, managed, started
+from .conftest import SDB, VDA, VDB, live, managed, started
 
+ROOT = "ua-root"
 StartManaged = Callable[..., Managed]
-NO_INCREMENTAL = 4
+USAGE, DEGRADED, NO_INCREMENTAL, QUIESCE, VM_ERROR = 2, 3, 4, 5, 6
 
 
 @pytest.fixture(params=["folder", "repository"])
@@ -56,6 +60,19 @@ def test_fulls_incrementals_and_restarts(
     assert_clean(vm, target)
 
 
+def test_qemu_is_killed(start_managed: StartManaged, tmp_path: Path) -> None:
+    vm, target = start_managed("killed"), tmp_path / "target"
+    back_up(vm, target)
+    vm.leave()
+    os.kill(vm.pid, signal.SIGKILL)
+    wait_until(lambda: vm.virsh("domstate") == "shut off")
+    vm.start()
+    assert "QEMU was killed" in try_backup(vm, target, "inc").check(NO_INCREMENTAL).err
+    point = back_up(vm, target)
+    assert levels(point) == {VDA: "full", VDB: "full"}
+    assert_restores(target, point["id"], live(vm), tmp_path)
+
+
 def test_a_snapshot_makes_a_full(
     start_managed: StartManaged, target: Target, tmp_path: Path
 ) -> None:
@@ -68,7 +85,7 @@ def test_a_snapshot_makes_a_full(
     assert copied["recording"]
     assert copied["count"] == 0, "the trap is gone: see what libvirt does now"
     vm.write(VDB, 3 * MIB, MIB, 2)
-    try_backup(vm, target, "inc").check(NO_INCREMENTAL)
+    assert "snapshot" in try_backup(vm, target, "inc").check(NO_INCREMENTAL).err
     point = back_up(vm, target)
     assert levels(point) == {VDA: "full", VDB: "full"}
     assert_restores(target, point["id"], live(vm), tmp_path)
@@ -115,9 +132,50 @@ def test_libvirt_finds_the_vm_as_it_was(start_managed: StartManaged, tmp_path: P
     before = [vm.virsh(*question) for question in questions]
     back_up(vm, tmp_path / "target")
     assert [vm.virsh(*question) for question in questions] == before
-    assert vm.virsh("domstate") == "running"
+    assert vm.virsh("domstate", "--reason") == "running (unpaused)"
     vm.virsh("snapshot-create-as", "one", "--disk-only", "--no-metadata")
     vm.virsh("blockcommit", "vda", "--active", "--pivot", "--wait")
     vm.virsh("blockresize", "vda", "17M")
     vm.leave()
     vm.virsh("managedsave")
+
+
+def test_disks_are_known_by_the_names_that_libvirt_gives_them(
+    start_managed: StartManaged, tmp_path: Path
+) -> None:
+    vm, target = start_managed("named", bus="scsi", ids=(ROOT, SDB)), tmp_path / "target"
+    assert "libvirt's sdb, qcow2" in cli.run("--socket", vm.socket, "doctor").check().out
+    info = cli.run("--socket", vm.socket, "info", "--show", "blockdev").check().out
+    assert '"label": "sda"' in info
+    back_up(vm, target, "auto", "--include", "sdb")
+    point = back_up(vm, target)
+    assert {each["id"]: each["label"] for each in point["disks"]} == {ROOT: "sda", SDB: "sdb"}
+    assert f"{ROOT} (sda),{SDB} (sdb)" in cli.run("list", "--target", target).check().out
+    assert f"disk {SDB} (sdb)" in cli.run("show", "--target", target).check().out
+    output = tmp_path / "restored"
+    restore = ("restore", "--target", target, "--disk", "sdb", "--format", "raw")
+    cli.run(*restore, "--output-file", output).check()
+    assert not first_difference(output.read_bytes(), vm.contents(SDB))
+    assert (
+        f"{ROOT} (sda), {SDB} (sdb)"
+        in cli.run("restore", "--target", target, "--disk", "sdc", "--output-file", output)
+        .check(USAGE)
+        .err
+    )
+
+
+def test_libvirts_own_monitor(start_managed: StartManaged) -> None:
+    vm = start_managed("own")
+    (monitor,) = vm.host.folder.glob("config/libvirt/qemu/lib/*-own/monitor.sock")
+    refused = cli.run("--socket", monitor, "doctor").check(VM_ERROR)
+    assert "libvirt keeps it" in refused.err
+    assert "<qemu:commandline>" in refused.err
+
+
+def test_libvirt_holds_the_guest_agent(start_managed: StartManaged, tmp_path: Path) -> None:
+    vm = start_managed("agent")
+    (agent,) = vm.host.folder.glob("config/libvirt/qemu/channel/target/*-agent/org.qemu*")
+    run = ("--socket", vm.socket, "--agent-socket", agent, "backup", "--level", "auto")
+    refused = cli.run(*run, "--target", tmp_path / "target", "--quiesce").check(QUIESCE)
+    assert "libvirt" in refused.err
+    cli.run(*run, "--target", tmp_path / "target", "--quiesce=try").check(DEGRADED)

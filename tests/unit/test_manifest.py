@@ -47,6 +47,7 @@ def stored_disks(draw: st.DrawFn) -> StoredDisk:
         bitmap=draw(texts),
         reason=draw(texts),
         snapshot=draw(texts),
+        label=draw(texts),
     )
 
 

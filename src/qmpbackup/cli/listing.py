@@ -88,6 +88,7 @@ def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
             "level": point.level,
             "parent": point.parent,
             "disks": [disk.id for disk in point.disks],
+            "labels": {disk.id: disk.label for disk in point.disks if disk.label},
             "consistency": point.consistency,
             "size": point.size,
             "merged": [{"id": each.id, "into": each.into} for each in point.merged],
@@ -111,7 +112,7 @@ def table(points: "Sequence[Point]") -> Iterable[str]:
 
 
 def _row(point: "Point") -> tuple[str, ...]:
-    disks = [printable(disk.id) for disk in point.disks]
+    disks = [printable(disk.shown) for disk in point.disks]
     disks += [f"({printable(each.id)} merged)" for each in point.merged]
     return (
         point.id,

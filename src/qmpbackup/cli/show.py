@@ -68,7 +68,7 @@ def _lines(point: "Point") -> Iterable[str]:
         ("command line", shlex.join(point.vm.command_line)),
     )
     for disk in point.disks:
-        yield f"disk {disk.id}"
+        yield f"disk {disk.shown}"
         yield from _disk(disk)
     for merged in point.merged:
         yield f"disk {merged.id}: merged into point {merged.into}"

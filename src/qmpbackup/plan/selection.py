@@ -10,7 +10,7 @@ from qmpbackup.model import Disk, Skipped
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Names of disks to take (none: all) and to leave out: disk ids, nodes, drives or devices."""
+    """Names of disks to take (none: all) and to leave out: disk ids, nodes, drives, devices, labels."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Selection:
 
 def names(disk: Disk) -> frozenset[str]:
     """Everything that a disk can be called on the command line."""
-    return frozenset({disk.id, *disk.aliases})
+    return frozenset({disk.id, *disk.aliases, disk.label} - {""})
 
 
 def listed(disks: Iterable[Disk]) -> str:

@@ -41,7 +41,7 @@ _SLICE_SECONDS = 0.5
 
 _NO_ANSWER_HINT = (
     "Check that qemu-guest-agent runs in the guest, and that no other client holds the socket: "
-    "the agent serves one at a time."
+    "the agent serves one at a time. libvirt holds those of its VMs."
 )
 
 

@@ -14,7 +14,7 @@ from qmpbackup.model import Bitmap, Disk, Skipped, Vm, VmConfig, VmIdentity
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.disk_ids import Candidate, choose_ids
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX
-from qmpbackup.qemu import command_line
+from qmpbackup.qemu import command_line, libvirt
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply, objects
 
@@ -121,7 +121,7 @@ def take(monitor: Monitor) -> Inventory:
         status=state.text("status"),
         running=state.boolean("running"),
         has_iothreads=any(True for _ in objects(iothreads, "query-iothreads")),
-        disks=_with_ids(seats),
+        disks=libvirt.with_labels(_with_ids(seats), pid),
         skipped=tuple(skipped),
         pid=pid,
     )

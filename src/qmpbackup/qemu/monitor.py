@@ -206,9 +206,7 @@ class Monitor:
         except TimeoutError:
             raise MonitorBusy(
                 f"The monitor at {self.address} accepted the connection but did not greet us.",
-                "Another client holds it (a monitor serves one at a time): end that client, or start "
-                "the VM with a second -qmp socket for backups. The socket of a guest agent does not "
-                "greet either.",
+                _way_out(self.address),
             ) from None
         except AssertionError as error:
             # The library's own: the connection went away while it was being set up.
@@ -351,6 +349,21 @@ def _tcp_endpoint(address: str) -> tuple[str, int]:
             "Write it like tcp:localhost:4444.",
         )
     return host.strip("[]"), int(port)
+
+
+def _way_out(address: str) -> str:
+    """What to do about a monitor that somebody else holds."""
+    from qmpbackup.qemu import libvirt
+
+    if libvirt.is_own_monitor(address):
+        return (
+            "It is the one by which libvirt manages the VM, and libvirt keeps it. Give the VM a second "
+            "one with <qemu:commandline> in its XML (docs/how-to/libvirt.md), and name that one."
+        )
+    return (
+        "Another client holds it (a monitor serves one at a time): end that client, or start the VM "
+        "with a second -qmp socket for backups. The socket of a guest agent does not greet either."
+    )
 
 
 def _drain(loop: asyncio.AbstractEventLoop) -> None:

@@ -111,7 +111,8 @@ def _left_behind(leftovers: Leftovers) -> Finding:
 
 
 def _disk(disk: Disk) -> Iterator[Finding]:
-    shown = f"{disk.format}, {human(disk.size)}, {disk.filename}"
+    label = f"libvirt's {disk.label}, " if disk.label else ""
+    shown = f"{label}{disk.format}, {human(disk.size)}, {disk.filename}"
     if disk.size <= SMALL:
         yield Finding(disk.id, Health.FINE, f"{shown}; small, copied whole each time")
     elif disk.can_persist:

@@ -95,6 +95,7 @@ def _disk_to_json(disk: StoredDisk) -> Json:
         "end_mark": disk.end_mark,
         "reason": disk.reason,
         "snapshot": disk.snapshot,
+        **({"label": disk.label} if disk.label else {}),
     }
 
 
@@ -262,6 +263,10 @@ class Reader:
         """The id of a point, or null."""
         return None if self.take(key) is None else self.point_id(key)
 
+    def given(self, key: str) -> bool:
+        """Whether a member is there that earlier versions did not write."""
+        return key in self.content
+
     def texts(self, key: str, longest: int = 1024 * 1024) -> tuple[str, ...]:
         """A list of strings."""
         return tuple(self._text(key, each, longest) for each in self._list(key))
@@ -350,6 +355,7 @@ def _disk(reader: Reader) -> StoredDisk:
         end_mark=reader.text("end_mark"),
         reason=reader.text("reason"),
         snapshot=reader.text("snapshot"),
+        label=reader.text("label") if reader.given("label") else "",
     )
 
 

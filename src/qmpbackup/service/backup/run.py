@@ -201,4 +201,5 @@ def _stored_disk(seat: Seat, plan: DiskPlan, stored: Stored) -> StoredDisk:
         bitmap=seat.new_bitmap,
         end_mark=seat.new_end_mark or (base.end_mark if base else ""),
         reason=plan.reason,
+        label=plan.disk.label,
     )

@@ -57,17 +57,17 @@ def restore(request: Request) -> Outcome:
 
 
 def _chosen(point: Point, request: Request) -> tuple[StoredDisk, ...]:
-    known = {disk.id: disk for disk in point.disks}
-    unknown = [disk_id for disk_id in request.disks if disk_id not in known]
+    wanted = {name: point.disk_called(name) for name in request.disks}
+    unknown = [name for name, disk in wanted.items() if disk is None]
     if unknown:
         gone = {each.id: each.into for each in point.merged}
         into = gone.get(unknown[0])
         raise UsageError(
             f"Point {point.id} does not hold disk {unknown[0]}."
             + (f" It was merged into point {into}." if into else ""),
-            "It holds: " + ", ".join(known) + "." if known else "",
+            f"It holds: {', '.join(disk.shown for disk in point.disks)}." if point.disks else "",
         )
-    chosen = tuple(disk for disk in point.disks if not request.disks or disk.id in request.disks)
+    chosen = tuple(disk for disk in point.disks if not wanted or disk in wanted.values())
     if not chosen:
         raise DamagedError(f"Point {point.id} holds no disk any more.", "Restore a later point.")
     if request.file is not None and len(chosen) != 1:
