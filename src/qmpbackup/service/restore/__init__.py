@@ -9,7 +9,8 @@
 So damage is found before a name that counts is given.
 
     request      what is asked for, and what came out
-    place        where disks go, and what must not be harmed there
+    outputs      where disks may go, and what must not be harmed there
+    place        the files and devices that they are written to
     directory    qemu-img copies a chain of files, whose digests are read at the same time
     repository   chunks are read in threads, each proved and written where it belongs
 """
@@ -18,7 +19,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.service import targets
-from qmpbackup.service.restore import place
+from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
 from qmpbackup.service.show import find_point
 from qmpbackup.target.directory import DirectoryTarget
@@ -41,19 +42,17 @@ def restore(request: Request) -> Outcome:
         inventory = target.load()
         point = find_point(target, inventory, request.point)
         disks = _chosen(point, request)
-        outputs = [place.output(request, disk) for disk in disks]
-        for path in outputs:
-            place.refuse_harm(target, path)
+        places = outputs(target, request, disks)
         if isinstance(target, DirectoryTarget):
             from qmpbackup.service.restore import directory
 
-            directory.restore(target, inventory.points, point, disks, outputs, request)
+            directory.restore(target, inventory.points, point, disks, places, request)
         else:
             from qmpbackup.service.restore import repository
 
-            repository.restore(target, point, disks, outputs, request)
-    done = [Restored(disk.id, path, disk.size) for disk, path in zip(disks, outputs, strict=True)]
-    return Outcome(point, tuple(done))
+            repository.restore(target, point, disks, places, request)
+    pairs = zip(disks, places, strict=True)
+    return Outcome(point, tuple(Restored(disk.id, at.path, disk.size) for disk, at in pairs))
 
 
 def _chosen(point: Point, request: Request) -> tuple[StoredDisk, ...]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import StorageError
@@ -22,6 +21,7 @@ from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service import chains
 from qmpbackup.service.chains import OpenFile
 from qmpbackup.service.restore import place
+from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
 from qmpbackup.target.directory import DirectoryTarget
@@ -42,7 +42,7 @@ def restore(
     points: Sequence[Point],
     point: Point,
     disks: Sequence[StoredDisk],
-    outputs: Sequence[Path],
+    outputs: Sequence[Output],
     request: Request,
 ) -> None:
     """Restore disks of a point, each to its output.
@@ -55,7 +55,7 @@ def restore(
             _Source(disk, stack.enter_context(chains.opened(target, points, point, disk)))
             for disk in disks
         ]
-        if place.is_device(outputs[0]):
+        if outputs[0].is_device:
             _to_device(target, sources[0], outputs[0], request)
             return
 
@@ -117,13 +117,13 @@ def _fit(fd: int, format_: str, disk: StoredDisk) -> None:
     place.check_size(fd, format_, disk)
 
 
-def _to_device(target: DirectoryTarget, source: _Source, device: Path, request: Request) -> None:
+def _to_device(target: DirectoryTarget, source: _Source, output: Output, request: Request) -> None:
     disk = source.disk
-    with place.device(device, disk, request) as fd:
-        log.info("Checking the files of disk %s before %s is written to", disk.id, device)
+    with place.device(output, disk, request) as fd:
+        log.info("Checking the files of disk %s before %s is written to", disk.id, output.path)
         _verify(target, source)
         layers = [file.layer for file in source.files]
-        with place.overwriting(device, fd, disk):
+        with place.overwriting(output.path, fd, disk):
             running = images.converting(layers, fd, "raw", snapshot=disk.snapshot, existing=True)
             with running as child:
-                _finish(child, source, f"restore disk {disk.id} to {device}")
+                _finish(child, source, f"restore disk {disk.id} to {output.path}")

@@ -1,113 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where restored disks go: files that count once all are complete, and block devices.
+"""What restored disks are written to: files that count once all are complete, and block devices.
 
-Knows paths, names and what must not be harmed; must not know where the bytes come from.
+Knows descriptors and names; must not know which places are right, nor where the bytes come from.
 """
 
+import errno
+import fcntl
 import logging
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup import durable, interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, Interrupted, Locked, QmpBackupError, UsageError
+from qmpbackup.errors import (
+    DamagedError,
+    Interrupted,
+    Locked,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+)
 from qmpbackup.filelock import locked
 from qmpbackup.model import StoredDisk
-from qmpbackup.qemu import images
 from qmpbackup.qemu.qcow2 import read_header
-from qmpbackup.restic.storage.local import is_repository
+from qmpbackup.service.restore.outputs import Output, require_replaceable
 from qmpbackup.service.restore.request import Request
-from qmpbackup.service.targets import Target
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.names import PARTIAL, folder_name
+from qmpbackup.target.names import PARTIAL
 
 log = logging.getLogger(__name__)
 
-
-def output(request: Request, disk: StoredDisk) -> Path:
-    """Where a disk goes; refused at once where something is there.
-
-    Raises:
-        UsageError: something is there.
-    """
-    if request.folder is not None:
-        path = request.folder / f"{folder_name(disk.id)}.{request.file_format}"
-    elif request.file is not None:
-        path = request.file
-    else:
-        raise ValueError("a restore needs a folder or a file to go to")
-    if is_device(path):
-        return path
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder.", "Use --output for folders.")
-    if os.path.lexists(path) and not request.force:
-        raise UsageError(f"{path} exists already.", "Choose another place, or use --force.")
-    return path
-
-
-def refuse_harm(target: Target, path: Path) -> None:
-    """What `--force` does not mean either: a place in the backup itself, an image in use.
-
-    Raises:
-        UsageError: it is such a place.
-    """
-    where = path.parent.resolve()
-    above = (where, *where.parents)
-    if isinstance(target, DirectoryTarget) and target.path in above:
-        raise UsageError(
-            f"{path} lies in the target itself, where only backups go.", "Choose another place."
-        )
-    if any(map(is_repository, above)):
-        raise UsageError(
-            f"{path} lies in a restic repository, where only backups go.", "Choose another place."
-        )
-    if images.in_use(path):
-        raise UsageError(
-            f"{path} is in use, most likely by a VM that runs.",
-            "Shut that VM down first, or choose another place.",
-        )
-
-
-def is_device(path: Path) -> bool:
-    """Whether a block device is there.
-
-    Raises:
-        UsageError: something is there that is neither that nor a file or folder.
-    """
-    with storage_errors(f"look at {path}"):
-        try:
-            mode = path.stat().st_mode
-        except FileNotFoundError:
-            return False
-        if stat.S_ISBLK(mode):
-            return True
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UsageError(f"{path} is neither a file nor a block device.", "Choose another.")
-        return False
+_BLKROGET = 0x125E  # linux/fs.h
 
 
 def into_files(
-    outputs: Sequence[Path], request: Request, fill: Callable[[int, "Partial"], None]
+    outputs: Sequence[Output], request: Request, fill: Callable[[int, "Partial"], None]
 ) -> None:
     """Fill a partial file for each output, and give all of them their names at the end.
 
-    `fill` is called with the number of each output; the bytes must be durable when it returns.
+    All are there before the first is filled. `fill` is called with the number of each output; the bytes
+    must be durable when it returns.
 
     Raises:
         QmpBackupError: no output has its name, and nothing is left behind.
     """
     with ExitStack() as stack:
-        partials: list[Partial] = []
-        for number, path in enumerate(outputs):
-            partial = stack.enter_context(partial_file(path, request.lock_wait))
-            partials.append(partial)
+        partials = [
+            stack.enter_context(partial_file(output.real, request.lock_wait)) for output in outputs
+        ]
+        for number, partial in enumerate(partials):
             fill(number, partial)
         interrupt.check()
         for partial in partials:
-            partial.finish(request.force)
+            partial.require_free(force=request.force)
+        for partial in partials:
+            partial.finish(force=request.force)
 
 
 class Partial:
@@ -134,19 +84,36 @@ class Partial:
     def _is_ours(self, state: os.stat_result) -> bool:
         """A plain file of ours that still has the name, and no other: what another restore has just
         finished must not be emptied."""
-        named = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-        same = (named.st_dev, named.st_ino) == (state.st_dev, state.st_ino)
         plain = stat.S_ISREG(state.st_mode) and state.st_nlink == 1
-        return same and plain and state.st_uid == os.geteuid()
+        return plain and state.st_uid == os.geteuid() and self._is_named(self._name)
 
-    def finish(self, force: bool) -> None:
-        """Give the file its name."""
-        with storage_errors(f"write {self.path}"):
-            if os.path.lexists(self.path) and not force:
+    def _is_named(self, name: str) -> bool:
+        named = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+        return os.path.samestat(named, os.fstat(self.fd))
+
+    def require_free(self, *, force: bool) -> None:
+        """Nothing has appeared at the name that may not be replaced.
+
+        Raises:
+            UsageError: something has.
+        """
+        with storage_errors(f"write {self.path}"), suppress(FileNotFoundError):
+            there = os.stat(self.path.name, dir_fd=self._folder, follow_symlinks=False)
+            if not force:
                 raise UsageError(f"{self.path} has appeared meanwhile.", "Choose another place.")
+            require_replaceable(self.path, there.st_mode, force=True)
+
+    def finish(self, *, force: bool) -> None:
+        """Give the file its name, and see that it has it."""
+        self.require_free(force=force)
+        with storage_errors(f"write {self.path}"):
+            if not self._is_named(self._name):
+                raise OSError(errno.ESTALE, "somebody has put another file in its place")
             os.rename(self._name, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._finished = True
             durable.sync_folder(self._folder)
+            if not self._is_named(self.path.name):
+                raise OSError(errno.ESTALE, "somebody has put another file in its place")
 
     def discard(self) -> None:
         """Remove the file unless it is finished; the lock must be held."""
@@ -201,15 +168,16 @@ def size_of(fd: int, format_: str) -> int:
 
 
 @contextmanager
-def device(path: Path, disk: StoredDisk, request: Request) -> Iterator[int]:
-    """Open a device that nobody uses and that is large enough.
+def device(output: Output, disk: StoredDisk, request: Request) -> Iterator[int]:
+    """Open a device that nobody uses, that is large enough and can be written to.
 
     Raises:
         UsageError: it is not, or an image was asked for, which no device holds.
     """
+    path = output.path
     if request.format not in {"", "raw"}:
         raise UsageError(f"{path} is a block device.", "Restore to it with --format raw.")
-    fd = _open_device(path)
+    fd = _open_device(output.real)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
         if size < disk.size:
@@ -249,13 +217,15 @@ def overwriting(path: Path, fd: int, disk: StoredDisk) -> Iterator[None]:
 def _open_device(path: Path) -> int:
     try:
         # O_EXCL: the kernel refuses devices that are mounted or held by anything else.
-        return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
-    except BlockingIOError:
-        busy = True
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        import errno
-
-        busy = error.errno == errno.EBUSY
-        if not busy:
+        if error.errno != errno.EBUSY:
             raise durable.storage_error(f"open {path}", error) from error
-    raise UsageError(f"{path} is in use.", "Unmount it, or end what uses it.")
+        raise UsageError(f"{path} is in use.", "Unmount it, or end what uses it.") from None
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{path} is no block device any more.", "Look at it, and run again.")
+    if struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0]:
+        os.close(fd)  # root may open such a one for writing, and only each write fails
+        raise StorageError(f"{path} is read-only.", "Allow writing: blockdev --setrw DEVICE.")
+    return fd

@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from qmpbackup import interrupt
@@ -29,6 +28,7 @@ from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import read_blobs
 from qmpbackup.service import chunks
 from qmpbackup.service.restore import blocks, place
+from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
 from qmpbackup.target.repository import CHUNK, Contents, RepositoryTarget
@@ -46,7 +46,7 @@ def restore(
     target: RepositoryTarget,
     point: Point,
     disks: Sequence[StoredDisk],
-    outputs: Sequence[Path],
+    outputs: Sequence[Output],
     request: Request,
 ) -> None:
     """Restore disks of a point, each to its output.
@@ -58,7 +58,7 @@ def restore(
     for disk in disks:
         with _naming(disk):
             sources.append(target.contents(point, disk))
-    if place.is_device(outputs[0]):
+    if outputs[0].is_device:
         _to_device(target, disks[0], sources[0], outputs[0], request)
         return
 
@@ -99,12 +99,12 @@ def _fill(
 
 
 def _to_device(
-    target: RepositoryTarget, disk: StoredDisk, contents: Contents, device: Path, request: Request
+    target: RepositoryTarget, disk: StoredDisk, contents: Contents, output: Output, request: Request
 ) -> None:
-    with place.device(device, disk, request) as fd, _naming(disk):
+    with place.device(output, disk, request) as fd, _naming(disk):
         chunks.require_packs(target, contents)
         present = chunks.with_data(contents)
-        with place.overwriting(device, fd, disk):
+        with place.overwriting(output.path, fd, disk):
             for first, count in runs(present, 0):
                 end = min((first + count) * CHUNK, contents.size)
                 blocks.write_zeros(fd, first * CHUNK, end - first * CHUNK, interrupt.check)
