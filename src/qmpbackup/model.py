@@ -55,6 +55,22 @@ class Bitmap:
 
 
 @dataclass(frozen=True, slots=True)
+class Underlay:
+    """An image below a disk's own that its contents come from, too, and by what it is known again.
+
+    `role` is its part for what is above it: `backing`, `data-file`, or another name of QEMU's. `stamp`
+    changes when the file is written to, replaced or exchanged (of a file that the disk itself writes:
+    when it is replaced); empty where nothing but the name can be known.
+    """
+
+    role: str
+    file: str
+    format: str
+    size: int
+    stamp: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Disk:
     """A writable block device of the VM that carries guest data.
 
@@ -62,6 +78,8 @@ class Disk:
     filters, where bitmaps live (the same node where there is no filter). `below_ours` is the active
     node unless a run that died left its filter on the disk; then it is the node below that filter.
     `label` is what users of the VM's manager call it (`vda` of libvirt's), where that is known.
+    `other_writers` says how others may write to it where no bitmap of `format_node` sees it (empty:
+    nobody may). `underlays` are the images below its own, as they lie, from the top down.
     """
 
     id: str
@@ -79,14 +97,38 @@ class Disk:
     actual_size: int = 0
     encrypted: bool = False
     label: str = ""
+    other_writers: str = ""
+    underlays: tuple[Underlay, ...] = ()
+    snapshots: tuple[str, ...] = ()
+
+
+class Absence(StrEnum):
+    """Why a point does not hold something of the VM.
+
+    `EMPTY`: there is nothing in it that a point should hold, such as an empty drive or a read-only
+    image. `CHOSEN`: a user left it out. `IMPOSSIBLE`: it holds data that cannot be backed up.
+    """
+
+    EMPTY = ""
+    CHOSEN = "chosen"
+    IMPOSSIBLE = "impossible"
+
+
+LEFT_OUT = "left out on request"
+"""The reason for what a user left out; manifests of versions that knew no `Absence` have it alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A block device that no point holds, and the reason in a few words."""
+    """A device that a point does not hold, and the reason in a few words.
+
+    `aliases` are further names under which a user may leave it out.
+    """
 
     name: str
     reason: str
+    absence: Absence = Absence.EMPTY
+    aliases: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +189,8 @@ class StoredDisk:
     `file` is relative to the target, always with `/`. `parent` is the id of the point whose file of
     this disk is this file's backing file (`None`: the file stands alone). `bitmap` is the name of
     the change bitmap that counts from this point (empty: none), `end_mark` that of the bitmap which
-    tells whether the disk was shrunk since (see `plan.levels`). `snapshot` names an internal
+    proves that one (see `plan.levels`). `underlays` are the images that it was made from besides its own
+    (`None`: written by a version that did not look). `snapshot` names an internal
     snapshot of `file` that holds this state, after `qmprestore snapshotrebase` (empty: the file's
     current state). `digest` is `blake3:<hex>` of the whole file, `file_size` its length. `label` is as
     in `Disk`.
@@ -167,6 +210,7 @@ class StoredDisk:
     reason: str = ""
     snapshot: str = ""
     label: str = ""
+    underlays: tuple[Underlay, ...] | None = None
 
     @property
     def shown(self) -> str:

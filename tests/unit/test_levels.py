@@ -16,6 +16,7 @@ from qmpbackup.model import (
     Level,
     Point,
     StoredDisk,
+    Underlay,
     VmConfig,
     VmIdentity,
 )
@@ -214,3 +215,53 @@ def test_no_plan_ever_builds_on_a_bitmap_that_is_not_there(
         assert plan.base.disk("vda") is not None
     else:
         assert plan.level in {Level.FULL, Level.COPY}
+
+
+BASE = Underlay("backing", "/images/base.qcow2", "qcow2", SIZE, "7 1000 1")
+
+
+def made_from(*underlays: Underlay) -> tuple[Point, ...]:
+    """The chain, its last point made from these images."""
+    (stored,) = CHAIN[-1].disks
+    return (*CHAIN[:-1], replace(CHAIN[-1], disks=(replace(stored, underlays=underlays),)))
+
+
+@pytest.mark.parametrize(
+    ("now", "word"),
+    [
+        ((), "another"),
+        ((BASE, BASE), "another"),
+        ((replace(BASE, file="/images/new.qcow2"),), "new.qcow2 now"),
+        ((replace(BASE, stamp="7 1000 2"),), "changed or replaced"),
+        ((replace(BASE, stamp=""),), "changed or replaced"),
+        ((replace(BASE, size=1),), "changed or replaced"),
+    ],
+)
+def test_what_a_point_was_made_from_must_be_what_it_builds_on(
+    now: tuple[Underlay, ...], word: str
+) -> None:
+    each = replace(disk(bitmap("p2")), underlays=now)
+    (plan,) = plan_disks([each], Level.AUTO, made_from(BASE), fine)
+    assert plan.level is Level.FULL
+    assert word in plan.reason
+    with pytest.raises(IncrementalNotPossible, match="vda"):
+        plan_disks([each], Level.INC, made_from(BASE), fine)
+
+
+def test_the_same_images_below_and_points_that_do_not_tell_go_on() -> None:
+    each = replace(disk(bitmap("p2")), underlays=(BASE,))
+    assert decide(each, Level.INC, made_from(BASE)) == (Level.INC, "p2")
+    assert decide(each, Level.INC, CHAIN) == (Level.INC, "p2")
+    (plan,) = plan_disks([each], Level.AUTO, made_from(), fine)
+    assert plan.level is Level.FULL
+
+
+def test_a_disk_that_others_may_write_is_a_full_each_time() -> None:
+    shared = replace(disk(bitmap("p2"), bitmap("p1")), other_writers="others may write to it")
+    for level in (Level.AUTO, Level.FULL):
+        (plan,) = plan_disks([shared], level, CHAIN, fine)
+        assert (plan.level, plan.keeps_bitmap) == (Level.FULL, False)
+    for level in (Level.INC, Level.DIFF):
+        with pytest.raises(IncrementalNotPossible, match="others may write"):
+            plan_disks([shared], level, CHAIN, fine)
+    assert decide(shared, Level.COPY) == (Level.COPY, "")

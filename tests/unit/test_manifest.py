@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.model import (
+    LEFT_OUT,
+    Absence,
     Consistency,
     Level,
     Merged,
     Point,
     Skipped,
     StoredDisk,
+    Underlay,
     VmConfig,
     VmIdentity,
 )
@@ -28,6 +31,10 @@ sizes = st.integers(0, 2**63 - 1)
 texts = st.text(max_size=40)
 ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", fullmatch=True)
 parents = st.none() | ids
+
+
+underlays = st.builds(Underlay, role=texts, file=texts, format=texts, size=sizes, stamp=texts)
+skipped = st.builds(Skipped, name=texts, reason=texts, absence=st.sampled_from(Absence))
 
 
 @st.composite
@@ -48,6 +55,7 @@ def stored_disks(draw: st.DrawFn) -> StoredDisk:
         reason=draw(texts),
         snapshot=draw(texts),
         label=draw(texts),
+        underlays=draw(st.none() | st.lists(underlays, max_size=3).map(tuple)),
     )
 
 
@@ -67,7 +75,7 @@ points = st.builds(
         command_line=st.lists(texts, max_size=5).map(tuple),
     ),
     disks=st.lists(stored_disks(), max_size=3, unique_by=lambda disk: disk.id).map(tuple),
-    skipped=st.lists(st.builds(Skipped, name=texts, reason=texts), max_size=3).map(tuple),
+    skipped=st.lists(skipped, max_size=3).map(tuple),
     merged=st.lists(st.builds(Merged, id=texts, into=ids), max_size=2).map(tuple),
     pause=st.floats(0, 1e6),
     notes=st.lists(texts, max_size=3).map(tuple),
@@ -213,3 +221,18 @@ def test_deeply_nested_json_is_damage_and_no_crash() -> None:
 
 def test_a_forged_manifest_without_changes_is_taken() -> None:
     assert decode(forged(), "m.json") == a_point()
+
+
+def test_manifests_of_versions_that_knew_less_are_read() -> None:
+    """Without what a disk was made from, and why something is missing only in words."""
+    said = [{"name": "vdb", "reason": LEFT_OUT}, {"name": "cd", "reason": "empty drive"}]
+    point = decode(forged(skipped=said), "m")
+    assert [each.absence for each in point.skipped] == [Absence.CHOSEN, Absence.EMPTY]
+    assert point.disks[0].underlays is None
+    assert decode(forged_disk(underlays=[]), "m").disks[0].underlays == ()
+    wrong: object
+    for wrong in (None, [{}], [{"role": "backing"}], {"role": "backing"}):
+        with pytest.raises(DamagedError):
+            decode(forged_disk(underlays=wrong), "m")
+    with pytest.raises(DamagedError):
+        decode(forged(skipped=[said[0] | {"absence": "gone"}]), "m")

@@ -375,7 +375,10 @@ def _plan_json(plan: "Plan") -> str:
                 }
                 for disk in plan.disks
             ],
-            "skipped": [{"name": each.name, "reason": each.reason} for each in plan.skipped],
+            "skipped": [
+                {"name": each.name, "reason": each.reason, "absence": each.absence}
+                for each in plan.skipped
+            ],
             "transaction": [command.render() for command in plan.transaction],
         }
     )

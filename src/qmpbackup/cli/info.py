@@ -61,7 +61,8 @@ def show(arguments: argparse.Namespace) -> int:
         say(json.dumps(shown, indent=4))
     if arguments.show == "blockdev":
         for skipped in vm.skipped:
-            say(json.dumps({"skipped": skipped.name, "reason": skipped.reason}, indent=4))
+            shown = {"skipped": skipped.name, "reason": skipped.reason, "absence": skipped.absence}
+            say(json.dumps(shown, indent=4))
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qmpbackup.errors import IncrementalNotPossible
-from qmpbackup.model import Bitmap, Disk, Level, Point, StoredDisk
+from qmpbackup.model import Bitmap, Disk, Level, Point, StoredDisk, Underlay
 from qmpbackup.plan.names import BitmapName, parse_bitmap
 
 SMALL = 8 * 1024 * 1024
@@ -74,8 +74,10 @@ def _plan_disk(disk: Disk, level: Level, points: Sequence[Point], check: Check) 
     if disk.size <= SMALL:
         reason = "small disk, copied whole each time"
         return DiskPlan(disk, Level.FULL, reason, keeps_bitmap=False)
+    # Where others may write, no bitmap of today helps tomorrow.
+    useful = not disk.other_writers
     if level is Level.FULL:
-        return DiskPlan(disk, Level.FULL, "asked for")
+        return DiskPlan(disk, Level.FULL, "asked for", keeps_bitmap=useful)
     wanted = Level.DIFF if level is Level.DIFF else Level.INC
     base = last_full(points, disk.id) if wanted is Level.DIFF else last_point(points, disk.id)
     obstacle = _obstacle(disk, base, check)
@@ -86,7 +88,7 @@ def _plan_disk(disk: Disk, level: Level, points: Sequence[Point], check: Check) 
         )
     stored = base.disk(disk.id) if base else None
     if obstacle or base is None or stored is None:
-        return DiskPlan(disk, Level.FULL, obstacle)
+        return DiskPlan(disk, Level.FULL, obstacle, keeps_bitmap=useful)
     return DiskPlan(disk, wanted, f"changes since {base.id}", base, stored.bitmap)
 
 
@@ -110,6 +112,8 @@ def _newest(points: Sequence[Point], disk_id: str, levels: set[Level]) -> Point 
 
 def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
     """Why an incremental on this base would not be right; empty if it is."""
+    if disk.other_writers:
+        return f"{disk.other_writers}, and no change bitmap sees that"
     stored = base.disk(disk.id) if base else None
     if base is None or stored is None:
         return "the target holds no earlier point of it"
@@ -118,7 +122,36 @@ def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
         return f"the earlier point {base.id} is damaged ({damage})"
     if stored.size > disk.size:
         return f"it shrank from {stored.size} to {disk.size} bytes"
-    return bitmap_obstacle(disk, stored.bitmap) or witness_obstacle(disk, stored.end_mark)
+    return obstacle_in_vm(disk, stored)
+
+
+def obstacle_in_vm(disk: Disk, stored: StoredDisk) -> str:
+    """What in the VM speaks against building on an earlier record of the disk; empty if nothing."""
+    return (
+        bitmap_obstacle(disk, stored.bitmap)
+        or witness_obstacle(disk, stored.end_mark)
+        or underlay_obstacle(disk, stored)
+    )
+
+
+def underlay_obstacle(disk: Disk, stored: StoredDisk) -> str:
+    """Why what lies below the disk's image is not what the earlier point was made from; empty if it is.
+
+    A bitmap knows nothing of that. Manifests of versions that did not look are taken at their word.
+    """
+    then, now = stored.underlays, disk.underlays
+    if then is None or then == now:
+        return ""
+    if len(then) != len(now):
+        return f"its chain of images is another: {_chain(then)} before, {_chain(now)} now"
+    old, new = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
+    if old.file != new.file:
+        return f"its image lies on another one: {old.file} before, {new.file} now"
+    return f"{new.file}, which its image lies on, was changed or replaced"
+
+
+def _chain(underlays: Sequence[Underlay]) -> str:
+    return " on ".join(each.file for each in underlays) or "none below it"
 
 
 def change_bitmap_name(target_id: str, point_id: str, disk_id: str) -> str:

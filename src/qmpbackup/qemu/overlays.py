@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qmpbackup.plan.commands import Command
+from qmpbackup.qemu.graph import QUESTION, Graph
 from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.reply import Reply, objects
+from qmpbackup.qemu.reply import objects
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,8 @@ def release(monitor: Monitor, ours: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _overlays(monitor: Monitor, ours: Callable[[str], bool]) -> Iterator[_Overlay]:
-    graph = Reply(monitor.execute(Command("x-debug-query-block-graph")), "block graph")
-    names = {item.integer("id"): item.text("name") for item in graph.objects("nodes")}
-    links = [
-        (names[edge.integer("parent")], edge.text("name"), names[edge.integer("child")])
-        for edge in graph.objects("edges")
-        if edge.integer("parent") in names and edge.integer("child") in names
-    ]
+    edges = Graph.of(monitor.execute(QUESTION)).edges
+    links = [(edge.parent, edge.kind, edge.child) for edge in edges if edge.of_node]
     children = {(parent, kind): child for parent, kind, child in links}
     above = {child: parent for parent, kind, child in links if kind == "backing"}
     found = monitor.execute(Command("query-named-block-nodes", {"flat": True}))

@@ -59,6 +59,13 @@ class Reply:
         """The objects of an array; a missing array is an empty one."""
         return objects(self._value.get(member, []), f"{self._where}.{member}")
 
+    def texts(self, member: str) -> list[str]:
+        """The strings of an array; a missing array is an empty one."""
+        value = self._value.get(member, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise _wrong(f"{self._where}.{member}", "an array of texts", value)
+        return value
+
     def _member(self, member: str, default: object) -> object:
         value = self._value.get(member, default)
         if value is None:

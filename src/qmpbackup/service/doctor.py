@@ -7,12 +7,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
-from qmpbackup.model import Bitmap, Disk, Location, Place, Vm
-from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point
+from qmpbackup.model import Absence, Bitmap, Disk, Location, Place, Skipped, Vm
+from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point, obstacle_in_vm
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.plan.vm_states import OBSTACLES
-from qmpbackup.qemu import copy, inventory, scratch
+from qmpbackup.qemu import copy, scratch
 from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import session
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
@@ -55,23 +55,14 @@ def examine(
     with session.opened(address, lock_wait=lock_wait, look_only=True) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
         dirty = opened.found.needs_recovery
-        tpm = inventory.has_tpm(opened.monitor)
     yield from _qemu(vm)
-    if tpm:
-        yield Finding(
-            "TPM",
-            Health.ADVICE,
-            "its state is no disk and in no point",
-            "Save the folder of swtpm by other means, or a guest that seals its keys there will not "
-            "open its disks after a restore.",
-        )
     if dirty:
         yield _left_behind(leftovers)
     for disk in vm.disks:
         yield from _disk(disk)
         yield from _scratch(disk, scratch_dir)
     for skipped in vm.skipped:
-        yield Finding(skipped.name, Health.FINE, f"skipped: {skipped.reason}")
+        yield _skipped(skipped)
     yield _agent(agent_address)
     if isinstance(target, Location):
         yield from _repository(vm, target, lock_wait)
@@ -110,11 +101,31 @@ def _left_behind(leftovers: Leftovers) -> Finding:
     )
 
 
+def _skipped(skipped: Skipped) -> Finding:
+    if skipped.absence is not Absence.IMPOSSIBLE:
+        return Finding(skipped.name, Health.FINE, f"skipped: {skipped.reason}")
+    return Finding(
+        skipped.name,
+        Health.ADVICE,
+        f"in no backup: {skipped.reason}",
+        "Save what it holds by other means, and say that it is known, as each backup ends with 3 else: "
+        f"`backup --exclude {skipped.name}`.",
+    )
+
+
 def _disk(disk: Disk) -> Iterator[Finding]:
     label = f"libvirt's {disk.label}, " if disk.label else ""
     shown = f"{label}{disk.format}, {human(disk.size)}, {disk.filename}"
     if disk.size <= SMALL:
         yield Finding(disk.id, Health.FINE, f"{shown}; small, copied whole each time")
+    elif disk.other_writers:
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            f"{shown}; a full each time: {disk.other_writers}, and no change bitmap sees that",
+            "What others write while a backup copies may be in the point, too. Give the disk to this VM "
+            "alone, or stop the others for the backup.",
+        )
     elif disk.can_persist:
         yield Finding(disk.id, Health.FINE, f"{shown}; incremental, also after a restart of the VM")
     else:
@@ -292,8 +303,8 @@ def _next_backup(vm: Vm, stored: Inventory, place: str) -> Iterator[Finding]:
     for disk in vm.disks:
         base = last_point(stored.points, disk.id)
         stored_base = base.disk(disk.id) if base else None
-        if disk.size > SMALL and stored_base is not None:
-            obstacle = bitmap_obstacle(disk, stored_base.bitmap)
+        if disk.size > SMALL and stored_base is not None and not disk.other_writers:
+            obstacle = obstacle_in_vm(disk, stored_base)
             if obstacle:
                 yield Finding(
                     disk.id,

@@ -8,6 +8,7 @@ exactly what the schema says and names what it does not like; it must not know w
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ from typing import Any, TypeVar
 from qmpbackup import bounded_json
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.model import (
+    LEFT_OUT,
+    Absence,
     Consistency,
     Level,
     Merged,
     Point,
     Skipped,
     StoredDisk,
+    Underlay,
     VmConfig,
     VmIdentity,
 )
@@ -68,7 +72,7 @@ def point_to_json(point: Point) -> Json:
             "command_line": list(point.vm.command_line),
         },
         "disks": [_disk_to_json(disk) for disk in point.disks],
-        "skipped": [{"name": each.name, "reason": each.reason} for each in point.skipped],
+        "skipped": [_skipped_to_json(each) for each in point.skipped],
         "merged": [{"id": each.id, "into": each.into} for each in point.merged],
         "pause": point.pause,
         "notes": list(point.notes),
@@ -80,8 +84,13 @@ def identity_to_json(identity: VmIdentity) -> Json:
     return {"uuid": identity.uuid, "name": identity.name, "address": identity.address}
 
 
+def _skipped_to_json(skipped: Skipped) -> Json:
+    content = {"name": skipped.name, "reason": skipped.reason}
+    return content | ({"absence": skipped.absence.value} if skipped.absence else {})
+
+
 def _disk_to_json(disk: StoredDisk) -> Json:
-    return {
+    content: Json = {
         "id": disk.id,
         "level": disk.level.value,
         "file": disk.file,
@@ -97,6 +106,9 @@ def _disk_to_json(disk: StoredDisk) -> Json:
         "snapshot": disk.snapshot,
         **({"label": disk.label} if disk.label else {}),
     }
+    if disk.underlays is not None:
+        content["underlays"] = [asdict(each) for each in disk.underlays]
+    return content
 
 
 def encode(point: Point) -> bytes:
@@ -313,9 +325,7 @@ def _point(reader: Reader) -> Point:
         consistency=reader.choice("consistency", Consistency),
         vm=reader.member("vm", _vm),
         disks=reader.objects("disks", _disk),
-        skipped=reader.objects(
-            "skipped", lambda each: Skipped(each.text("name"), each.text("reason"))
-        ),
+        skipped=reader.objects("skipped", _skipped),
         merged=reader.objects(
             "merged", lambda each: Merged(each.text("id"), each.point_id("into"))
         ),
@@ -340,6 +350,23 @@ def read_identity(reader: Reader) -> VmIdentity:
     return VmIdentity(reader.text("uuid"), reader.text("name"), reader.text("address"))
 
 
+def _skipped(reader: Reader) -> Skipped:
+    name, reason = reader.text("name"), reader.text("reason")
+    if reader.given("absence"):
+        return Skipped(name, reason, reader.choice("absence", Absence))
+    return Skipped(name, reason, Absence.CHOSEN if reason == LEFT_OUT else Absence.EMPTY)
+
+
+def _underlay(reader: Reader) -> Underlay:
+    return Underlay(
+        role=reader.text("role"),
+        file=reader.text("file"),
+        format=reader.text("format"),
+        size=reader.integer("size"),
+        stamp=reader.text("stamp"),
+    )
+
+
 def _disk(reader: Reader) -> StoredDisk:
     return StoredDisk(
         id=reader.text("id"),
@@ -356,6 +383,7 @@ def _disk(reader: Reader) -> StoredDisk:
         reason=reader.text("reason"),
         snapshot=reader.text("snapshot"),
         label=reader.text("label") if reader.given("label") else "",
+        underlays=(reader.objects("underlays", _underlay) if reader.given("underlays") else None),
     )
 
 

@@ -19,13 +19,14 @@ until the new point is durable, so a failed run costs nothing but itself.
 """
 
 import secrets
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from qmpbackup import interrupt
-from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError
-from qmpbackup.model import Level, Location, Point, Quiesce, Vm
+from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
+from qmpbackup.model import Absence, Level, Location, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
@@ -129,10 +130,23 @@ def _opening(request: Request, *, look_only: bool = False) -> AbstractContextMan
     )
 
 
+def _require_possible(skipped: Sequence[Skipped]) -> None:
+    """Say it where there are disks, and none can be backed up.
+
+    Raises:
+        VmError: so it is.
+    """
+    left = [each for each in skipped if each.absence is Absence.IMPOSSIBLE]
+    if left:
+        named = "; ".join(f"{each.name}: {each.reason}" for each in left)
+        raise VmError(f"Nothing of this VM can be backed up ({named}).")
+
+
 def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
     require_present(vm.status)
-    chosen, skipped = request.selection.apply(vm.disks)
+    chosen, skipped = request.selection.apply(vm.disks, vm.skipped)
     if not chosen:
+        _require_possible(skipped)
         raise UsageError(
             "There is no disk to back up.",
             "`qmpbackup … info --show blockdev` lists the disks and why others are skipped.",
@@ -147,7 +161,7 @@ def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
         target_id=destination.id,
         point_id=point_id,
         disks=plans,
-        skipped=(*vm.skipped, *skipped),
+        skipped=skipped,
         transaction=View.transaction(
             seats(plans, destination.id, point_id, destination.chunk), RunNames("000000")
         ),

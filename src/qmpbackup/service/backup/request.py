@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmpbackup.model import AUDIT, Level, Place, Point, Quiesce, Skipped, Vm
+from qmpbackup.model import AUDIT, Absence, Level, Place, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan, effective_level
 from qmpbackup.plan.selection import Selection
@@ -56,6 +56,16 @@ class Plan:
     def level(self) -> Level:
         """The level of the point as a whole."""
         return effective_level(self.disks)
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:
+        """Sentences about what holds data, cannot be backed up, and was not left out on request."""
+        return tuple(
+            f"{each.name} is in no backup: {each.reason}. Leave it out with --exclude to say that it "
+            "is known."
+            for each in self.skipped
+            if each.absence is Absence.IMPOSSIBLE
+        )
 
     @property
     def parent(self) -> str | None:

@@ -94,7 +94,7 @@ class Run:
                 self._require_present_still(error)
             raise
         self._retire_bitmaps(point)
-        return Outcome(point, tuple(self._degraded))
+        return Outcome(point, (*self._degraded, *self._plan.unsaved))
 
     def _prepare(self, way: Way) -> None:
         for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True):
@@ -202,4 +202,5 @@ def _stored_disk(seat: Seat, plan: DiskPlan, stored: Stored) -> StoredDisk:
         end_mark=seat.new_end_mark or (base.end_mark if base else ""),
         reason=plan.reason,
         label=plan.disk.label,
+        underlays=plan.disk.underlays,
     )
