@@ -51,8 +51,8 @@ make_root() {
     from=$(archive)
     [ -n "$from" ] || fail "the package sources name no Debian archive"
     say "making a minimal $suite"
-    debootstrap --variant=minbase --include=make "$suite" "$root" "$from" >"$work/log" 2>&1 ||
-        { tail -n 20 "$work/log" >&2 && fail "debootstrap could not make $suite"; }
+    debootstrap --variant=minbase --include=make "$suite" "$root" "$from" >"$root.log" 2>&1 ||
+        { tail -n 20 "$root.log" >&2 && fail "debootstrap could not make $suite"; }
     apt-config dump | grep -E '^Acquire::(https?::|Check-|Retries|ForceIP)' >"$root/etc/apt/apt.conf.d/99host" || true
     for setting in "${PIP_SETTINGS[@]}" "${CERTIFICATES[@]}" /etc/resolv.conf /etc/hosts; do
         [ ! -e "$setting" ] || copy_into_root "$setting"
@@ -67,10 +67,8 @@ copy_into_root() {
     cp -rL --remove-destination "$1" "$root${place%/*}/"
 }
 
-# Runs in namespaces of its own for mounts and processes.
-inside() {
+mount_around() {
     local folder
-    mount --make-rprivate /
     mount --bind "$root" "$root"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs tmpfs "$root/dev/shm"
@@ -81,25 +79,34 @@ inside() {
         mkdir -p "$root$folder"
         mount --bind -o ro "$folder" "$root$folder"
     done
-    local -a environment
+}
+
+# All of it, in namespaces of its own for mounts and processes, and in the folder $1.
+inside() {
+    local suite=$2 root=$1/root
+    shift 2
+    mount --make-rprivate /
+    mount -t proc proc /proc
+    make_root "$suite"
+    mount_around
+    say "$suite: $*"
     mapfile -t environment < <(variables)
+    # The shell stays, as the process 1 that collects orphans.
     exec chroot "$root" /usr/bin/env --ignore-environment "${environment[@]}" \
         HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        sh -c "cd $CHECKOUT && exec \"\$@\"" sh "$@"
+        sh -c "cd $CHECKOUT && \"\$@\"; exit \$?" sh "$@"
 }
 
 try() {
-    local suite=$1 status=0
-    shift
+    local status=0
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/qmpbackup-fresh.XXXXXX")
     trap 'rm -rf --one-file-system "$work"' EXIT
-    root=$work/root
-    make_root "$suite"
-    say "$suite: $*"
-    root=$root unshare --mount --pid --fork --kill-child "$0" --inside "$@" || status=$?
+    # Whoever ends this script ends all that runs inside.
+    setpriv --pdeathsig KILL -- \
+        unshare --mount --pid --fork --kill-child "$0" --inside "$work" "$@" || status=$?
     rm -rf --one-file-system "$work"
-    [ "$status" -eq 0 ] || fail "$suite: $* ended with $status"
-    say "$suite: all well"
+    [ "$status" -eq 0 ] || fail "$* ended with $status"
+    say "$1: all well"
 }
 
 if [ "${1:-}" = --inside ]; then
