@@ -25,7 +25,10 @@ from hypothesis.stateful import (
 )
 
 from lab.disks import CLUSTER, MIB
+from lab.folder_world import FolderWorld
 from lab.proxy import When
+from lab.repository_world import RepositoryWorld
+from lab.scene import WHERE, Where
 from lab.world import Accident, Damage, Meddling, World
 
 MINUTES = float(os.environ.get("QMPBACKUP_SOAK_MINUTES", "0"))
@@ -40,21 +43,28 @@ LEVELS = st.sampled_from(["inc", "auto", "diff", "full", "copy"])
 THEN = st.sampled_from(["inc", "auto", "diff", "", "", ""])
 SIZES = st.sampled_from([9 * MIB, 10 * MIB, 10 * MIB + 512, 11 * MIB, 12 * MIB])
 ACCIDENTS = st.sampled_from(
-    list[Accident](["kill the tool", "kill QEMU", "cut the connection", "write", "grow"])
+    list[Accident](
+        [
+            *("kill the tool", "kill QEMU", "cut the connection", "write", "grow"),
+            *("fill the target", "fill the images", "unmount the target"),
+        ]
+    )
 )
 WHEN = st.sampled_from(list[When](["before", "after"]))
 DAMAGES = st.sampled_from(list[Damage](["flip", "truncate", "remove"]))
 
 
 class Machine(RuleBasedStateMachine):
-    """One life of a VM and its target. Subclasses say in which `folder`."""
+    """One life of a VM and its target. Subclasses say in which `folder`, and of which kind."""
 
     folder: Path
+    where: Where
 
     def __init__(self) -> None:
         super().__init__()
         self._here = Path(tempfile.mkdtemp(dir=self.folder))
-        self._world = World(self._here)
+        kind: type[World] = FolderWorld if self.where == "directory" else RepositoryWorld
+        self._world = kind(self._here)
         self._world.__enter__()
 
     def teardown(self) -> None:
@@ -133,11 +143,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(then=THEN)
     def plug(self, then: str) -> None:
-        if "vdc" in self._world.disks:
-            self._world.unplug()
-        else:
-            self._world.plug()
+        self._plug_or_unplug("vdc")
         self._then(then)
+
+    def _plug_or_unplug(self, disk: str) -> None:
+        if disk in self._world.disks:
+            self._world.unplug(disk)
+        else:
+            self._world.plug(disk)
 
     @rule(disk=DISKS, size=SIZES, by=st.sampled_from([0, 1, 8, 30]), then=THEN)
     def resize(self, disk: str, size: int, by: int, then: str) -> None:
@@ -187,9 +200,9 @@ class Machine(RuleBasedStateMachine):
             self._world.restore(points[number % len(points)])
 
 
-def run(folder: Path, chosen: int, examples: int, steps: int) -> None:
+def run(folder: Path, where: Where, chosen: int, examples: int, steps: int) -> None:
     """Let machines live that follow from a seed."""
-    machine = seed(chosen)(type("Life", (Machine,), {"folder": folder}))
+    machine = seed(chosen)(type("Life", (Machine,), {"folder": folder, "where": where}))
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -204,8 +217,9 @@ def run(folder: Path, chosen: int, examples: int, steps: int) -> None:
     )
 
 
-def test_a_few_lives(tmp_path: Path) -> None:
-    run(tmp_path, 1, examples=5, steps=16)
+@pytest.mark.parametrize(("where", "examples"), [("directory", 5), ("repository", 2)])
+def test_a_few_lives(tmp_path: Path, where: Where, examples: int) -> None:
+    run(tmp_path, where, 1, examples=examples, steps=16)
 
 
 @pytest.mark.skipif(not MINUTES, reason="make soak MINUTES=n")
@@ -215,7 +229,8 @@ def test_soak(tmp_path: Path) -> None:
         chosen = int(SEED) if SEED else random.randrange(2**32)  # noqa: S311
         print(f"seed {chosen}", flush=True)
         try:
-            run(tmp_path, chosen, examples=5, steps=30)
+            for where in WHERE:
+                run(tmp_path, where, chosen, examples=3, steps=30)
         except BaseException as error:
             error.add_note(f"again: make soak SEED={chosen}")
             raise

@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -19,12 +20,79 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def small_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder with room for so many bytes."""
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    subprocess.run(mount, check=True)
+    _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path))
     try:
         yield path
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        _run("umount", str(path))
+
+
+class FileSystem:
+    """A file system of its own at `path`, which can fill up, and go away while it is in use.
+
+    A context manager. Where this is not root's process, a plain folder to which nothing happens.
+    """
+
+    def __init__(self, path: Path, size: int = 2 << 30) -> None:
+        self.path = path
+        self._size = size
+        self._below = path.with_name(f"{path.name}-below")
+        self._filler = self._below / "filler"
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.path.mkdir()
+        if os.geteuid() == 0:
+            with self._stack:
+                self._make()
+                self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    def _make(self) -> None:
+        self._below.mkdir()
+        device = self._below.with_suffix(".ext4")
+        with device.open("wb") as file:
+            file.truncate(self._size)
+        _run("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(device))
+        _run("mount", "-o", "loop", str(device), str(self._below))
+        self._stack.callback(device.unlink)
+        self._stack.callback(_run, "umount", str(self._below))
+        (self._below / "store").mkdir()
+        self._stack.callback(self.take_away)
+        self._appear()
+
+    def fill(self) -> None:
+        """Take all room but 256 KiB."""
+        if self._below.is_mount():
+            state = os.statvfs(self._below)
+            with self._filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - (256 << 10))
+
+    def clear(self) -> None:
+        """Give the room back."""
+        self._filler.unlink(missing_ok=True)
+
+    def take_away(self) -> None:
+        """Unmount it, whoever uses it: that goes on with what it has open."""
+        if self.path.is_mount():
+            _run("umount", "--lazy", str(self.path))
+
+    def bring_back(self) -> None:
+        """Mount it again. Nobody has written into the folder below."""
+        if self._below.is_mount() and not self.path.is_mount():
+            left = list(self.path.iterdir())
+            assert not left, f"written below the mount point: {left}"
+            self._appear()
+
+    def _appear(self) -> None:
+        _run("mount", "--bind", str(self._below / "store"), str(self.path))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
 
 
 def require_fuse() -> None:

@@ -6,31 +6,37 @@ and asserts what must be so. The model holds the bytes of all disks now, the byt
 each disk whether the product may still refuse to build on what it has.
 """
 
-import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from lab import cli
 from lab.aftermath import PREFIX, manifests
 from lab.backups import leftovers
 from lab.cli import Result
-from lab.disks import CLUSTER, MIB, Disk, create, first_difference, pattern
+from lab.disks import CLUSTER, first_difference
 from lab.proxy import Place, Proxy, When
-from lab.qemu import Qemu
 from lab.qmp import QmpError
+from lab.repositories import Target, environment_of
+from lab.rig import SHARED, Rig, Trust
+from lab.small import FileSystem
 
-SIZE = 10 * MIB
-MARK = ".damaged"
-"""What notes in the target end with that say which files are known to be damaged."""
-OWN_FILES = {"vm.json", ".lock", ".lock-remove"}
-DONE, DEGRADED, USAGE, NO_INCREMENTAL, VM, DAMAGED, KILLED = 0, 3, 2, 4, 6, 8, -9
+DONE, USAGE, DEGRADED, NO_INCREMENTAL, VM, STORAGE, DAMAGED, KILLED = 0, 2, 3, 4, 6, 7, 8, -9
 
-Accident = Literal["kill the tool", "kill QEMU", "cut the connection", "write", "grow"]
+Accident = Literal[
+    "kill the tool",
+    "kill QEMU",
+    "cut the connection",
+    "write",
+    "grow",
+    "fill the target",
+    "fill the images",
+    "unmount the target",
+]
 Damage = Literal["flip", "truncate", "remove"]
 
 _CODES: dict[Accident | None, set[int]] = {
@@ -40,6 +46,9 @@ _CODES: dict[Accident | None, set[int]] = {
     "kill the tool": {DONE, KILLED},
     "kill QEMU": {DONE, DEGRADED, VM},
     "cut the connection": {DONE, DEGRADED, VM},
+    "fill the target": {DONE, STORAGE},
+    "fill the images": {DONE, STORAGE},
+    "unmount the target": {DONE, STORAGE},
 }
 
 
@@ -79,237 +88,71 @@ class Picture:
 Pictures = Mapping[str, Picture]
 
 
-@dataclass
-class Trust:
-    """Whether an incremental, or a differential, of a disk must be possible. (Where it need not be, it
-    may all the same.)"""
-
-    inc: bool = False
-    diff: bool = False
-
-
-class World:
-    """See the module. A context manager; `folder` is empty and takes everything."""
+class World(Rig, ABC):
+    """See the module. A context manager; `folder` is empty and takes everything. Subclasses know a
+    kind of target."""
 
     def __init__(self, folder: Path) -> None:
-        self.target = folder / "target"
+        super().__init__(folder)
+        self.storage = FileSystem(folder / "target")
         self.points: dict[str, Pictures] = {}
         self.damaged: dict[Path, bytes] = {}
-        self._folder = folder
         self._album = Album()
-        self._trust: dict[str, Trust] = {}
-        self._bottoms: dict[str, Disk] = {}
-        self._shelf: dict[str, Disk] = {}
-        self._copies: dict[str, Path] = {}
-        self._overlays = 0
         self._tidy = True
-        self.disks: dict[str, Disk] = {}
-        self.live: dict[str, bytearray] = {}
-        self._bring("vda", "qcow2")
-        self._bring("vdb", "raw")
-        self.vm = self._qemu()
 
-    def __enter__(self) -> Self:
-        self.vm.__enter__()
-        return self
+    def _begin(self) -> None:
+        self._stack.enter_context(self.storage)
+        super()._begin()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.vm.__exit__(kind, error, trace)
-
-    def _bring(self, name: str, image_format: str) -> None:
-        contents = bytearray(SIZE)
-        contents[: 32 * CLUSTER] = pattern(32 * CLUSTER, sum(name.encode()))
-        image = create(self._folder / f"{name}.img", SIZE, image_format, contents=bytes(contents))
-        bus: Literal["virtio-scsi", "virtio-blk"] = "virtio-scsi" if name == "vdc" else "virtio-blk"
-        self.disks[name] = Disk(name, image, image_format, bus)
-        self.live[name] = contents
-        self._trust[name] = Trust()
-
-    def _qemu(self) -> Qemu:
-        hub = ("-device", "virtio-scsi-pci,id=hub")
-        return Qemu(list(self.disks.values()), name="world", args=hub)
-
-    # What the guest does
-
-    def write(self, disk: str, block: int, blocks: int, byte: int) -> None:
-        """Write something, not on the edges of clusters."""
-        start, length = self._area(disk, block, blocks)
-        self.vm.write(disk, start, length, byte)
-        self.live[disk][start : start + length] = bytes([byte]) * length
-
-    def clear(self, disk: str, block: int, blocks: int, *, unmap: bool) -> None:
-        """Write zeroes, or unmap them, too."""
-        start, length = self._area(disk, block, blocks)
-        self.vm.qemu_io(disk, f"write -z {'-u ' if unmap else ''}{start} {length}")
-        self.live[disk][start : start + length] = bytes(length)
-
-    def discard(self, disk: str, block: int, blocks: int) -> None:
-        """Discard an area, which then holds whatever QEMU likes."""
-        start, length = self._area(disk, block, blocks)
-        self.vm.qemu_io(disk, f"discard {start} {length}")
-        self.live[disk][start : start + length] = self.vm.contents(disk)[start : start + length]
-
-    def _area(self, disk: str, block: int, blocks: int) -> tuple[int, int]:
-        size = len(self.live[disk])
-        start = block * CLUSTER % size
-        length = min(blocks * CLUSTER, size - start)
-        return (start, length) if length <= 1024 else (start + 512, length - 1024)
-
-    # What an administrator does
-
-    def resize(self, disk: str, *sizes: int) -> None:
-        """Give a disk one size after the other."""
-        for size in sizes:
-            self._resize(self.vm, disk, size)
-            before = self.live[disk]
-            if size < len(before):
-                self._trust[disk] = Trust()
-            before[size:] = bytes(max(0, size - len(before)))
-
-    def _resize(self, vm: Qemu, disk: str, size: int) -> None:
-        vm.qmp("block_resize", node_name=self._active(disk), size=size)
-
-    def _active(self, disk: str) -> str:
-        path = self.vm.qdev(disk)
-        (device,) = (each for each in self.vm.qmp("query-block") if each.get("qdev") == path)
-        return str(device["inserted"]["node-name"])
-
-    def snapshot(self, disk: str) -> None:
-        """Put an overlay on top of a disk."""
-        self.recover()
-        self._overlays += 1
-        name = f"over{self._overlays}-{disk}"
-        overlay = self._folder / name
-        self.vm.qmp(
-            "blockdev-snapshot-sync",
-            node_name=self._active(disk),
-            snapshot_file=str(overlay),
-            snapshot_node_name=name,
-        )
-        self._bottoms.setdefault(disk, self.disks[disk])
-        self.disks[disk] = replace(self.disks[disk], image=overlay, format="qcow2")
-        self._trust[disk] = Trust()
+    # What depends on the kind of target
 
     @property
-    def overlaid(self) -> list[str]:
-        """Disks that have overlays."""
-        return [each for each in self.disks if each in self._bottoms]
+    @abstractmethod
+    def target(self) -> Target:
+        """Where the points go."""
 
-    def commit(self, disk: str) -> None:
-        """Merge the overlays of a disk into its lowest image, and go on with that."""
-        self.recover()
-        top = self._active(disk)
-        self.vm.qmp("block-commit", device=top, job_id="commit")
-        self.vm.qmp.poll(lambda: self._job("commit") == "ready")
-        self.vm.qmp("job-complete", id="commit")
-        self.vm.qmp.poll(lambda: self._job("commit") == "")
-        with suppress(QmpError):  # only one that was on the command line stays
-            self.vm.qmp("blockdev-del", node_name=top)
-        self.disks[disk] = self._bottoms.pop(disk)
-        self._trust[disk] = Trust()
-        # A lower image that is larger keeps its size, and what it has at its end.
-        found, before = self.vm.contents(disk), bytes(self.live[disk])
-        assert not first_difference(found[: len(before)], before)
-        self.live[disk] = bytearray(found)
+    @abstractmethod
+    def _files(self) -> object:
+        """The state of everything in the target but locks."""
 
-    def _job(self, name: str) -> str:
-        jobs = {job["id"]: str(job["status"]) for job in self.vm.qmp("query-jobs")}
-        return jobs.get(name, "")
-
-    def plug(self) -> None:
-        """Add the disk vdc: the one that was removed, or a new one."""
-        if "vdc" in self._shelf:
-            disk = self.disks["vdc"] = self._shelf.pop("vdc")
-        else:
-            self._bring("vdc", "qcow2")
-            disk = self.disks["vdc"]
-        file = {"driver": "file", "filename": str(disk.image)}
-        self.vm.qmp("blockdev-add", driver="qcow2", node_name=disk.node, discard="unmap", file=file)
-        self.vm.qmp("device_add", driver="scsi-hd", id="vdc", drive=disk.node, bus="hub.0")
-        self.vm.disks.append(disk)
-        self.live["vdc"] = bytearray(self.vm.contents("vdc"))
-
-    def unplug(self) -> None:
-        """Remove the disk vdc."""
-        self.recover()
-        node = self._active("vdc")
-        self.vm.qmp("device_del", id="vdc")
-        self.vm.qmp.poll(
-            lambda: all(b["device"] or "vdc" not in b.get("qdev", "") for b in self._blocks())
-        )
-        self.vm.qmp.poll(lambda: self._closed(node))
-        self.vm.disks = [each for each in self.vm.disks if each.id != "vdc"]
-        self._shelf["vdc"] = self.disks.pop("vdc")
-        del self.live["vdc"]
-
-    def _blocks(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.vm.qmp("query-block")
-        return found
-
-    def _closed(self, node: str) -> bool:
-        with suppress(QmpError):
-            self.vm.qmp("blockdev-del", node_name=node)
-            return True
-        return False
-
-    def recover(self) -> None:
-        """Clear up after a run that died, as one does before one changes what it left in place."""
-        if leftovers(self.vm):
-            cli.run("--socket", self.vm.socket, "recover").check()
-            left = leftovers(self.vm)
-            assert not left, f"recovery left {left}"
-
-    def restart(self, source: Path | None = None, destination: Path | None = None) -> None:
-        """End QEMU in order and start it again; in between, perhaps, copy a file."""
-        self.vm.quit()
-        if source and destination:
-            shutil.copy(source, destination)
-        self._start()
-        for disk in self.disks.values():
-            if disk.format == "raw":
-                self._trust[disk.id] = Trust()
-
-    def kill(self) -> None:
-        """Kill QEMU and start it again."""
-        self.vm.flush()
-        self.vm.kill()
-        self._start()
-        self._trust.update({disk: Trust() for disk in self.disks})
-
-    def _start(self) -> None:
-        self.vm.__exit__(None, None, None)
-        self.vm = self._qemu()
-        self.vm.__enter__()
-
-    def copy_image(self, disk: str) -> None:
-        """Stop the VM and keep a copy of an image."""
-        self._copies[disk] = self._folder / f"{disk}.copy"
-        self.restart(self.disks[disk].image, self._copies[disk])
+    @abstractmethod
+    def _assert_only_named(self, points: list[dict[str, Any]]) -> None:
+        """The target holds what its points are made of, and nothing else."""
 
     @property
-    def copied(self) -> list[str]:
-        """Disks of which an older copy can be put back."""
-        return [each for each in self._copies if each in self.disks and each not in self._bottoms]
+    def marks(self) -> list[str]:
+        """What the target says to be damaged."""
+        return []
 
-    def put_back(self, disk: str) -> None:
-        """Stop the VM and put the kept copy in the place of an image."""
-        self.restart(self._copies[disk], self.disks[disk].image)
-        self._trust[disk] = Trust()
-        self.live[disk] = bytearray(self.vm.contents(disk))
+    def _needed(self, _point: str) -> set[Path]:
+        """The files that a point is made of, where they can be damaged."""
+        return set()
+
+    def damage(self, file: int, how: Damage, at: int) -> None:
+        """Damage one of the stored files, if that is possible."""
+
+    def repair(self) -> None:
+        """Put all damaged files back."""
+
+    def merge(self, disk: str, *, keep: bool) -> None:
+        """Merge the newest chain of a disk, where there are chains, with or without its states."""
+
+    def run(self, *arguments: cli.Argument, program: str = "qmpbackup") -> Result:
+        """Run a command that uses the target."""
+        return cli.run(*arguments, program=program, env=environment_of(self.target))
+
+    def _ids(self) -> set[str]:
+        return {point["id"] for point in manifests(self.target)}
 
     # Backups
 
     def back_up(self, level: str, meddling: Meddling | None = None) -> None:
         """Run a backup; the model follows."""
         self.vm.flush()
-        ids, files, marks = set(self._ids()), self._files(), self._bitmaps()
+        ids, files, marks = self._ids(), self._files(), self._bitmaps()
         states: list[Pictures] = [self._pictures()]
         result = self._run(level, meddling)
+        self._put_right()
         states.append(self._pictures())
         made = [each for each in self._ids() if each not in ids]
         if meddling and meddling.what == "kill QEMU" and not self.vm.running:
@@ -331,11 +174,11 @@ class World:
 
     def _run(self, level: str, meddling: Meddling | None) -> Result:
         path = self.vm.folder / "proxy" if meddling else self.vm.socket
-        arguments = ("backup", "--level", level, "--target", self.target)
+        arguments = ("backup", "--level", level, "--target", str(self.target))
         if meddling is None:
-            return cli.run("--socket", path, *arguments)
+            return self.run("--socket", path, *arguments)
         with Proxy(path, self.vm.socket, lambda proxy, at: self._meddle(proxy, at, meddling)):
-            result = cli.run("--socket", path, *arguments)
+            result = self.run("--socket", path, *arguments)
             if self.vm.running:  # somebody else sees to that, through the proxy
                 self.vm.qmp.poll(lambda: self.vm.qmp("query-status")["running"])
         return result
@@ -351,8 +194,21 @@ class World:
             self.vm.kill()
         elif meddling.what == "write":
             self.write("vda", 7 * meddling.number, 2, meddling.number % 255 + 1)
-        else:
+        elif meddling.what == "grow":
             self._grow_meanwhile()
+        elif meddling.what == "fill the target":
+            self.storage.fill()
+        elif meddling.what == "fill the images":
+            self.images.fill()
+            self.overwrite("vdb", meddling.number % 255 + 1)
+        else:
+            self.storage.take_away()
+
+    def _put_right(self) -> None:
+        """There is room again, and what was unmounted is mounted."""
+        self.storage.clear()
+        self.storage.bring_back()
+        self.images.clear()
 
     def _grow_meanwhile(self) -> None:
         size = len(self.live["vda"]) + CLUSTER
@@ -383,7 +239,8 @@ class World:
             trust = self._trust[disk]
             assert level in {each, "auto"}, (level, each)
             assert each == "inc" or level != "auto" or not trust.inc, f"an inc of {disk} was due"
-            if each != "copy":
+            assert disk != SHARED or each in {"full", "copy"}, f"an {each} of a shared disk"
+            if each != "copy" and disk != SHARED:
                 self._trust[disk] = Trust(inc=True, diff=trust.diff or each == "full")
 
     def _whichever(self, point: str, states: list[Pictures]) -> Pictures:
@@ -417,7 +274,7 @@ class World:
     def _restore(self, point: str) -> tuple[Result, dict[str, bytes]]:
         output = self._folder / "restored"
         where = ("--point", point, "--output", output, "--format", "raw")
-        result = cli.run("restore", "--target", self.target, *where)
+        result = self.run("restore", "--target", str(self.target), *where)
         images = list(output.iterdir()) if output.exists() else []
         assert result.code == DONE or not images, f"left behind: {images}"
         found = {image.name.removesuffix(".raw"): image.read_bytes() for image in images}
@@ -426,104 +283,23 @@ class World:
 
     def verify(self) -> None:
         """`verify` names what is damaged, and just that."""
-        result = cli.run("verify", "--target", self.target)
+        result = self.run("verify", "--target", str(self.target))
         needed = {path for point in self.points for path in self._needed(point)}
         bad = [path for path in self.damaged if path in needed]
         result.check(DAMAGED if bad else DONE)
         for path in bad:
             assert path.name in result.out, str(result)
 
-    @property
-    def marks(self) -> list[str]:
-        """What the target says to be damaged."""
-        return sorted(path.name for path in self._paths() if path.name.endswith(MARK))
-
-    def _needed(self, point: str) -> set[Path]:
-        """The files that a point is made of."""
-        disks = self._stored(manifests(self.target))
-        found = set()
-        for each in [disk for known, disk in disks if known == point]:
-            found |= {self.target / file for _, file in self._chain(disks, point, each)}
-        return found
-
     def _stored(self, points: Iterable[Any]) -> dict[tuple[str, str], Any]:
         return {(point["id"], disk["id"]): disk for point in points for disk in point["disks"]}
 
-    def _chain(
-        self, disks: Mapping[tuple[str, str], Any], point: str, disk: str
-    ) -> list[tuple[str, str]]:
-        """Points and files that a disk of a point builds on, and its own first."""
-        links = []
-        at: str | None = point
-        while at is not None:
-            stored = disks[at, disk]
-            links.append((at, str(stored["file"])))
-            at = stored["parent"]
-        return links
-
-    # What happens to the target
-
-    def damage(self, file: int, how: Damage, at: int) -> None:
-        """Damage one of the stored files."""
-        files = sorted(path for path in self._stored_files() if path not in self.damaged)
-        if not files:
-            return
-        path = files[file % len(files)]
-        data = path.read_bytes()
-        self.damaged[path] = data
-        self._trust[path.parent.name] = Trust()
-        if how == "remove":
-            path.unlink()
-        elif how == "truncate":
-            path.write_bytes(data[: at % len(data)])
-        else:
-            at %= len(data)
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-
-    def _stored_files(self) -> set[Path]:
-        return {
-            self.target / disk["file"]
-            for point in manifests(self.target)
-            for disk in point["disks"]
-        }
-
-    def repair(self) -> None:
-        """Put all damaged files back."""
-        for path, data in self.damaged.items():
-            path.write_bytes(data)
-        self.damaged.clear()
-
-    def merge(self, disk: str, *, keep: bool) -> None:
-        """Merge the newest chain of a disk, with or without its states."""
-        disks = self._stored(manifests(self.target))
-        chains = [
-            known for known, each in disks.items() if known[1] == disk and not each.get("snapshot")
-        ]
-        chained = [known for known in chains if disks[known]["level"] != "copy"]
-        if not chained:
-            return
-        chain = self._chain(disks, chained[-1][0], disk)
-        files = self._files()
-        program, verb = ("qmprestore", "snapshotrebase") if keep else ("qmprebase", "rebase")
-        result = cli.run(verb, "--dir", self.target / disk, program=program)
-        bad = [file for _, file in chain if self.target / file in self.damaged]
-        if result.code != DONE:
-            assert result.code in ({USAGE, DAMAGED} if bad else {USAGE}), str(result)
-            assert result.code != USAGE or self._branches(disks, disk, chain), str(result)
-            assert not self._tidy or self._files() == files, (
-                f"a refusal changed something: {result}"
-            )
-            return
-        assert not bad or len(chain) == 1, str(result)
-        if not keep:
-            self._forget(disk, [point for point, _ in chain[1:]])
-        self._trust[disk].diff = self._trust[disk].inc
+    # What happens to the points
 
     def prune(self, last: int) -> None:
         """Keep so many of the newest points, and what cannot go; damage may end it in between."""
         before = manifests(self.target)
         wanted = {point["id"] for point in before[-last:]}
-        result = cli.run("prune", "--target", self.target, "--keep-last", last, "--json")
+        result = self.run("prune", "--target", str(self.target), "--keep-last", last, "--json")
         result.check(DAMAGED if result.code == DAMAGED and self.damaged else DONE)
         after = {point["id"]: point for point in manifests(self.target)}
         assert wanted <= set(after), str(result)
@@ -539,19 +315,8 @@ class World:
         if self._stored(before) != self._stored(after.values()):
             for trust in self._trust.values():
                 trust.diff = False  # the full that the next one would be from may have been merged
-        named = self._stored_files()
-        self.damaged = {path: data for path, data in self.damaged.items() if path in named}
-
-    def _branches(
-        self, disks: Mapping[tuple[str, str], Any], disk: str, chain: list[tuple[str, str]]
-    ) -> bool:
-        """Whether anything builds on files in the middle of a chain."""
-        inside = {point for point, _ in chain}
-        return any(
-            each["parent"] in inside and point not in inside
-            for (point, owner), each in disks.items()
-            if owner == disk
-        )
+        needed = {path for point in self.points for path in self._needed(point)}
+        self.damaged = {path: data for path, data in self.damaged.items() if path in needed}
 
     def _forget(self, disk: str, points: Iterable[str]) -> None:
         for point in points:
@@ -565,7 +330,7 @@ class World:
     def check(self) -> None:
         """The VM runs, its disks hold what the guest wrote, and the target the points it should."""
         assert self.vm.qmp("query-status")["running"], "the VM does not run"
-        assert set(self._ids()) == set(self.points)
+        assert self._ids() == set(self.points)
         stored = self._stored(manifests(self.target))
         expected = {(point, disk) for point, each in self.points.items() for disk in each}
         assert set(stored) == expected
@@ -575,14 +340,9 @@ class World:
     def assert_tidy(self) -> None:
         """Nothing is left of any run but what the next one needs."""
         assert leftovers(self.vm) == []
-        assert not list(self._folder.glob(".qmpbackup-*")), "a scratch image is left"
+        assert not list(self.images.path.glob(".qmpbackup-*")), "a scratch image is left"
         points = manifests(self.target)
-        named = {disk["file"] for point in points for disk in point["disks"]}
-        named |= {f"points/{point['id']}.json" for point in points}
-        found = {str(path.relative_to(self.target)) for path in self._paths()} - OWN_FILES
-        found = {each for each in found if not each.endswith(MARK)}
-        assert found <= named, f"left in the target: {found - named}"
-        assert {self.target / each for each in named - found} <= set(self.damaged), named - found
+        self._assert_only_named(points)
         for disk in self.disks:
             self._assert_bitmaps(disk, points)
 
@@ -602,14 +362,3 @@ class World:
             for bitmap in node.get("dirty-bitmaps", [])
             if node["node-name"] in active and bitmap.get("name", "").startswith(PREFIX)
         }
-
-    def _paths(self) -> list[Path]:
-        return [path for path in self.target.rglob("*") if path.is_file()]
-
-    def _files(self) -> dict[Path, tuple[int, int]]:
-        """The state of everything in the target but locks."""
-        found = {path: path.stat() for path in self._paths() if not path.name.startswith(".lock")}
-        return {path: (each.st_mtime_ns, each.st_size) for path, each in found.items()}
-
-    def _ids(self) -> list[str]:
-        return [json.loads(path.read_text())["id"] for path in self.target.glob("points/*.json")]

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A world whose points lie in a repository, read with the real restic."""
+
+from typing import Any
+
+from lab.repositories import Repository, repository
+from lab.world import World
+
+
+class RepositoryWorld(World):
+    """See the module."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        made = repository(self.storage.path)
+        caches = self._folder / "caches"
+        caches.mkdir()
+        self._repository = Repository(made.location, caches)
+
+    @property
+    def target(self) -> Repository:
+        """Where the points go."""
+        return self._repository
+
+    def _files(self) -> set[str]:
+        return {each["id"] for each in self._repository.snapshots()}
+
+    def _assert_only_named(self, points: list[dict[str, Any]]) -> None:
+        assert len(points) == len(self._files())
+        self._repository.assert_whole()
