@@ -168,9 +168,7 @@ def test_over_tcp(stage: Scene) -> None:
                 assert "chardev-remove" in second.wait(60).check(LOCKED).err
         running.signal(signal.SIGKILL)
         running.wait(60)
-    said = stage.run("inc").check().err
-    assert "Cleaned up after a run that died" in said
-    assert leftovers(stage.vm) == []
+    assert_dead_is_cleaned_up(stage)
 
 
 def tcp_monitor(stage: Scene) -> str:

@@ -7,8 +7,12 @@ descriptor sets, temporary bitmaps, markers. Change bitmaps are none of its busi
 are rubbish only the manifests of a target can say.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from qmpbackup.errors import CommandError
 from qmpbackup.model import Disk, Vm
@@ -18,7 +22,9 @@ from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
 from qmpbackup.qemu import jobs, overlays, serving
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.reply import objects
 
+_RUN = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-")
 _VIEW = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-snap[0-9]+")
 
 
@@ -45,9 +51,11 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     yield from _remove_nodes(monitor, views)
     for disk in inventory.vm.disks:
         yield from _reattach(monitor, disk)
+    scratches = _named_scratches(monitor) if left.nodes else []
     if left.nodes:
         yield from overlays.release(monitor, lambda node: node.startswith(RUN_PREFIX))
     yield from _remove_nodes(monitor, [node for node in left.nodes if node not in views])
+    yield from _remove_files(scratches)
     for number in left.descriptor_sets:
         monitor.execute(Command("remove-fd", {"fdset-id": number}))
         yield f"took back descriptor set {number}"
@@ -89,6 +97,38 @@ def _remove_nodes(monitor: Monitor, nodes: Iterable[str]) -> Iterator[str]:
         if len(refused) == len(left):
             raise refused[0][1]
         left = [node for node, _ in refused]
+
+
+def _named_scratches(monitor: Monitor) -> list[Path]:
+    """Scratch files that have a name, as they do over TCP; it begins like that of their node."""
+    nodes = monitor.execute(Command("query-named-block-nodes", {"flat": True}))
+    files = {
+        node.text("node-name"): Path(node.text("file", ""))
+        for node in objects(nodes, "query-named-block-nodes")
+    }
+    return sorted(
+        {
+            file
+            for name, file in files.items()
+            if (run := _RUN.match(name)) and file.name.startswith(f".{run[0]}")
+        }
+    )
+
+
+def _remove_files(paths: Iterable[Path]) -> Iterator[str]:
+    """Remove files of ours; what is not ours, or not there, as with a QEMU elsewhere, stays."""
+    for path in paths:
+        with suppress(OSError):
+            file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                state = os.fstat(file)
+                if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+                    continue
+                os.ftruncate(file, 0)  # the room comes back although QEMU may keep the file open
+            finally:
+                os.close(file)
+            path.unlink()
+            yield f"removed scratch {path}"
 
 
 def _temporary(disk: Disk) -> list[str]:
