@@ -8,13 +8,16 @@ may be a mere question (`hangups_survived`).
 
 One that was ignored when we were started (nohup, a job in the background of a script) stays so. The
 kernel keeps it waiting all the same while it is held back (signal(7)), so it must not be asked for.
+
+Who has another reason to end a run than a signal has it asked at the same places (`asking`).
 """
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from qmpbackup.errors import Interrupted
@@ -25,6 +28,9 @@ ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 def heeded() -> frozenset[signal.Signals]:
     """Those signals of `ENDING` that are not ignored."""
     return frozenset(each for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN)
+
+
+_questions: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("questions", default=())
 
 
 @contextmanager
@@ -53,14 +59,28 @@ def let_through() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def asking(question: Callable[[], None]) -> Iterator[None]:
+    """Have `check` ask this as well inside the block, in this thread: it raises what is to end the run,
+    and that once, like a signal."""
+    token = _questions.set((*_questions.get(), question))
+    try:
+        yield
+    finally:
+        _questions.reset(token)
+
+
 def check() -> None:
-    """Raise `Interrupted` if a held signal is waiting, and take it off the queue."""
+    """Raise `Interrupted` if a held signal is waiting, and take it off the queue; else what a question
+    raises."""
     waiting = signal.sigpending() & heeded()
     for doorkeeper in _doorkeepers:
         waiting -= {signal.SIGHUP}
         doorkeeper.check()
     if waiting:
         raise Interrupted(int(signal.sigwait(waiting)))
+    for question in _questions.get():
+        question()
 
 
 def put_back(number: int) -> None:

@@ -40,7 +40,11 @@ def test_a_full_target_costs_the_run_and_nothing_else(stage: Scene, tmp_path: Pa
         for block in range(8):
             stage.vm.write("vda", block * CLUSTER, CLUSTER, 9)
         for level in ("inc", "full", "auto"):
-            failed = run(stage, level).check(STORAGE)
+            refused = run(stage, level).check(STORAGE)
+            assert "too little room" in refused.err
+            assert "nothing was changed" in refused.err
+            assert_clean_but(stage, filler)
+            failed = run(stage, level, "--reserve", "0").check(STORAGE)
             assert "No space left" in failed.err
             assert "room" in failed.err or "free space" in failed.err
             assert_clean_but(stage, filler)
@@ -102,7 +106,10 @@ def test_a_scratch_that_runs_full_breaks_the_run_and_no_guest_write(
 
 
 @needs_root
-def test_a_scratch_that_fills_up_while_the_guest_writes(stage: Scene, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "code"), [((), STORAGE), (("--reserve", "0"), VM)])
+def test_a_scratch_that_fills_up_while_the_guest_writes(
+    stage: Scene, tmp_path: Path, more: tuple[str, ...], code: int
+) -> None:
     stage.renew("inc")
     with small_folder(tmp_path / "scratch", 4 * MIB) as folder:
         for block in range(48):
@@ -119,7 +126,7 @@ def test_a_scratch_that_fills_up_while_the_guest_writes(stage: Scene, tmp_path: 
                     written += 1
 
         with Proxy(path, stage.vm.socket, overwrite):
-            failed = cli.run(*stage.arguments("inc", path), "--scratch", folder).check(VM)
+            failed = cli.run(*stage.arguments("inc", path), "--scratch", folder, *more).check(code)
         assert written == 48
         assert "scratch" in failed.err
         assert "make room" in failed.err.lower()

@@ -126,7 +126,6 @@ class Puller:
             self._folder,
             self.names.of(kind, seat.number),
             size=seat.disk.size,
-            needed=0,
             named=not self.monitor.passes_descriptors,
             undo=self._undo,
         )

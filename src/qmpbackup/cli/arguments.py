@@ -154,6 +154,18 @@ def add_lock_wait(parser: argparse.ArgumentParser, of: str = "target") -> None:
     )
 
 
+def add_reserve(parser: argparse.ArgumentParser) -> None:
+    """The option for room that stays free."""
+    parser.add_argument(
+        "--reserve",
+        type=size,
+        metavar="SIZE",
+        help="bytes that stay free on each file system that is written to, for the images of running "
+        "VMs there; also 500M (default: 1 GiB, but at most 5%% of it and half of what is free; 0: do "
+        "not look at the room at all); exit 7 where that cannot be",
+    )
+
+
 def require_socket(arguments: argparse.Namespace) -> str:
     """The VM's address, which commands that talk to a VM need.
 

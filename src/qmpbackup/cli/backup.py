@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import (
     add_lock_wait,
+    add_reserve,
     add_target,
     disks,
     image,
@@ -148,6 +149,7 @@ def _add_storing(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where what the guest overwrites is kept meanwhile (default: beside each disk)",
     )
+    add_reserve(parser)
 
 
 def _add_checks(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +294,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         audit=arguments.audit,
         check=arguments.check_written,
         verify_chain=arguments.verify_chain,
+        reserve=arguments.reserve,
     )
 
 

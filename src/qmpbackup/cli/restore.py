@@ -5,7 +5,15 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, disks, names, path
+from qmpbackup.cli.arguments import (
+    add_lock_wait,
+    add_reserve,
+    add_target,
+    add_vm,
+    disks,
+    names,
+    path,
+)
 from qmpbackup.cli.printing import printable, say
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
@@ -50,6 +58,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="format of the images (default: qcow2; raw on a block device)",
     )
     add("--force", action="store_true", help="replace files that exist")
+    add_reserve(parser)
     add("--json", action="store_true", help="print the result as one JSON object")
     add_lock_wait(parser)
     parser.set_defaults(run=run)
@@ -70,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             lock_wait=arguments.lock_wait,
             vm=arguments.vm,
+            reserve=arguments.reserve,
         )
     )
     _print(outcome, arguments.json)

@@ -201,15 +201,24 @@ def _backup(
         "on-target-error": "report",
         **_options(options, bitmap),
     }
-    arguments["x-perf"] = _sizes(monitor.version)
+    arguments["x-perf"] = _sizes(monitor.version, options.speed)
     return Command("blockdev-backup", arguments)
 
 
-def _sizes(version: tuple[int, int, int]) -> dict[str, Json]:
-    """Size and number of requests: few large ones are fastest, where large ones are right."""
+def _sizes(version: tuple[int, int, int], speed: int) -> dict[str, Json]:
+    """Size and number of requests: few large ones are fastest, where large ones are right.
+
+    With a limit a job reads something in each second, down to one cluster: a view that broke is seen
+    when the job reads.
+    """
     if version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS:
-        return {"max-chunk": CLUSTER, "max-workers": 16}
-    return {"max-chunk": 16 * CLUSTER, "max-workers": 4}
+        chunk, workers = CLUSTER, 16
+    else:
+        chunk, workers = 16 * CLUSTER, 4
+    if speed:
+        chunk = max(CLUSTER, min(chunk, speed // CLUSTER * CLUSTER))
+        workers = max(1, min(workers, speed // chunk))
+    return {"max-chunk": chunk, "max-workers": workers}
 
 
 def _options(options: CopyOptions, bitmap: str) -> dict[str, Json]:

@@ -48,8 +48,9 @@ COMMAND_SECONDS = 60.0
 """Longest wait for an answer. Block commands wait for requests in flight, so storage that stalls for
 a while is no reason to give up; storage that hangs for a minute is."""
 
-_SLICE_SECONDS = 0.5
-"""How long one wait for events lasts before signals and the connection are looked at."""
+_SLICE_SECONDS = 0.1
+"""How long one wait for events lasts before signals, whatever else may end a run, and the connection are
+looked at."""
 
 
 class Monitor:

@@ -50,7 +50,7 @@ kernel gives and takes it page by page, which costs QEMU twice the CPU (measured
 
 _WRITES_AHEAD = 64
 _CONNECT_SECONDS = 60.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _LOST = "the connection was lost"
 
 Statuses = dict[str, list[tuple[int, int]]]

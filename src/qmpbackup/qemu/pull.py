@@ -20,35 +20,37 @@ that the view protects them like the others, and are as right as these.
                  stages=[scratch.create(…) for …] if pull.way is Way.STAGED else [])
     instant = view.take(watchdog, running)
     pull.serve(watch)                                    # takes its time where it is STAGED
-    for seat in seats:
-        with pull.open(seat, Flow(speed=…)) as disk:
-            disk.changed                                 # one byte a chunk: 1 where something changed
-            for chunk in disk.chunks():                  # `nbd.Chunk`, each wanted one once
-                …                                        # chunk.data is None: `count` chunks of zeroes
-                chunk.release()
+    with pull.probing():                                 # a view that breaks meanwhile ends the block
+        for seat in seats:
+            with pull.open(seat, Flow(speed=…)) as disk:
+                disk.changed                             # one byte a chunk: 1 where something changed
+                for chunk in disk.chunks():              # `nbd.Chunk`, each wanted one once
+                    …                                    # chunk.data is None: `count` chunks of zeroes
+                    chunk.release()
     pull.finish()                                        # only now is what was read known to be right
     teardown.run()
 
 Nothing here knows what becomes of the chunks.
 """
 
-import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError, VmError
+from qmpbackup import interrupt
+from qmpbackup.errors import VmError
 from qmpbackup.model import Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import LEDGER, SAMPLES, RunNames
 from qmpbackup.qemu import inventory, nbd, serving, staging
-from qmpbackup.qemu.copy import FIRST_RIGHT_SNAPSHOT_ACCESS, view_broke
+from qmpbackup.qemu.copy import FIRST_RIGHT_SNAPSHOT_ACCESS
 from qmpbackup.qemu.jobs import Watch
 from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.nbd import Chunk, Flow, NbdError
+from qmpbackup.qemu.nbd import Chunk, Flow
+from qmpbackup.qemu.probing import Probe, Probing, explained
 from qmpbackup.qemu.serving import Server
 from qmpbackup.qemu.staging import Stage, Staging
 from qmpbackup.qemu.view import Seat, View
@@ -57,9 +59,6 @@ from qmpbackup.undo import UndoStack
 _SECTOR = 512
 _LINES = 256
 """Commands that are sent at once."""
-
-_BROKEN = frozenset({errno.EINVAL, errno.EPERM, errno.EACCES, errno.EIO})
-"""What NBD says of a view whose scratch has failed: it has no EACCES (nbd/server.c)."""
 
 
 class Way(Enum):
@@ -114,7 +113,7 @@ class PulledDisk:
             ConnectionLost: QEMU went away.
             Interrupted: a signal is waiting.
         """
-        with _explained(self.seat):
+        with explained(self.seat):
             yield from self._reader.chunks()
 
     def cancel(self) -> None:
@@ -216,7 +215,7 @@ class Pull:
             ConnectionLost: QEMU went away.
         """
         with ExitStack() as stack:
-            stack.enter_context(_explained(seat))
+            stack.enter_context(explained(seat))
             place = self._place(seat, stack)
             changed, wanted = _maps(seat, place)
             contexts = [nbd.ALLOCATION, *((nbd.DEPTH,) if self.way is Way.V2 else ())]
@@ -228,6 +227,33 @@ class Pull:
             reader = nbd.Reader(connections, seat.chunk, wanted, data, flow or Flow())
             yield PulledDisk(seat, changed, wanted, reader)
 
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """Ask all views every second whether they still stand, wherever the block looks at signals:
+        one that broke gives nothing from then on, but who reads slowly, waits for a target, or reads
+        the scratch, would not notice for hours. Where QEMU has copied all there is nothing to ask.
+
+        Raises:
+            JobError: a view broke.
+            ConnectionLost: QEMU went away.
+        """
+        if self._staging:
+            yield
+            return
+        with interrupt.asking(Probing(self._probes()).ask):
+            yield
+
+    def _probes(self) -> list[Probe]:
+        """How to ask the views of all disks of which something is wanted."""
+        probes = []
+        for seat in self._seats:
+            with explained(seat), ExitStack() as stack:
+                _, wanted = _maps(seat, self._place(seat, stack))
+                first = wanted.find(1)
+                if first >= 0:
+                    probes.append(Probe(seat, self._path, self._snapshot(seat), first * seat.chunk))
+        return probes
+
     def finish(self) -> None:
         """Make sure that what was read is right: no view may have broken until now.
 
@@ -237,14 +263,9 @@ class Pull:
         """
         if self.way is not Way.V2:
             return
-        for seat in self._seats:
-            with _explained(seat), ExitStack() as stack:
-                _, wanted = _maps(seat, self._place(seat, stack))
-                first = wanted.find(1)
-                if first >= 0:
-                    # A broken view gives nothing from here on; the scratch goes on as if it knew.
-                    with nbd.connect(self._path, self._snapshot(seat)) as connection:
-                        connection.read(first * seat.chunk, _SECTOR)
+        # A broken view gives nothing from here on; the scratch goes on as if it knew.
+        for probe in self._probes():
+            probe.ask()
 
     def _place(self, seat: Seat, stack: ExitStack) -> "_Place":
         """Where a disk is read, and where it is told what has changed of it and what to read."""
@@ -275,7 +296,7 @@ class Pull:
         name = self._names.of("marking", seat.number)
         try:
             server.export([commands.export_add(name, ledger, writable=True)], marking)
-            with _explained(seat), nbd.connect(server.path, name) as connection:
+            with explained(seat), nbd.connect(server.path, name) as connection:
                 connection.zero(offsets, _SECTOR)
                 marking.run()
         finally:
@@ -328,23 +349,3 @@ def _maps(seat: Seat, place: _Place) -> tuple[bytes | bytearray, bytes | bytearr
     changed, read = nbd.bitmap_context(place.changed), nbd.bitmap_context(place.read)
     with nbd.connect(place.path, place.marks, [changed, read]) as ledger:
         return ledger.marked(changed, seat.chunk), ledger.marked(read, seat.chunk)
-
-
-@contextmanager
-def _explained(seat: Seat) -> Iterator[None]:
-    """Errors of NBD as those that users meet."""
-    try:
-        yield
-    except NbdError as error:
-        raise _explanation(seat, error) from error
-
-
-def _explanation(seat: Seat, error: NbdError) -> QmpBackupError:
-    if not error.number:
-        return ConnectionLost(
-            f"Disk {seat.disk.id} cannot be read over NBD any more: {error}.",
-            "If the VM still runs, run again: the next run cleans up and carries on.",
-        )
-    if error.number in _BROKEN:
-        return view_broke(seat.disk.id, str(error))
-    return JobError(f"Disk {seat.disk.id} could not be read: {error}.", "Run again.")

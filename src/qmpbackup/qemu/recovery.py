@@ -3,29 +3,31 @@
 
 Everything of a run carries its prefix, so this needs no record. The order is that of a teardown:
 let the VM run again, jobs, exports, views, devices back to their nodes, nodes from the top down,
-descriptor sets, temporary bitmaps, markers. Change bitmaps are none of its business: which of them
-are rubbish only the manifests of a target can say.
+descriptor sets, temporary bitmaps, a VM that found no room, markers. Change bitmaps are none of its
+business: which of them are rubbish only the manifests of a target can say.
 """
 
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from qmpbackup.errors import CommandError
+from qmpbackup.errors import CommandError, StorageError
 from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
-from qmpbackup.qemu import jobs, overlays, serving
+from qmpbackup.qemu import jobs, overlays, serving, starved
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import objects
 
 _RUN = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-")
 _VIEW = re.compile(re.escape(RUN_PREFIX) + r"[0-9a-f]+-snap[0-9]+")
+_FILE = re.compile(rf"({re.escape(RUN_PREFIX)}[0-9a-f]+-)(file|fleece|scratch)([0-9]+)")
+"""Nodes that are plain files, unless it is a scratch above a `fleece`."""
 
 
 def recover(monitor: Monitor, inventory: Inventory) -> list[str]:
@@ -33,6 +35,7 @@ def recover(monitor: Monitor, inventory: Inventory) -> list[str]:
 
     Raises:
         VmError: something of ours could not be removed.
+        StorageError: the VM stands still for want of room where the run had taken some.
     """
     return list(_steps(monitor, inventory))
 
@@ -54,7 +57,11 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     scratches = _named_scratches(monitor) if left.nodes else []
     if left.nodes:
         yield from overlays.release(monitor, lambda node: node.startswith(RUN_PREFIX))
-    yield from _remove_nodes(monitor, [node for node in left.nodes if node not in views])
+    files = list(_files(left.nodes))
+    others = [node for node in left.nodes if node not in {*views, *files}]
+    yield from _remove_nodes(monitor, others)
+    _empty(monitor, files)
+    yield from _remove_nodes(monitor, files)
     yield from _remove_files(scratches)
     for number in left.descriptor_sets:
         monitor.execute(Command("remove-fd", {"fdset-id": number}))
@@ -63,6 +70,7 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
         for name in _temporary(disk):
             monitor.execute(commands.bitmap_remove(disk.format_node, name))
             yield f"removed temporary bitmap {name}"
+    yield from _feed(monitor, left.markers)
     # The marker of a freeze stays until somebody with the agent's socket has seen to the guest.
     for marker in left.markers:
         if marker != FROZEN_MARKER:
@@ -74,6 +82,37 @@ def _continue(monitor: Monitor, vm: Vm, markers: Iterable[str]) -> Iterator[str]
     if STOPPED_MARKER in markers and vm.status == "paused":
         monitor.execute(Command("cont"))
         yield "let the VM run again, which a run that died had stopped"
+
+
+def _feed(monitor: Monitor, markers: Iterable[str]) -> Iterator[str]:
+    """Let a VM run again that had stopped for want of the room which is free now.
+
+    Raises:
+        StorageError: there is still none. The mark stays, so that a later recovery can do it.
+    """
+    devices = starved.devices_of(markers)
+    found = starved.feed(monitor, devices) if devices else None
+    if found is not None and not found.runs:
+        raise StorageError(f"Over a run that died, {found}.", starved.advice(found))
+    if found is not None:
+        yield f"let the VM run again, whose disk {', '.join(found.disks)} had found no room"
+
+
+def _files(nodes: Collection[str]) -> Iterator[str]:
+    for match in filter(None, map(_FILE.fullmatch, nodes)):
+        run, what, number = match.groups()
+        if what != "scratch" or f"{run}fleece{number}" not in nodes:
+            yield match[0]
+
+
+def _empty(monitor: Monitor, files: Iterable[str]) -> None:
+    """Give the room of files back at once, over QEMU, which alone has them open: QEMU 7.x keeps
+    descriptors for as long as the VM stands still, and it may stand still for want of that room. Files
+    of a point that counts are closed before it does.
+    """
+    for node in files:
+        with suppress(CommandError):
+            monitor.execute(Command("block_resize", {"node-name": node, "size": 0}))
 
 
 def _reattach(monitor: Monitor, disk: Disk) -> Iterator[str]:

@@ -13,15 +13,11 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Disk
-from qmpbackup.plan.sizes import human
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
 
 FALLBACK = Path("/var/tmp")  # noqa: S108 - the place for large temporary files (FHS 5.15)
-LEAST_FREE = 64 * 1024 * 1024
-"""Bytes that must be free for a scratch, unless less than that will be copied at all."""
-
 
 _PATIENCE = 2.0
 """Seconds after which a write that has not come back is called hanging."""
@@ -44,19 +40,14 @@ def free_bytes(folder: Path) -> int:
     return state.f_bavail * state.f_frsize
 
 
-def create(
-    folder: Path, name: str, *, size: int, needed: int, named: bool, undo: UndoStack
-) -> tuple[int, Path]:
+def create(folder: Path, name: str, *, size: int, named: bool, undo: UndoStack) -> tuple[int, Path]:
     """Make a sparse scratch file of `size` bytes; return its descriptor and path.
-
-    `needed` is the most that can be copied, and so the most that the scratch can hold.
 
     Raises:
         StorageError: no folder, no right, or no room there.
     """
     path = folder / f".{name}"
     try:
-        _require_room(folder, min(needed, LEAST_FREE))
         fd = _open_named(path) if named else _open_nameless(folder, path)
         undo.push(f"close scratch {path}", lambda: os.close(fd))
         if named:
@@ -102,15 +93,6 @@ def empty(fd: int) -> None:
     refuses to list its nodes (seen with 7.2).
     """
     os.ftruncate(fd, 0)
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = free_bytes(folder)
-    if free < needed:
-        raise StorageError(
-            f"There is too little room for a scratch image in {folder}: {human(free)} are free.",
-            f"Make at least {human(needed)} free there, or choose another folder with --scratch DIR.",
-        )
 
 
 def _open_nameless(folder: Path, path: Path) -> int:

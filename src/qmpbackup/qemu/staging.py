@@ -13,7 +13,7 @@ from pathlib import Path
 from qmpbackup.errors import VmError
 from qmpbackup.plan import commands
 from qmpbackup.plan.names import LEDGER, RunNames
-from qmpbackup.qemu import copy, exports, jobs
+from qmpbackup.qemu import copy, exports, jobs, scratch
 from qmpbackup.qemu.layers import Layer
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Seat, View
@@ -50,7 +50,7 @@ class Staging:
             StorageError: an image could not be created.
             VmError: QEMU refused.
         """
-        undo.push("close the staged images", self._close)
+        undo.push("close the staged images", self._let_go)
         options = copy.CopyOptions()
         copy.create_images(self._monitor, self._images(), self._names, options, self._open)
 
@@ -98,6 +98,11 @@ class Staging:
                 actions += [add, commands.bitmap_merge(image, bitmap, ledger, bitmap)]
         if actions:
             self._monitor.execute(commands.transaction(actions))
+
+    def _let_go(self) -> None:
+        self._close()
+        for stage in self._stages.values():
+            scratch.empty(stage.fd)
 
     def _close(self) -> None:
         failures = self._open.run()

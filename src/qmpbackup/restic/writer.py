@@ -44,7 +44,7 @@ LEVEL = 1
 _UPLOADERS = 2
 _PACKS_UNDER_WAY = 3
 _CHUNKS_A_WORKER = 4
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _INDEX_SECONDS = 300.0
 _INDEX_BLOBS = 50_000
 """After so many seconds, or so many blobs, an index is written while the run goes on."""

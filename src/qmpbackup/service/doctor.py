@@ -20,6 +20,9 @@ from qmpbackup.target.inventory import Inventory
 
 FIRST_WITHOUT_EXPORT_BUG = (8, 2)
 
+_ADVISED_FREE = 64 * 1024 * 1024
+"""Bytes for a scratch below which it is said that a busy guest may need more."""
+
 
 class Health(StrEnum):
     """How much a finding matters."""
@@ -177,7 +180,7 @@ def _scratch(disk: Disk, chosen: Path | None) -> Iterator[Finding]:
             "Choose a folder on local storage with --scratch DIR.",
         )
         return
-    if free < min(disk.size, max(scratch.LEAST_FREE, disk.size // 10)):
+    if free < min(disk.size, max(_ADVISED_FREE, disk.size // 10)):
         yield Finding(
             disk.id,
             Health.ADVICE,

@@ -11,7 +11,7 @@ layout of a target; must not know who fills the files.
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,20 +191,27 @@ class Pending:
             if os.fstat(file.fd).st_size != self._sealed[disk_id][0]:
                 raise StorageError(f"{file.path} changed after it was sealed.", "Run again.")
 
-    def abort(self) -> None:
+    def abort(self, *, closed: bool = True) -> None:
         """Remove the files and the journal; log what cannot be removed, for the next run to do.
 
-        After a commit that succeeded this does nothing.
+        Files that are `closed` elsewhere give back their room at once, whoever still holds a
+        descriptor. After a commit that succeeded this does nothing.
         """
         if self._done:
             return
         self._done = True
-        self._open.close()
         try:
             with storage_errors("remove an unfinished point"), Folder.open(self._root) as top:
-                _discard(top, self.point_id, self._journal)
+                _discard(top, self.point_id, self._journal, self._empty if closed else None)
         except QmpBackupError as error:
             log.warning("Point %s stays unfinished: %s", self.point_id, error)
+        finally:
+            self._open.close()
+
+    def _empty(self) -> None:
+        for file in self.files.values():
+            with suppress(OSError):
+                os.ftruncate(file.fd, 0)
 
 
 def _plan(top: Folder, disks: Sequence[tuple[str, Level]], now: int) -> Journal:
@@ -337,14 +344,18 @@ def _recover_point(top: Folder, point_id: str) -> str:
     return f"removed the unfinished point {point_id} ({removed} files)"
 
 
-def _discard(top: Folder, point_id: str, journal: Journal) -> int:
+def _discard(
+    top: Folder, point_id: str, journal: Journal, empty: Callable[[], None] | None = None
+) -> int:
     """Remove a point that does not exist: manifest first, journal last, so that any prefix of this
-    can be repeated."""
+    can be repeated. `empty` is what else makes room, once no manifest names the files."""
     if not top.exists(POINTS):
         return 0  # nothing was begun, or it is another folder that is there now
     with top.sub(POINTS) as points:
         if points.remove(point_id + MANIFEST):
             points.sync()
+        if empty is not None:
+            empty()
         removed = sum(_discard_file(top, name) for name in journal.files)
         for name in journal.folders:
             top.remove_folder(name)

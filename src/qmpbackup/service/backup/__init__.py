@@ -13,6 +13,7 @@ until the new point is durable, so a failed run costs nothing but itself.
 
     request      what is asked for, what is planned, what came out
     run          one run from its plan to its committed point
+    rooms        the file systems it takes room on, and a VM that found none
     way          what a run asks of the way into a target
     directory    QEMU writes the views into files itself
     repository   we read the views over NBD, and store what changed
@@ -26,13 +27,13 @@ from datetime import UTC, datetime
 
 from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
-from qmpbackup.model import Absence, Level, Location, Point, Quiesce, Skipped, Vm
+from qmpbackup.model import Absence, Level, Location, Point, Quiesce, Skipped
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu.view import View, require_present
-from qmpbackup.service import offline, session
-from qmpbackup.service.backup import directory
+from qmpbackup.service import offline, room, session
+from qmpbackup.service.backup import directory, rooms
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
 from qmpbackup.service.backup.way import Destination, Opening, Watch, seats
@@ -50,7 +51,9 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     with interrupt.held(), _opening(request) as opening, ExitStack() as stack:
         vm = stack.enter_context(_vm(request))
         _heal(request, vm)
-        destination = stack.enter_context(opening.destination(vm.vm))
+        destination = stack.enter_context(
+            opening.destination(vm.vm, lambda found: _plan(request, vm, found))
+        )
         try:
             return _run(request, vm, destination, watch)
         except UnrecordedChanges as alarm:
@@ -66,7 +69,7 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
 def _run(
     request: Request, vm: session.Session, destination: Destination, watch: Watch | None
 ) -> Outcome:
-    plan = _plan(request, vm.vm, destination)
+    plan = _plan(request, vm, destination)
     return Run(request, vm.monitor, destination, plan, watch).execute()
 
 
@@ -88,9 +91,9 @@ def dry_run(request: Request) -> Plan:
         interrupt.held(),
         _opening(request, look_only=True) as opening,
         _vm(request, look_only=True) as vm,
-        opening.destination(vm.vm) as destination,
+        opening.destination(vm.vm, lambda found: _plan(request, vm, found)) as destination,
     ):
-        return _plan(request, vm.vm, destination)
+        return _plan(request, vm, destination)
 
 
 def _vm(request: Request, *, look_only: bool = False) -> AbstractContextManager[session.Session]:
@@ -120,14 +123,7 @@ def _opening(request: Request, *, look_only: bool = False) -> AbstractContextMan
         from qmpbackup.service.backup import repository
 
         return repository.opening(request, request.target)
-    # What is impossible leaves no empty target.
-    return nullcontext(
-        directory.Opening(
-            request,
-            request.target,
-            None if look_only else lambda vm, destination: _plan(request, vm, destination),
-        )
-    )
+    return nullcontext(directory.Opening(request, request.target, look_only=look_only))
 
 
 def _require_possible(skipped: Sequence[Skipped]) -> None:
@@ -142,7 +138,8 @@ def _require_possible(skipped: Sequence[Skipped]) -> None:
         raise VmError(f"Nothing of this VM can be backed up ({named}).")
 
 
-def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
+def _plan(request: Request, session_: session.Session, destination: Destination) -> Plan:
+    vm = session_.vm
     require_present(vm.status)
     chosen, skipped = request.selection.apply(vm.disks, vm.skipped)
     if not chosen:
@@ -153,6 +150,8 @@ def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
         )
     points: tuple[Point, ...] = destination.stored.points
     plans = plan_disks(chosen, request.level, points, destination.obstacle)
+    needs = rooms.needs(request, session_.monitor, vm, plans, destination)
+    room.require(needs, request.reserve, rooms.HINT)
     now = datetime.now(UTC)
     point_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     return Plan(
@@ -165,4 +164,5 @@ def _plan(request: Request, vm: Vm, destination: Destination) -> Plan:
         transaction=View.transaction(
             seats(plans, destination.id, point_id, destination.chunk), RunNames("000000")
         ),
+        needs=tuple(needs),
     )

@@ -15,7 +15,7 @@ from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.qemu import copy
 from qmpbackup.qemu.view import View
 from qmpbackup.service.backup.request import Request
-from qmpbackup.service.backup.way import Frame, Stored
+from qmpbackup.service.backup.way import Destination, Frame, Stored
 from qmpbackup.service.rebase.settle import settle
 from qmpbackup.target.directory import DirectoryTarget, Pending
 from qmpbackup.target.inventory import Inventory
@@ -33,10 +33,17 @@ class Directory:
         self, path: Path, target: DirectoryTarget | None, stored: Inventory, request: Request
     ) -> None:
         self.place = str(path)
+        self.folder = path
+        self.stores_plain = not request.compress
         self.stored = stored
         self.id = target.id if target else request.uuid or secrets.token_hex(4)
         self._target = target
         self._verify_chain = request.verify_chain
+
+    @staticmethod
+    def stages(_vm: Vm) -> bool:
+        """QEMU copies straight into it."""
+        return False
 
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why the files of a disk of a point cannot be built upon."""
@@ -62,32 +69,24 @@ class Directory:
 
 
 class Opening:
-    """A folder that is named, and about to be opened.
+    """A folder that is named, and about to be opened; with `look_only`, nothing is made or changed."""
 
-    `before_creation` may refuse before there is a new target; without one nothing is made or changed.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        folder: Path,
-        before_creation: Callable[[Vm, Directory], object] | None,
-    ) -> None:
+    def __init__(self, request: Request, folder: Path, *, look_only: bool) -> None:
         self._request = request
         self._folder = folder
-        self._before_creation = before_creation
+        self._look_only = look_only
 
     @contextmanager
-    def destination(self, vm: Vm) -> Iterator[Directory]:
+    def destination(self, vm: Vm, approve: Callable[[Destination], object]) -> Iterator[Directory]:
         """The target, held for writing after what a run that died has left was cleared up, or only
-        looked at."""
+        looked at. What is impossible leaves no empty target: that is what `approve` says before."""
         request, path = self._request, _path(self._request, self._folder)
         target = DirectoryTarget.peek(path)
-        if self._before_creation is None:
+        if self._look_only:
             yield Directory(path, target, target.load() if target else Inventory(), request)
             return
         if target is None:
-            self._before_creation(vm, Directory(path, None, Inventory(), request))
+            approve(Directory(path, None, Inventory(), request))
         target = _open(request, self._folder, vm)
         settle(target, request.lock_wait)
         with target.lock(write=True, wait=request.lock_wait):
@@ -119,7 +118,8 @@ class IntoDirectory:
         self._images_open = UndoStack()
         wanted = [(plan.disk.id, plan.level) for plan in frame.plan.disks]
         self._pending: Pending = target.begin(frame.plan.point_id, wanted, datetime.now(UTC))
-        frame.rollback.push("remove the files of this run", self._pending.abort)
+        self._stuck = False
+        frame.rollback.push("remove the files of this run", self._abort)
         frame.rollback.push("close the images of this run", self._close_images)
         self.view = View(
             frame.monitor,
@@ -155,7 +155,12 @@ class IntoDirectory:
     def _close_images(self) -> None:
         failures = self._images_open.run()
         if failures:
+            self._stuck = True
             raise VmError(failures[0], "The images may be incomplete; run again.")
+
+    def _abort(self) -> None:
+        # A file that is cut off while QEMU has it open as an image is ejected there (see `scratch`).
+        self._pending.abort(closed=not self._stuck)
 
     def close(self) -> None:
         """Close the images in QEMU."""

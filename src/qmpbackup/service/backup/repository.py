@@ -26,10 +26,11 @@ from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
 from qmpbackup.qemu.view import Seat, View
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository as OpenRepository
+from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
 from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
-from qmpbackup.service.backup.way import Frame, Stored
+from qmpbackup.service.backup.way import Destination, Frame, Stored
 from qmpbackup.target.inventory import Inventory
 from qmpbackup.target.repository import (
     CHUNK,
@@ -52,9 +53,16 @@ class Repository:
     def __init__(self, target: RepositoryTarget, stored: Inventory) -> None:
         self.id = target.id
         self.place = target.name
+        self.folder = _local(target.name)
+        self.stores_plain = False
         self.stored = stored
         self._target = target
         self._distrusted: frozenset[str] = frozenset()
+
+    @staticmethod
+    def stages(vm: Vm) -> bool:
+        """Whether this QEMU has to copy into a local image, as far as can be told before."""
+        return method(vm) is Way.STAGED
 
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why nothing can be built upon a disk of a point."""
@@ -90,12 +98,13 @@ class Opening:
         self._found = found
 
     @contextmanager
-    def destination(self, vm: Vm) -> Iterator[Repository]:
+    def destination(self, vm: Vm, approve: Callable[[Destination], object]) -> Iterator[Repository]:
         """Hold it as restic's own backups do, and read what it holds of the VM.
 
         Raises:
             QmpBackupError: it could not be opened, or the points there are another VM's.
         """
+        del approve  # it is there already
         target = RepositoryTarget.of(self._found(), vm.config.identity)
         target.repository.storage.require_ours()
         with target.lock(write=True, wait=self._request.lock_wait):
@@ -104,6 +113,12 @@ class Opening:
                 log.warning("Damaged: %s: %s", damage.path, damage.reason)
             target.require(vm.config.identity, stored)
             yield Repository(target, stored)
+
+
+def _local(name: str) -> Path | None:
+    """The folder of a repository on this machine."""
+    path = Path(name)
+    return None if is_remote(name) or not path.is_dir() else path
 
 
 @contextmanager
@@ -235,9 +250,10 @@ class IntoRepository:
         speed = self._frame.request.speed
         self._pull.serve(self._frame.watch, speed)
         flow = Flow(speed=0 if self._pull.way is Way.STAGED else speed)
-        for seat in self._frame.seats:
-            with self._pull.open(seat, flow) as pulled:
-                self._read(seat, pulled)
+        with self._pull.probing():
+            for seat in self._frame.seats:
+                with self._pull.open(seat, flow) as pulled:
+                    self._read(seat, pulled)
         self._pull.finish()
         if self._unrecorded:
             names = ", ".join(sorted(self._unrecorded))

@@ -7,6 +7,7 @@ from pathlib import Path
 from qmpbackup.model import AUDIT, Absence, Level, Place, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan, effective_level
+from qmpbackup.plan.room import Need
 from qmpbackup.plan.selection import Selection
 from qmpbackup.service.offline import Offline
 
@@ -19,6 +20,8 @@ class Request:
     that an incremental into a repository reads again. With `check`, what goes into a repository is
     opened again before it is stored; with `verify_chain`, the files in a folder that an incremental is
     to build on are read whole before. `offline` is the VM where it is off; then `address` means nothing.
+    `reserve` is the bytes that stay free on each file system the run writes to (`None`: see `plan.room`;
+    0: none, and nothing is looked at).
     """
 
     address: str
@@ -38,6 +41,7 @@ class Request:
     check: bool = False
     verify_chain: bool = False
     offline: Offline | None = None
+    reserve: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Plan:
     disks: tuple[DiskPlan, ...]
     skipped: tuple[Skipped, ...]
     transaction: tuple[Command, ...]
+    needs: tuple[tuple[Path, Need], ...] = ()
 
     @property
     def level(self) -> Level:

@@ -18,6 +18,7 @@ from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Instant, Seat, View, require_present, status_of
 from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.service.backup.request import Outcome, Plan, Request
+from qmpbackup.service.backup.rooms import Rooms
 from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way, seats
 from qmpbackup.service.quiesce import Guest
 from qmpbackup.undo import UndoStack
@@ -63,6 +64,7 @@ class Run:
         self._rollback = UndoStack()
         self._degraded: list[str] = []
         self._scratches: list[tuple[int, Path]] = []
+        self._rooms = Rooms(monitor, plan.vm, plan.needs, request.reserve)
         self._frame = Frame(
             request=request,
             monitor=monitor,
@@ -79,22 +81,33 @@ class Run:
         for plan in self._plan.disks:
             log.info("Disk %s: %s (%s)", plan.disk.id, plan.level, plan.reason)
             _warn_of_full_storage(plan.disk)
+        with self._rooms.marked():
+            point = self._make_point()
+        self._retire_bitmaps(point)
+        return Outcome(point, (*self._degraded, *self._rooms.complaints, *self._plan.unsaved))
+
+    def _make_point(self) -> Point:
         try:
-            way = self._destination.way(self._frame)
-            self._prepare(way)
-            instant, consistency = self._take(way.view)
-            way.copy()
-            # What a destination writes to the disks, no filter in this QEMU sees.
-            require_present(status_of(self._monitor))
-            self._dismantle()
-            point = self._commit(way, instant, consistency)
+            with self._rooms.kept():
+                way = self._destination.way(self._frame)
+                self._prepare(way)
+                instant, consistency = self._take(way.view)
+                way.copy()
+                # What a destination writes to the disks, no filter in this QEMU sees.
+                require_present(status_of(self._monitor))
+                self._dismantle()
+                self._rooms.feed()
+                way.close()
+                point = self._point(way, instant, consistency)
+                interrupt.check()
+            way.commit(point)
+            self._rollback.forget()
         except BaseException as error:
             self._undo()
             if isinstance(error, _REFUSALS):
                 self._require_present_still(error)
             raise
-        self._retire_bitmaps(point)
-        return Outcome(point, (*self._degraded, *self._plan.unsaved))
+        return point
 
     def _prepare(self, way: Way) -> None:
         for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True):
@@ -122,14 +135,6 @@ class Run:
         """Take the views down; leftovers degrade the run and are the next run's to remove."""
         self._await_scratches()
         self._degraded += self._teardown.run()
-
-    def _commit(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
-        way.close()
-        point = self._point(way, instant, consistency)
-        interrupt.check()
-        way.commit(point)
-        self._rollback.forget()
-        return point
 
     def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
         stored = self._destination.stored.points

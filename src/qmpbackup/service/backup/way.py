@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run asks of the way into a target, whichever it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,6 @@ class Frame:
             scratch.folder_for(plan.disk, self.request.scratch),
             self.names.of(what, seat.number),
             size=plan.disk.size,
-            needed=plan.bytes_to_copy,
             named=not self.monitor.passes_descriptors,
             undo=self.teardown,
         )
@@ -102,6 +101,17 @@ class Destination(Protocol):
     def chunk(self) -> int:
         """Bytes of a chunk, where disks are read in chunks (0: QEMU copies them)."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies, if that is a file system of this machine."""
+
+    @property
+    def stores_plain(self) -> bool:
+        """Whether it takes as much room as what is copied."""
+
+    def stages(self, vm: Vm) -> bool:
+        """Whether what is copied of this VM goes into a local image beside the scratch first."""
+
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
 
@@ -115,8 +125,10 @@ class Destination(Protocol):
 class Opening(Protocol):
     """A target that is named, and about to be opened."""
 
-    def destination(self, vm: Vm) -> AbstractContextManager[Destination]:
-        """The target, opened and held."""
+    def destination(
+        self, vm: Vm, approve: Callable[[Destination], object]
+    ) -> AbstractContextManager[Destination]:
+        """The target, opened and held. Where it would have to be made, `approve` may refuse before."""
 
 
 def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str, chunk: int) -> tuple[Seat, ...]:

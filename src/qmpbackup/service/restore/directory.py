@@ -9,11 +9,11 @@ device:  read all digests first ─ then copy, zeros too
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import StorageError
+from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.process import Child
 from qmpbackup.qemu import images, merging
@@ -62,7 +62,16 @@ def restore(
         def fill(number: int, partial: Partial) -> None:
             _fill(target, sources[number], partial, request.file_format)
 
-        place.into_files(outputs, request, fill)
+        needs = [_needed(source) for source in sources]
+        place.into_files(outputs, needs, request, fill)
+
+
+def _needed(source: _Source) -> int:
+    """Bytes that a disk takes where it goes, as far as that can be measured."""
+    if not source.disk.snapshot:
+        with suppress(DamagedError):  # the copy says better what is wrong
+            return images.needed_bytes([file.layer for file in source.files])
+    return 0
 
 
 def _fill(target: DirectoryTarget, source: _Source, partial: Partial, format_: str) -> None:

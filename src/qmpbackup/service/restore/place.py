@@ -26,7 +26,9 @@ from qmpbackup.errors import (
 )
 from qmpbackup.filelock import locked
 from qmpbackup.model import StoredDisk
+from qmpbackup.plan.room import Need
 from qmpbackup.qemu.qcow2 import read_header
+from qmpbackup.service import room
 from qmpbackup.service.restore.outputs import Output, require_replaceable
 from qmpbackup.service.restore.request import Request
 from qmpbackup.target.names import PARTIAL
@@ -35,19 +37,30 @@ log = logging.getLogger(__name__)
 
 _BLKROGET = 0x125E  # linux/fs.h
 
+_ROOM_HINT = "Make room there, choose another place, or keep less free with --reserve SIZE"
+
 
 def into_files(
-    outputs: Sequence[Output], request: Request, fill: Callable[[int, "Partial"], None]
+    outputs: Sequence[Output],
+    needs: Sequence[int],
+    request: Request,
+    fill: Callable[[int, "Partial"], None],
 ) -> None:
     """Fill a partial file for each output, and give all of them their names at the end.
 
-    All are there before the first is filled. `fill` is called with the number of each output; the bytes
-    must be durable when it returns.
+    All are there before the first is filled. `needs` are the bytes that each takes. `fill` is called
+    with the number of each output; the bytes must be durable when it returns.
 
     Raises:
+        StorageError: there is not enough room beside the reserve, now or later.
         QmpBackupError: no output has its name, and nothing is left behind.
     """
+    wanted = [
+        (output.real.parent, Need(output.real.name, need))
+        for output, need in zip(outputs, needs, strict=True)
+    ]
     with ExitStack() as stack:
+        stack.enter_context(room.required(wanted, request.reserve, _ROOM_HINT))
         partials = [
             stack.enter_context(partial_file(output.real, request.lock_wait)) for output in outputs
         ]
@@ -119,6 +132,7 @@ class Partial:
         """Remove the file unless it is finished; the lock must be held."""
         if not self._finished:
             with suppress(OSError):
+                os.ftruncate(self.fd, 0)
                 os.unlink(self._name, dir_fd=self._folder)
 
 

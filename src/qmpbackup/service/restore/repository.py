@@ -66,7 +66,13 @@ def restore(
         with _naming(disks[number]):
             _fill(target, disks[number], sources[number], partial, request.file_format)
 
-    place.into_files(outputs, request, fill)
+    needs = [_needed(contents) for contents in sources]
+    place.into_files(outputs, needs, request, fill)
+
+
+def _needed(contents: Contents) -> int:
+    """Bytes that a disk takes where it goes, at most: zeros within chunks are left out."""
+    return min(contents.size, chunks.with_data(contents).count(1) * CHUNK)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ class Request:
     """What a user asks for. Either `folder` or `file` is set; no `disks` means all.
 
     No `format` means raw for a block device, else qcow2. `vm` names one of several in a repository.
+    `reserve` is the bytes that stay free where files are written (`None`: see `plan.room`).
     """
 
     target: Place
@@ -26,6 +27,7 @@ class Request:
     force: bool = False
     lock_wait: float = 0.0
     vm: str = ""
+    reserve: int | None = None
 
     @property
     def file_format(self) -> str:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The room that a backup takes on file systems: what it needs to begin, and a watch while it goes on.
+
+A VM that runs is marked with the file systems concerned. If it stops for want of room there, it is let
+run again once everything has been given back: by the run, or, if that died, by the next recovery.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qmpbackup.errors import Interrupted, JobError, QmpBackupError, StorageError, VmError
+from qmpbackup.model import Disk, Vm
+from qmpbackup.plan import room as budget
+from qmpbackup.plan.commands import Command
+from qmpbackup.plan.levels import DiskPlan
+from qmpbackup.plan.room import Need, Space
+from qmpbackup.qemu import host_files, scratch, starved
+from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.starved import Starved
+from qmpbackup.service import room
+from qmpbackup.service.backup.request import Request
+from qmpbackup.service.backup.way import Destination
+
+log = logging.getLogger(__name__)
+
+HINT = (
+    "Make room there, put the scratch (--scratch DIR) or the target elsewhere, or keep less free "
+    "with --reserve SIZE"
+)
+
+
+def needs(
+    request: Request,
+    monitor: Monitor,
+    vm: Vm,
+    plans: Sequence[DiskPlan],
+    destination: Destination,
+) -> list[tuple[Path, Need]]:
+    """What a run needs, each with a folder on the file system where it needs it.
+
+    Raises:
+        VmError: QEMU cannot be asked.
+    """
+    files = host_files.below(monitor, [plan.disk.format_node for plan in plans])
+    certain = {
+        plan.disk.id: budget.certain_bytes(
+            plan.bytes_to_copy, _held(plan.disk, files[plan.disk.format_node])
+        )
+        for plan in plans
+    }
+    folders = {plan.disk.id: scratch.folder_for(plan.disk, request.scratch) for plan in plans}
+    found: list[tuple[Path, Need]] = []
+    for folder in dict.fromkeys(folders.values()):
+        most = [plan.bytes_to_copy for plan in plans if folders[plan.disk.id] == folder]
+        found.append((folder, budget.scratch_need(most)))
+    for plan in plans:
+        disk, copied = plan.disk, certain[plan.disk.id]
+        if destination.stages(vm):
+            found.append((folders[disk.id], Need(f"a local copy of {disk.id}", copied)))
+        if destination.folder is not None:
+            stored = copied if destination.stores_plain else 0
+            found.append((destination.folder, Need(f"the backup of {disk.id}", stored)))
+    return found
+
+
+def _held(disk: Disk, files: Sequence[host_files.HostFile]) -> int | None:
+    """What the files below a disk hold; of a raw device everything counts."""
+    if disk.format == "raw" and files and all(each.driver == "host_device" for each in files):
+        return disk.size
+    return room.held_bytes(files)
+
+
+class Rooms:
+    """The file systems that one run takes room on."""
+
+    def __init__(
+        self, monitor: Monitor, vm: Vm, needed: Sequence[tuple[Path, Need]], wanted: int | None
+    ) -> None:
+        self._monitor = monitor
+        self._spaces: tuple[Space, ...] = tuple(space for space, _ in room.by_space(needed))
+        self._wanted = wanted
+        self._runs = vm.running
+        self._fed: Starved | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Give up what goes on in the block before the reserve is touched.
+
+        Raises:
+            StorageError: it was given up, or a view broke because the room was used up even so.
+        """
+        with room.kept(self._spaces, self._wanted, HINT) as lookout:
+            try:
+                yield
+            except JobError as error:
+                if lookout.look_now():
+                    raise lookout.error() from error
+                raise
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Mark the VM, if it runs; after the block, when all room is given back, let it run again if it
+        has stopped for want of it.
+
+        Raises:
+            StorageError: it had stopped, and what the block was to do has failed.
+        """
+        if not self._runs or not self._spaces:
+            yield
+            return
+        marking = starved.mark(self._devices)
+        self._monitor.execute(marking)
+        try:
+            yield
+        except (QmpBackupError, Interrupted) as error:
+            self.feed()
+            self._unmark(marking)
+            if self._fed and isinstance(error, QmpBackupError):
+                raise _with(error, self._fed) from error
+            raise
+        self.feed()
+        self._unmark(marking)
+
+    @property
+    def complaints(self) -> list[str]:
+        """What is to be said of a run that has made a point."""
+        return [self._words(self._fed)] if self._fed else []
+
+    @property
+    def _devices(self) -> frozenset[int]:
+        return frozenset(space.device for space in self._spaces)
+
+    def feed(self) -> None:
+        """Let the VM run again if it stands still for want of room that is free now."""
+        if not self._runs:
+            return
+        found = None
+        with suppress(VmError):
+            found = starved.feed(self._monitor, self._devices)
+        if found:
+            self._fed = found
+            log.warning("%s", self._words(found))
+
+    def _unmark(self, marking: Command) -> None:
+        """Remove the mark, unless the VM still waits for room: then it tells the next recovery."""
+        if self._fed is None or self._fed.runs:
+            with suppress(VmError):
+                self._monitor.execute(starved.unmark(marking))
+
+    @staticmethod
+    def _words(found: Starved) -> str:
+        advice = "" if found.runs else f" {starved.advice(found)}"
+        return f"During the backup {found}.{advice}"
+
+
+def _with(error: QmpBackupError, found: Starved) -> StorageError:
+    said = f"{error.message} During the backup {found}."
+    hint = f"{HINT}, then run again." if found.runs else starved.advice(found)
+    return StorageError(said, hint)
