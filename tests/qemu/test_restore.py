@@ -292,8 +292,12 @@ class TestFull:
     def test_no_room_is_said_and_nothing_is_left(
         self, stored: Stored, small: Path, format_: str
     ) -> None:
-        with pytest.raises(StorageError, match="No space left") as caught:
+        with pytest.raises(StorageError, match="too little room") as refused:
             restore(Request(stored.path, folder=small, format=format_))
+        assert refused.value.exit_code == 7
+        assert list(small.iterdir()) == []
+        with pytest.raises(StorageError, match="No space left") as caught:
+            restore(Request(stored.path, folder=small, format=format_, reserve=0))
         assert caught.value.exit_code == 7
         assert list(small.iterdir()) == []
 

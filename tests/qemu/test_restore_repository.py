@@ -304,8 +304,12 @@ class TestFull:
         if subprocess.run(mount, check=False, capture_output=True).returncode:
             pytest.skip("cannot mount here")
         try:
-            with pytest.raises(StorageError, match="No space left") as caught:
+            with pytest.raises(StorageError, match="too little room") as refused:
                 restore(Request(stored.place, folder=small, format=format_))
+            assert refused.value.exit_code == 7
+            assert list(small.iterdir()) == []
+            with pytest.raises(StorageError, match="No space left") as caught:
+                restore(Request(stored.place, folder=small, format=format_, reserve=0))
             assert caught.value.exit_code == 7
             assert list(small.iterdir()) == []
         finally:
