@@ -106,3 +106,22 @@ def test_an_answer_that_never_comes(tmp_path: Path) -> None:
         result = run(stage, spoil_at(20, NOBODY)).check(6)
         assert "did not answer" in result.err
         stage.make_good("inc")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["blockdev-create", "stop", "blockdev-backup"])
+def test_a_monitor_that_answers_nothing_any_more(tmp_path: Path, last: str) -> None:
+    """It costs one time limit of a command and one of all that is left, not one for each step."""
+    silent: set[str] = set()
+
+    def hook(proxy: Proxy, at: Place) -> None:
+        if at.command == last:
+            silent.add(last)
+        if silent and at.when == "after":
+            proxy.answer = NOBODY
+
+    with scene(tmp_path) as stage:
+        stage.renew("inc")
+        result = run(stage, hook).check(6)
+        assert "did not answer" in result.err
+        stage.make_good("inc")

@@ -36,6 +36,7 @@ from qmpbackup.errors import (
 )
 from qmpbackup.plan.commands import Command
 from qmpbackup.qemu.inbox import Client
+from qmpbackup.qemu.patience import Patience
 from qmpbackup.qemu.reply import Reply, one_line
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Monitor:
         self.peer_pid = _peer_pid(connection)
         """The process id of QEMU, where the kernel tells it; also once the connection is lost."""
         self._loop = asyncio.new_event_loop()
+        self._patience = Patience()
         self._client = Client()
 
     @classmethod
@@ -131,7 +133,7 @@ class Monitor:
             CommandTimeout, ConnectionLost: the outcome is unknown.
             MonitorProtocolError: the answer is not QMP.
         """
-        return self._run(self._execute(command, timeout), command.name, timeout)
+        return self._run(self._execute(command, timeout), command.name)
 
     def execute_all(self, commands: Sequence[Command]) -> list[object]:
         """Send several commands that only ask, at once, and return their values in order."""
@@ -160,7 +162,7 @@ class Monitor:
                     raise result
             return list(results)
 
-        return self._run(settle(), commands[0].name, COMMAND_SECONDS) if commands else []
+        return self._run(settle(), commands[0].name) if commands else []
 
     def send_descriptor(self, fd: int, command: Command) -> object:
         """Carry out `add-fd` or `getfd` with the descriptor it is about (unix(7), SCM_RIGHTS)."""
@@ -169,7 +171,7 @@ class Monitor:
             self._client.send_fd_scm(fd)
             return await self._execute(command, COMMAND_SECONDS)
 
-        return self._run(send(), command.name, COMMAND_SECONDS)
+        return self._run(send(), command.name)
 
     def wait_for_event(self, names: frozenset[str], timeout: float) -> Reply | None:
         """The next event of one of these names, or `None` when none came in time.
@@ -183,7 +185,7 @@ class Monitor:
             interrupt.check()
             left = deadline - time.monotonic()
             event = self._run(
-                self._next_event(max(0.0, min(left, _SLICE_SECONDS))), "waiting for events", left
+                self._next_event(max(0.0, min(left, _SLICE_SECONDS))), "waiting for events"
             )
             if event is not None and event.text("event") in names:
                 return event
@@ -233,12 +235,21 @@ class Monitor:
         return Reply(greeting.QMP.version, "greeting.QMP.version")
 
     async def _execute(self, command: Command, timeout: float) -> object:
+        patience = self._patience.left(timeout)
+        if not patience:
+            raise CommandTimeout(f"QEMU does not answer; {command.name} was not sent.")
         call = self._client.execute(command.name, command.arguments or None)
         try:
-            return await asyncio.wait_for(call, timeout)
+            answer = await asyncio.wait_for(call, patience)
+        except TimeoutError:
+            self._patience.gave_up()
+            raise
         except ExecuteError as error:
+            self._patience.answered()
             refusal = error.error.error
             raise CommandError(command.name, refusal.class_, one_line(refusal.desc)) from error
+        self._patience.answered()
+        return answer
 
     async def _next_event(self, timeout: float) -> Reply | None:
         try:
@@ -249,14 +260,13 @@ class Monitor:
             return None
         return Reply(event, "event")
 
-    def _run(self, work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
+    def _run(self, work: Coroutine[Any, Any, T], what: str) -> T:
         self._client.begin()
         try:
             return self._loop.run_until_complete(work)
         except TimeoutError as error:
             raise CommandTimeout(
-                f"QEMU did not answer {what} within {timeout:.0f} s; whether it was carried out is "
-                "unknown.",
+                f"QEMU did not answer {what} in time; whether it was carried out is unknown.",
                 "Look at the VM's storage; the next run finds out and cleans up.",
             ) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
