@@ -293,15 +293,18 @@ class Managed(Machine):
 
     def migrate(self, to: Libvirt) -> "Managed":
         """Move it, running, to another daemon; what it is there, with sockets in that one's folder."""
-        there = Managed(to, self.name, self.disks)
+        self.try_migrate(to).check()
+        self.leave()
+        return Managed(to, self.name, self.disks)
+
+    def try_migrate(self, to: Libvirt) -> Result:
+        """The same, however it ends."""
         file = self.host.folder / f"{self.name}.moved.xml"
         mine, its = f"{self.host.folder}/{self.name}.", f"{to.folder}/{self.name}."
         file.write_text(self.virsh("dumpxml", "--migratable").replace(mine, its))
-        self.leave()
         options = ("--live", "--unsafe", "--persistent", "--undefinesource", "--xml", file)
         way = ("--migrateuri", "tcp://127.0.0.1", "--listen-address", "127.0.0.1")
-        self.virsh("migrate", "--desturi", to.uri, *options, *way)
-        return there
+        return self.try_virsh("migrate", "--desturi", to.uri, *options, *way)
 
     def active_bitmaps(self, disk: str) -> list[dict[str, Any]]:
         """The bitmaps on the node that a disk sits on, as QEMU describes them."""

@@ -3,6 +3,7 @@
 run ends as it should."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from lab.disks import CLUSTER, MIB
 from lab.libvirt import Libvirt, Managed
 from lab.qmp import QmpError
 
-from .conftest import SDA, VDA, VDB, live
+from .conftest import SDA, VDA, VDB, live, managed, started
 
 StartManaged = Callable[..., Managed]
 NO_INCREMENTAL, VM_ERROR = 4, 6
@@ -140,3 +141,21 @@ def test_libvirtd_is_killed(host: Libvirt, start_managed: StartManaged, tmp_path
     host.start()
     assert vm.virsh("domstate") == "running"
     assert_goes_on(vm, target, tmp_path, (VDA, VDB))
+
+
+@pytest.mark.slow
+def test_a_migration_is_refused(tmp_path: Path) -> None:
+    """The destination gets no lock on images that views sit on; the VM runs on where it was."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a daemon another host's name")
+    target = tmp_path / "target"
+    with started("here") as here, started("there") as there, managed(here, "stays") as vm:
+        back_up(vm, target)
+        with copying(vm, target) as running:
+            assert vm.try_migrate(there).code
+            assert vm.virsh("domstate") == "running"
+            finish(vm, running).check()
+        assert_goes_on(vm, target, tmp_path, (VDA, VDB))
+        arrived = vm.migrate(there)
+        assert_goes_on(arrived, target, tmp_path, (VDA, VDB))
+        arrived.leave()
