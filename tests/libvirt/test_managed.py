@@ -174,7 +174,7 @@ def test_libvirts_own_monitor(start_managed: StartManaged) -> None:
 
 def test_libvirt_holds_the_guest_agent(start_managed: StartManaged, tmp_path: Path) -> None:
     vm = start_managed("agent")
-    (agent,) = vm.host.folder.glob("config/libvirt/qemu/channel/target/*-agent/org.qemu*")
+    (agent,) = vm.host.folder.rglob("*-agent/org.qemu.guest_agent.0")
     run = ("--socket", vm.socket, "--agent-socket", agent, "backup", "--level", "auto")
     refused = cli.run(*run, "--target", tmp_path / "target", "--quiesce").check(QUIESCE)
     assert "libvirt" in refused.err

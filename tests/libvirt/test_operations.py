@@ -30,7 +30,8 @@ def copying(vm: Managed, target: Path) -> Iterator[cli.Running]:
         vm.write(vm.disks[0].id, block * CLUSTER, CLUSTER, 3)
     arguments = ("backup", "--level", "inc", "--speed-limit", "10000", "--target", target)
     with cli.start("--socket", vm.socket, *arguments, "--json") as running:
-        vm.qmp.poll(lambda: is_copying(vm))
+        vm.qmp.poll(lambda: is_copying(vm) or running.process.poll() is not None)
+        assert running.process.poll() is None, str(running.wait())
         yield running
 
 
