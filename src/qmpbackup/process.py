@@ -7,7 +7,8 @@ block that waits for it is left in whatever way, and by the kernel when we die.
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -56,11 +57,13 @@ class Child:
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] = NOTHING,
         at_our_death: signal.Signals = signal.SIGKILL,
+        writable: Sequence[int] | None = None,
     ) -> None:
         """Start it, without input, its output captured and its messages in English.
 
         `environment` is what it is told beside what we were told, `at_our_death` the signal that the
-        kernel sends it when we die.
+        kernel sends it when we die. With `writable`, it can open nothing for writing but these files,
+        and what is in these folders (`landlock`).
 
         Raises:
             QmpBackupError: there is no such program, or it cannot be started.
@@ -70,16 +73,17 @@ class Child:
         self.program = arguments[0].rpartition("/")[2]
         self._result: Result | None = None
         try:
-            self._process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=pass_fds,
-                env={**os.environ, "LC_ALL": "C", **environment},
-                process_group=0,  # so that Ctrl-C reaches us alone, and we end it in order
-                preexec_fn=_DieWithParent(at_our_death),  # noqa: PLW1509 - only calls prctl and sigprocmask
-            )
+            with _confinement(writable) as confine:
+                self._process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=pass_fds,
+                    env={**os.environ, "LC_ALL": "C", **environment},
+                    process_group=0,  # so that Ctrl-C reaches us alone, and we end it in order
+                    preexec_fn=_Prepare(at_our_death, confine),  # noqa: PLW1509 - system calls only
+                )
         except FileNotFoundError:
             raise QmpBackupError(
                 f"The program {self.program} is not installed.", _INSTALL.get(self.program, "")
@@ -200,14 +204,15 @@ def run(
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] = NOTHING,
     timeout: float | None = None,
+    writable: Sequence[int] | None = None,
 ) -> Result:
-    """Run a program to its end; its failure is in the result.
+    """Run a program to its end; its failure is in the result. `writable` is as for `Child`.
 
     Raises:
         QmpBackupError: it is not installed, or took longer than `timeout` seconds.
         Interrupted: a signal is waiting; the program was killed.
     """
-    with Child(arguments, pass_fds=pass_fds, environment=environment) as child:
+    with Child(arguments, pass_fds=pass_fds, environment=environment, writable=writable) as child:
         return child.wait(timeout)
 
 
@@ -217,18 +222,29 @@ _INSTALL = {
 }
 
 
-class _DieWithParent:
-    """Runs in the child before the program: die when we die, and take signals again."""
+def _confinement(writable: Sequence[int] | None) -> AbstractContextManager[Callable[[], None]]:
+    if writable is None:
+        return nullcontext(lambda: None)
+    from qmpbackup.landlock import Confinement
 
-    def __init__(self, number: signal.Signals) -> None:
+    return Confinement(writable)
+
+
+class _Prepare:
+    """Runs in the child before the program: die when we die, write to nothing else, and take signals
+    again."""
+
+    def __init__(self, number: signal.Signals, confine: Callable[[], None]) -> None:
         self._library = _c_library()
         self._parent = os.getpid()
         self._number = int(number)
+        self._confine = confine
 
     def __call__(self) -> None:
         self._library.prctl(_PR_SET_PDEATHSIG, self._number, 0, 0, 0)
         if os.getppid() != self._parent:
             os._exit(127)
+        self._confine()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

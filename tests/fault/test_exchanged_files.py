@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.exchanging import SECRET, flipping, in_front_of, secret_file
+from lab.exchanging import SECRET, attacking, flipping, forged_head, secret_file
+from qmpbackup import landlock
 from qmpbackup.model import Level
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
@@ -48,6 +49,11 @@ def files(stored: Stored) -> list[Path]:
     return [stored.file(point, DISK) for point in stored.points]
 
 
+def being_written(stored: Stored) -> list[Path]:
+    folder = stored.path / DISK
+    return [*folder.glob("*.partial"), *folder.glob("*.merged")]
+
+
 def holds_secret(folder: Path) -> list[Path]:
     """Files below a folder that hold anything of the secret, read as images too."""
     return [each for each in folder.rglob("*") if each.is_file() and SECRET in each.read_bytes()]
@@ -80,7 +86,7 @@ def test_a_restore_reads_no_file_that_an_exchanged_head_names(
     stored: Stored, tmp_path: Path, format_: str, which: int
 ) -> None:
     secret = secret_file(tmp_path / "secret", 4 * MIB)
-    env = flipping(tmp_path / "attack", [files(stored)[which]], secret)
+    attack = flipping([files(stored)[which]], secret)
     out = tmp_path / "out"
     arguments: list[cli.Argument] = [
         "restore",
@@ -91,7 +97,8 @@ def test_a_restore_reads_no_file_that_an_exchanged_head_names(
         "--format",
         format_,
     ]
-    refused = cli.run(*arguments, env=env)
+    with attack as env:
+        refused = cli.run(*arguments, env=env)
     assert refused.code in {STORAGE, 8}, refused
     assert not out.exists()
     cli.run(*arguments).check()
@@ -100,9 +107,10 @@ def test_a_restore_reads_no_file_that_an_exchanged_head_names(
 
 def test_nor_does_one_to_a_block_device(stored: Stored, tmp_path: Path, device: Path) -> None:
     secret = secret_file(tmp_path / "secret", 4 * MIB)
-    env = flipping(tmp_path / "attack", files(stored), secret)
+    attack = flipping(files(stored), secret)
     arguments: list[cli.Argument] = ["restore", "--target", stored.path, "--output-file", device]
-    refused = cli.run(*arguments, env=env).check(STORAGE)
+    with attack as env:
+        refused = cli.run(*arguments, env=env).check(STORAGE)
     assert "was changed while it was read" in refused.err
     assert "holds only part" in refused.err
     assert SECRET not in device.read_bytes()
@@ -112,8 +120,9 @@ def test_nor_does_one_to_a_block_device(stored: Stored, tmp_path: Path, device: 
 
 def test_a_verification_notices_and_reads_none_either(stored: Stored, tmp_path: Path) -> None:
     secret = secret_file(tmp_path / "secret", 4 * MIB)
-    env = flipping(tmp_path / "attack", files(stored), secret)
-    refused = cli.run("verify", "--target", stored.path, env=env)
+    attack = flipping(files(stored), secret)
+    with attack as env:
+        refused = cli.run("verify", "--target", stored.path, env=env)
     assert refused.code in {1, STORAGE, 8}, refused
     assert "was changed while it was read" in refused.out + refused.err
     cli.run("verify", "--target", stored.path).check()
@@ -124,8 +133,9 @@ def test_a_merge_reads_no_file_that_an_exchanged_head_names(tmp_path: Path, kind
     stored = make(tmp_path, compress=kind == "prune compressed")
     secret = secret_file(tmp_path / "secret", 4 * MIB)
     before = secret.read_bytes()
-    env = flipping(tmp_path / "attack", files(stored), secret)
-    refused = merge(kind, stored, env)
+    attack = flipping(files(stored), secret)
+    with attack as env:
+        refused = merge(kind, stored, env)
     assert refused.code in {STORAGE, 8}, refused
     assert holds_secret(stored.path) == []
     assert secret.read_bytes() == before
@@ -138,10 +148,11 @@ def test_an_export_reads_no_file_that_an_exchanged_head_names(
     stored: Stored, tmp_path: Path
 ) -> None:
     secret = secret_file(tmp_path / "secret", 4 * MIB)
-    env = flipping(tmp_path / "attack", files(stored), secret)
+    attack = flipping(files(stored), secret)
     out = tmp_path / "out" / "merged"
     arguments: list[cli.Argument] = ["merge", "--dir", stored.path / DISK, "--targetfile", out]
-    refused = cli.run(*arguments, program="qmprestore", env=env)
+    with attack as env:
+        refused = cli.run(*arguments, program="qmprestore", env=env)
     assert refused.code in {STORAGE, 8}, refused
     assert not out.exists()
     cli.run(*arguments, program="qmprestore").check()
@@ -154,14 +165,44 @@ def test_a_link_in_the_place_of_the_merged_file_is_not_followed(tmp_path: Path, 
     victim = tmp_path / "image-of-another-vm"
     run("qemu-img", "create", "-q", "-f", "qcow2", str(victim), str(stored.size))
     before = victim.read_bytes()
-    plant = (
-        f"for name in {stored.path / DISK}/*.partial {stored.path / DISK}/*.merged; do\n"
-        f'  [ -f "$name" ] && ln -sf {victim} "$name"\ndone'
-    )
-    refused = merge(kind, stored, in_front_of(tmp_path / "bin", "qemu-img", plant))
+
+    def plant() -> None:
+        for name in being_written(stored):
+            if name.is_file():
+                name.unlink()
+                name.symlink_to(victim)
+
+    with attacking(plant) as env:
+        refused = merge(kind, stored, env)
     assert refused.code in {STORAGE, 8}, refused
     assert victim.read_bytes() == before
     assert verify(VerifyRequest(stored.path)).whole
     merge(kind, stored, {}).check()
     assert verify(VerifyRequest(stored.path)).whole
     assert victim.read_bytes() == before
+
+
+@pytest.mark.skipif(not landlock.is_there(), reason="a kernel without Landlock")
+@pytest.mark.parametrize("kind", MERGES)
+def test_a_server_that_changes_the_file_being_written_has_nothing_else_written_to(
+    tmp_path: Path, kind: str
+) -> None:
+    """The head of an image that is written is parsed as it is: behind it may be a share's other side."""
+    stored = make(tmp_path, compress=kind == "prune compressed")
+    secret = secret_file(tmp_path / "secret", 4 * MIB)
+    before = secret.read_bytes()
+    forged = forged_head(files(stored)[0], secret)
+
+    def exchange() -> None:
+        for name in being_written(stored):
+            if name.stat().st_size:
+                with name.open("r+b") as file:
+                    file.write(forged)
+
+    with attacking(exchange) as env:
+        refused = merge(kind, stored, env)
+    assert refused.code in {STORAGE, 8}, refused
+    assert secret.read_bytes() == before
+    assert holds_secret(stored.path) == []
+    merge(kind, stored, {}).check()
+    assert verify(VerifyRequest(stored.path)).whole

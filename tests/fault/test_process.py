@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.patience import PATIENCE
-from qmpbackup import interrupt
+from qmpbackup import interrupt, landlock
 from qmpbackup.errors import Interrupted, QmpBackupError
 from qmpbackup.process import Child, run
 
@@ -39,6 +39,28 @@ def test_a_program_that_floods_both_pipes_is_read_to_its_end() -> None:
 
 def test_a_program_that_is_killed_says_so() -> None:
     assert "signal 9" in run(["sh", "-c", "kill -9 $$"]).reason
+
+
+@pytest.mark.skipif(not landlock.is_there(), reason="a kernel without Landlock")
+def test_a_program_writes_to_nothing_but_what_it_was_given(tmp_path: Path) -> None:
+    given, other, folder = tmp_path / "given", tmp_path / "other", tmp_path / "folder"
+    for file in (given, other):
+        file.write_bytes(b"before")
+    folder.mkdir()
+    script = (
+        f"echo a >/dev/fd/$0 && echo b >{folder}/new && echo c >/dev/null || exit 1\n"
+        f"echo d >{other} && exit 2; echo e >{tmp_path}/new && exit 3\n"
+        f"rm {other} && exit 4; ln -s x {tmp_path}/link && exit 5; cat {other}"
+    )
+    with given.open("r+b") as opened:
+        place = os.open(folder, os.O_PATH)
+        fds = [opened.fileno()]
+        result = run(["sh", "-c", script, str(fds[0])], pass_fds=fds, writable=[*fds, place])
+        os.close(place)
+    assert (result.code, result.output) == (0, b"before"), result.messages
+    assert given.read_bytes() == b"a\n"
+    assert (folder / "new").read_bytes() == b"b\n"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "given", "other"]
 
 
 def test_leaving_the_block_ends_the_program() -> None:

@@ -4,9 +4,10 @@
 qemu-img compares images but no snapshots. Knows images and processes; must not know targets.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -40,11 +41,15 @@ def serving(layer: Layer, options: Sequence[str], action: str) -> Iterator[str]:
     """
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="qmpbackup-") as folder, opened([layer]) as image:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qmpbackup-"))
+        place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, place)
+        image = stack.enter_context(opened([layer]))
         socket, started = f"{folder}/nbd", Path(folder) / "pid"
         command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", *options]
         command += [f"--socket={socket}", f"--pid-file={started}", image.name]
-        with Child(command, pass_fds=image.fds) as child:
+        with Child(command, pass_fds=image.fds, writable=[place]) as child:
             _await_start(child, started, action)
             yield socket
 

@@ -83,7 +83,9 @@ def converting(
         arguments += ["-c", *ZSTD] if compress else []
         arguments += ["-r", str(rate)] if rate else []
         fds = [*source.fds, output]
-        with Child([*arguments, source.name, path(output)], pass_fds=fds) as child:
+        with Child(
+            [*arguments, source.name, path(output)], pass_fds=fds, writable=[output]
+        ) as child:
             yield child
 
 
@@ -109,7 +111,7 @@ def check(layer: Layer) -> CheckResult:
     """
     with opened([layer]) as image:
         arguments = ["qemu-img", "check", "--output=json", image.name]
-        result = process.run(arguments, pass_fds=image.fds)
+        result = process.run(arguments, pass_fds=image.fds, writable=())
     # 0 fine, 2 errors, 3 leaks; anything else: the check itself failed (qemu-img(1)).
     if result.code not in {0, 2, 3}:
         return CheckResult(1, 0, result.reason)
@@ -127,7 +129,7 @@ def needed_bytes(layers: Sequence[Layer]) -> int:
     """
     with opened(layers) as source:
         arguments = ["qemu-img", "measure", "-O", "qcow2", "--output=json", source.name]
-        result = process.run(arguments, pass_fds=source.fds)
+        result = process.run(arguments, pass_fds=source.fds, writable=())
     if result.code:
         raise failure(result, f"measure {layers[-1].name}")
     return int(_parse(result).get("required", 0))
@@ -141,7 +143,7 @@ def snapshot_names(layer: Layer) -> tuple[str, ...]:
     """
     with opened([layer]) as image:
         arguments = ["qemu-img", "info", "--output=json", image.name]
-        result = process.run(arguments, pass_fds=image.fds, timeout=_QUICK)
+        result = process.run(arguments, pass_fds=image.fds, timeout=_QUICK, writable=())
     if result.code:
         raise failure(result, f"open {layer.name}")
     return tuple(str(each["name"]) for each in _parse(result).get("snapshots", ()))
@@ -158,7 +160,7 @@ def held_ranges(layers: Sequence[Layer], ground: int, end: int) -> list[tuple[in
     """
     with opened(layers, raw(ground)) as source:
         arguments = ["qemu-img", "map", "--output=json", source.name]
-        result = process.run(arguments, pass_fds=source.fds)
+        result = process.run(arguments, pass_fds=source.fds, writable=())
     if result.code:
         raise failure(result, f"read {layers[-1].name}")
     ranges: list[tuple[int, int]] = []
@@ -181,7 +183,7 @@ def same_contents(one: Opening, other: Opening) -> bool:
         QmpBackupError: one of them cannot be read.
     """
     arguments = ["qemu-img", "compare", "-q", one.name, other.name]
-    result = process.run(arguments, pass_fds=[*one.fds, *other.fds])
+    result = process.run(arguments, pass_fds=[*one.fds, *other.fds], writable=())
     if result.code not in {0, 1}:
         raise failure(result, "compare two images")
     return result.code == 0

@@ -25,7 +25,7 @@ def create(fd: int, name: str, size: int, *, backing: str = "", compress: bool =
     link = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
     options = ZSTD if compress else ()
     arguments = ["create", "-q", "-f", "qcow2", *link, *options, path(fd), str(size)]
-    _run(arguments, [fd], f"create {name}")
+    _run(arguments, fd, [], f"create {name}")
 
 
 def apply(layer: Layer, base: int, *, rate: int = 0) -> None:
@@ -49,7 +49,7 @@ def apply(layer: Layer, base: int, *, rate: int = 0) -> None:
         arguments = ["commit", "-q", "-d", *limit, "-b", into.name]
         with layers.opened([layer], into) as below:
             whole = layers.image(top, below)
-            _run([*arguments, whole.name], whole.fds, f"apply {layer.name}")
+            _run([*arguments, whole.name], base, whole.fds, f"apply {layer.name}")
     finally:
         os.close(top)
 
@@ -74,7 +74,7 @@ def apply_above(
     size = layer.header.size
     if size != read_header(base, "The merged image").size:
         whole = layers.image(base, layers.raw(ground))
-        _run(["resize", "-q", whole.name, str(size)], whole.fds, "enlarge the merged image")
+        _run(["resize", "-q", whole.name, str(size)], base, whole.fds, "enlarge the merged image")
     below = path(ground)
     output = (
         f"driver=qcow2,file.driver=file,file.filename={path(base)},"
@@ -85,7 +85,7 @@ def apply_above(
     arguments += ["-r", str(rate)] if rate else []
     with layers.opened([layer], layers.raw(ground)) as source:
         arguments += ["--target-image-opts", source.name, output]
-        _run(arguments, [*source.fds, base], f"apply {layer.name}")
+        _run(arguments, base, source.fds, f"apply {layer.name}")
 
 
 def take_snapshot(fd: int, name: str) -> None:
@@ -96,7 +96,7 @@ def take_snapshot(fd: int, name: str) -> None:
     """
     image = f"driver=qcow2,file.driver=file,file.filename={path(fd)}"
     arguments = ["snapshot", "-q", "-c", name, "--image-opts", image]
-    _run(arguments, [fd], f"take the snapshot {name}")
+    _run(arguments, fd, [], f"take the snapshot {name}")
 
 
 def resize(fd: int, format_: str, size: int) -> None:
@@ -106,10 +106,12 @@ def resize(fd: int, format_: str, size: int) -> None:
         QmpBackupError: it failed.
     """
     arguments = ["resize", "-q", "--shrink", "-f", format_, path(fd), str(size)]
-    _run(arguments, [fd], "set the size of an image")
+    _run(arguments, fd, [], "set the size of an image")
 
 
-def _run(arguments: Sequence[str], fds: Sequence[int], action: str) -> None:
-    result = process.run(["qemu-img", *arguments], pass_fds=fds)
+def _run(arguments: Sequence[str], output: int, fds: Sequence[int], action: str) -> None:
+    """Have qemu-img write to an open file, which needs these others, and have it say what went wrong."""
+    command = ["qemu-img", *arguments]
+    result = process.run(command, pass_fds=[output, *fds], writable=[output])
     if result.code:
         raise failure(result, action)

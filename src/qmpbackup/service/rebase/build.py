@@ -102,7 +102,7 @@ def build(
         with storage_errors(f"read {folder.path / partial}"):
             new = Layer.of(fd, partial)
         _prove(new, plan, layers)
-        require_unchanged(layers)
+        require_unchanged([*layers, new])
         each("proved")
         with storage_errors(f"store {folder.path / partial}"):
             _give_away(fd, layers[0].fd)
