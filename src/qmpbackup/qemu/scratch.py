@@ -13,6 +13,7 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Disk
+from qmpbackup.qemu.beside import is_image_folder
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,16 @@ _PATIENCE = 2.0
 """Seconds after which a write that has not come back is called hanging."""
 
 
-def folder_for(disk: Disk, chosen: Path | None) -> Path:
-    """Where the scratch of a disk goes: as chosen, else beside the disk, else `/var/tmp`."""
+def folder_for(disk: Disk, chosen: Path | None, pid: int | None) -> Path:
+    """Where the scratch of a disk goes: as chosen, else beside the disk, else `/var/tmp`.
+
+    `pid` is QEMU's process, as far as it is known (`Monitor.peer_pid`).
+    """
     if chosen is not None:
         return chosen
     image = Path(disk.filename)
-    with suppress(OSError):  # QEMU may see folders that we may not look into
-        if image.is_absolute() and image.is_file() and os.access(image.parent, os.W_OK):
+    with suppress(OSError, ValueError):  # QEMU may see folders that we may not look into
+        if is_image_folder(image, pid) and os.access(image.parent, os.W_OK):
             return image.parent
     return FALLBACK
 

@@ -57,13 +57,13 @@ def examine(
     """
     with session.opened(address, lock_wait=lock_wait, look_only=True) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
-        dirty = opened.found.needs_recovery
+        dirty, pid = opened.found.needs_recovery, opened.monitor.peer_pid
     yield from _qemu(vm)
     if dirty:
         yield _left_behind(leftovers)
     for disk in vm.disks:
         yield from _disk(disk)
-        yield from _scratch(disk, scratch_dir)
+        yield from _scratch(disk, scratch.folder_for(disk, scratch_dir, pid))
     for skipped in vm.skipped:
         yield _skipped(skipped)
     yield _agent(agent_address)
@@ -168,8 +168,7 @@ def _bitmap(disk: Disk, bitmap: Bitmap) -> Iterator[Finding]:
         yield Finding(disk.id, Health.FINE, text)
 
 
-def _scratch(disk: Disk, chosen: Path | None) -> Iterator[Finding]:
-    folder = scratch.folder_for(disk, chosen)
+def _scratch(disk: Disk, folder: Path) -> Iterator[Finding]:
     try:
         free = scratch.free_bytes(folder)
     except OSError as error:

@@ -50,7 +50,10 @@ def needs(
         )
         for plan in plans
     }
-    folders = {plan.disk.id: scratch.folder_for(plan.disk, request.scratch) for plan in plans}
+    folders = {
+        plan.disk.id: scratch.folder_for(plan.disk, request.scratch, monitor.peer_pid)
+        for plan in plans
+    }
     found: list[tuple[Path, Need]] = []
     for folder in dict.fromkeys(folders.values()):
         most = [plan.bytes_to_copy for plan in plans if folders[plan.disk.id] == folder]

@@ -51,7 +51,7 @@ class Frame:
     def scratch(self, seat: Seat, plan: DiskPlan, what: str = "scratch") -> tuple[int, Path]:
         """Make a scratch file for a disk; `what` tells several of one disk apart."""
         return scratch.create(
-            scratch.folder_for(plan.disk, self.request.scratch),
+            scratch.folder_for(plan.disk, self.request.scratch, self.monitor.peer_pid),
             self.names.of(what, seat.number),
             size=plan.disk.size,
             named=not self.monitor.passes_descriptors,
