@@ -60,7 +60,8 @@ class Underlay:
 
     `role` is its part for what is above it: `backing`, `data-file`, or another name of QEMU's. `stamp`
     changes when the file is written to, replaced or exchanged (of a file that the disk itself writes:
-    when it is replaced); empty where nothing but the name can be known.
+    when it is replaced); empty where nothing but the name can be known. `node` is QEMU's name of its
+    node, which says something within one process alone.
     """
 
     role: str
@@ -68,6 +69,7 @@ class Underlay:
     format: str
     size: int
     stamp: str = ""
+    node: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +162,16 @@ Place = Path | Location
 
 @dataclass(frozen=True, slots=True)
 class VmConfig:
-    """What a restore on a bare machine wants to know besides the disks."""
+    """What a restore on a bare machine wants to know besides the disks.
+
+    `process` tells one process of QEMU from every other that ever was (empty: it cannot be seen).
+    """
 
     identity: VmIdentity
     qemu_version: str
     machine: str = ""
     command_line: tuple[str, ...] = ()
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,8 +153,44 @@ def test_a_snapshot_that_was_committed_costs_no_full(plain_stack: Stack) -> None
     assert stack.back_up("inc") == "inc"
 
 
-def test_a_chain_that_a_job_has_shortened_is_right(plain_stack: Stack) -> None:
+@pytest.mark.parametrize("job", ["stream all", "stream in part", "commit in the middle"])
+def test_a_chain_that_a_job_has_shortened_goes_on(plain_stack: Stack, job: str) -> None:
     stack, vm = plain_stack, plain_stack.vm
-    vm.qmp("block-stream", device="node-vda", job_id="stream")
+    lowest = vm.qmp("query-block")[0]["inserted"]["image"]["backing-image"]["backing-image"]
+    assert lowest["filename"] == str(stack.lowest)
+    if job == "stream all":
+        vm.qmp("block-stream", device="node-vda", job_id="job")
+    elif job == "stream in part":
+        vm.qmp("block-stream", device="node-vda", job_id="job", base=str(stack.lowest))
+    else:
+        middle = {"top": str(stack.template), "base": str(stack.lowest)}
+        vm.qmp("block-commit", device="node-vda", job_id="job", **middle)
     vm.qmp.wait_event("BLOCK_JOB_COMPLETED")
-    stack.assert_whole_again("another", "none below it now")
+    stack.go_on(6)
+    assert stack.back_up("inc") == "inc"
+    vm.restart()
+    stack.go_on(7)
+    assert stack.back_up("inc") == "inc"
+
+
+def test_a_chain_that_was_shortened_by_hand(plain_stack: Stack) -> None:
+    stack = plain_stack
+    stack.vm.quit()
+    qemu_img("rebase", "-u", "-b", str(stack.lowest), "-F", "qcow2", str(stack.image))
+    stack.assert_whole_again("another")
+
+
+def test_a_template_that_was_exchanged_while_the_vm_runs(plain_stack: Stack) -> None:
+    stack, vm = plain_stack, plain_stack.vm
+    new = create(stack.folder / "new.qcow2", SIZE, contents=pattern(SIZE, 2))
+    file = {"driver": "file", "filename": str(new)}
+    vm.qmp("blockdev-add", driver="qcow2", node_name="new", file=file, read_only=True)
+    (own,) = (
+        node["node-name"]
+        for node in vm.qmp("query-named-block-nodes", flat=True)
+        if node["drv"] == "file" and node["file"] == str(stack.image)
+    )
+    options = {"driver": "qcow2", "node-name": "node-vda", "file": own, "backing": "new"}
+    vm.qmp("blockdev-reopen", options=[{**options, "discard": "unmap"}])
+    stack.go_on(6)
+    assert "new.qcow2" in try_backup(vm, stack.target, "inc").check(4).err

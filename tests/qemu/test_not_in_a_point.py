@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lab import cli
-from lab.backups import assert_restores, levels, try_backup
+from lab.backups import assert_restores, back_up, levels, try_backup
 from lab.disks import MIB, Disk, create
 from lab.qemu import Qemu
+from lab.repositories import Target, environment_of, repository
 
 SIZE = 10 * MIB
 StartQemu = Callable[..., Qemu]
@@ -113,3 +116,48 @@ def test_what_was_not_included_is_known_to_be_missing(
     assert [each["absence"] for each in point["point"]["skipped"]] == ["chosen"]
     try_backup(vm, tmp_path / "target", "auto", "--include", "pmem").check(6)
     try_backup(vm, tmp_path / "target", "auto", "--exclude", "pmem2").check(2)
+
+
+@pytest.fixture(params=["directory", "repository"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    where = tmp_path / "target"
+    return where if request.param == "directory" else repository(where)
+
+
+def test_a_restore_of_a_vm_from_a_point_that_lacks_a_disk(
+    tmp_path: Path, start_qemu: StartQemu, target: Target
+) -> None:
+    disks = [plain(tmp_path), Disk("vdb", create(tmp_path / "b.qcow2", SIZE))]
+    vm = start_qemu(disks, name="pair")
+    whole = back_up(vm, target)
+    part = back_up(vm, target, "inc", "--include", "vda")
+
+    def command(name: str, *more: cli.Argument) -> cli.Result:
+        return cli.run(name, "--target", str(target), *more, env=environment_of(target))
+
+    said = f"vdb is not in this point (left out on request); its newest state is in point {whole['id']}"
+    all_of_it = command("restore", "--output", tmp_path / "one").check(3)
+    assert said in all_of_it.out
+    assert [each.name for each in (tmp_path / "one").iterdir()] == ["vda.qcow2"]
+    assert said in command("show").check().out
+    (restored,) = command("restore", "--output", tmp_path / "two", "--json").check(3).objects
+    assert [each["id"] for each in restored["missing"]] == ["vdb"]
+    assert restored["missing"][0]["newest"] == whole["id"]
+    # Who names disks, or a point that has them all, gets what was asked for.
+    command("restore", "--output", tmp_path / "three", "--disk", "vda").check()
+    command("restore", "--output", tmp_path / "four", "--point", whole["id"]).check()
+    found = json.loads(command("show", "--json", "--point", part["id"]).check().out)
+    assert {"name": "vdb", "reason": "left out on request", "absence": "chosen"} in found["skipped"]
+
+
+def test_a_restore_of_a_vm_without_a_disk_that_it_had_once(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    second = Disk("vdb", create(tmp_path / "b.qcow2", SIZE))
+    target = tmp_path / "target"
+    both = start_qemu([plain(tmp_path), second], name="pair")
+    back_up(both, target)
+    both.quit()
+    back_up(start_qemu([plain(tmp_path)], name="pair"), target)
+    done = cli.run("restore", "--target", target, "--output", tmp_path / "out").check()
+    assert "vdb is not in this point (the VM did not have it then)" in done.out

@@ -265,3 +265,27 @@ def test_a_disk_that_others_may_write_is_a_full_each_time() -> None:
         with pytest.raises(IncrementalNotPossible, match="others may write"):
             plan_disks([shared], level, CHAIN, fine)
     assert decide(shared, Level.COPY) == (Level.COPY, "")
+
+
+def test_images_leave_a_chain_by_a_job_of_the_same_process_alone() -> None:
+    nodes = [replace(BASE, file=f"/{name}", node=name) for name in "abc"]
+    points = made_from(*nodes)
+    told = replace(points[-1].vm, process="7 1 boot")
+    points = (*points[:-1], replace(points[-1], vm=told))
+    kept = (replace(nodes[0], stamp="8 2 2"), nodes[2])  # a commit writes to what stays
+    for now, process, level in (
+        (kept, "7 1 boot", Level.INC),
+        ((), "7 1 boot", Level.INC),
+        (kept, "7 2 boot", Level.FULL),
+        (kept, "", Level.FULL),
+        (tuple(reversed(kept)), "7 1 boot", Level.FULL),
+        ((replace(BASE, node="d"),), "7 1 boot", Level.FULL),
+        ((kept[0], *nodes[1:]), "7 1 boot", Level.FULL),
+    ):
+        each = replace(disk(bitmap("p2")), underlays=now)
+        (plan,) = plan_disks([each], Level.AUTO, points, fine, process)
+        assert plan.level is level, (now, process)
+    unknown = (*points[:-1], replace(points[-1], vm=replace(told, process="")))
+    each = replace(disk(bitmap("p2")), underlays=kept)
+    (plan,) = plan_disks([each], Level.AUTO, unknown, fine, "")
+    assert plan.level is Level.FULL

@@ -73,6 +73,7 @@ points = st.builds(
         qemu_version=texts,
         machine=texts,
         command_line=st.lists(texts, max_size=5).map(tuple),
+        process=texts,
     ),
     disks=st.lists(stored_disks(), max_size=3, unique_by=lambda disk: disk.id).map(tuple),
     skipped=st.lists(skipped, max_size=3).map(tuple),

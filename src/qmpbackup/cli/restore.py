@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from qmpbackup.service.restore import Outcome
 
 
+DEGRADED = 3
+
+
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
     parser = commands.add_parser(
@@ -83,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     )
     _print(outcome, arguments.json)
-    return 0
+    return DEGRADED if outcome.degraded else 0
 
 
 def _print(outcome: "Outcome", as_json: bool) -> None:
@@ -92,10 +95,21 @@ def _print(outcome: "Outcome", as_json: bool) -> None:
             {"id": each.disk_id, "file": str(each.path), "size": each.size}
             for each in outcome.disks
         ]
+        lacking = [
+            {
+                "id": each.id,
+                "reason": each.reason,
+                "newest": each.newest.id if each.newest else None,
+                "degrading": each.degrading,
+            }
+            for each in outcome.missing
+        ]
         result = {"schema": 1, "type": "restore", "point": outcome.point.id, "disks": restored}
-        say(json.dumps(result))
+        say(json.dumps(result | {"missing": lacking}))
         return
     for each in outcome.disks:
         say(printable(f"{each.disk_id:<20} {human(each.size):>10}  {each.path}"))
     point = outcome.point
     say(f"Restored point {point.id} of {point.time:%Y-%m-%d %H:%M:%S} UTC.")
+    for gone in outcome.missing:
+        say(printable(f"{'Degraded' if gone.degrading else 'Note'}: {gone}"))

@@ -39,13 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the point."""
     from qmpbackup.service import show
 
-    point = show.point(arguments.target, arguments.point, arguments.lock_wait, arguments.vm)
+    point, missing = show.point(
+        arguments.target, arguments.point, arguments.lock_wait, arguments.vm
+    )
     if arguments.json:
         from qmpbackup.target.manifest import point_to_json
 
         say(json.dumps({**point_to_json(point), "type": "point", "size": point.size}))
         return 0
-    say(*map(printable, _lines(point)))
+    say(*map(printable, _lines(point)), *(printable(f"lacking: {each}") for each in missing))
     return 0
 
 

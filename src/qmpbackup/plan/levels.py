@@ -58,17 +58,19 @@ Check = Callable[[Point, str], str]
 
 
 def plan_disks(
-    disks: Iterable[Disk], level: Level, points: Sequence[Point], check: Check
+    disks: Iterable[Disk], level: Level, points: Sequence[Point], check: Check, process: str = ""
 ) -> tuple[DiskPlan, ...]:
-    """Decide the level of every disk of a run.
+    """Decide the level of every disk of a run; `process` is that of the VM (see `VmConfig`).
 
     Raises:
         IncrementalNotPossible: `inc` or `diff` was asked for, and a disk cannot have it.
     """
-    return tuple(_plan_disk(disk, level, points, check) for disk in disks)
+    return tuple(_plan_disk(disk, level, points, check, process) for disk in disks)
 
 
-def _plan_disk(disk: Disk, level: Level, points: Sequence[Point], check: Check) -> DiskPlan:
+def _plan_disk(
+    disk: Disk, level: Level, points: Sequence[Point], check: Check, process: str
+) -> DiskPlan:
     if level is Level.COPY:
         return DiskPlan(disk, Level.COPY, "asked for", keeps_bitmap=False)
     if disk.size <= SMALL:
@@ -80,7 +82,7 @@ def _plan_disk(disk: Disk, level: Level, points: Sequence[Point], check: Check) 
         return DiskPlan(disk, Level.FULL, "asked for", keeps_bitmap=useful)
     wanted = Level.DIFF if level is Level.DIFF else Level.INC
     base = last_full(points, disk.id) if wanted is Level.DIFF else last_point(points, disk.id)
-    obstacle = _obstacle(disk, base, check)
+    obstacle = _obstacle(disk, base, check, process)
     if obstacle and level is not Level.AUTO:
         raise IncrementalNotPossible(
             f"Disk {disk.id} cannot have {_article(wanted)} backup: {obstacle}.",
@@ -110,7 +112,7 @@ def _newest(points: Sequence[Point], disk_id: str, levels: set[Level]) -> Point 
     return None
 
 
-def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
+def _obstacle(disk: Disk, base: Point | None, check: Check, process: str) -> str:
     """Why an incremental on this base would not be right; empty if it is."""
     if disk.other_writers:
         return f"{disk.other_writers}, and no change bitmap sees that"
@@ -122,25 +124,30 @@ def _obstacle(disk: Disk, base: Point | None, check: Check) -> str:
         return f"the earlier point {base.id} is damaged ({damage})"
     if stored.size > disk.size:
         return f"it shrank from {stored.size} to {disk.size} bytes"
-    return obstacle_in_vm(disk, stored)
+    return obstacle_in_vm(disk, stored, base.vm.process == process != "")
 
 
-def obstacle_in_vm(disk: Disk, stored: StoredDisk) -> str:
-    """What in the VM speaks against building on an earlier record of the disk; empty if nothing."""
+def obstacle_in_vm(disk: Disk, stored: StoredDisk, same_process: bool) -> str:
+    """What in the VM speaks against building on an earlier record of the disk; empty if nothing.
+
+    `same_process` says whether the QEMU that runs now is the one of that time.
+    """
     return (
         bitmap_obstacle(disk, stored.bitmap)
         or witness_obstacle(disk, stored.end_mark)
-        or underlay_obstacle(disk, stored)
+        or underlay_obstacle(disk, stored, same_process)
     )
 
 
-def underlay_obstacle(disk: Disk, stored: StoredDisk) -> str:
+def underlay_obstacle(disk: Disk, stored: StoredDisk, same_process: bool) -> str:
     """Why what lies below the disk's image is not what the earlier point was made from; empty if it is.
 
-    A bitmap knows nothing of that. Manifests of versions that did not look are taken at their word.
+    A bitmap knows nothing of that. Within one process of QEMU, though, images only ever leave a chain
+    when a job has moved what they hold into those that stay (`block-stream`, `block-commit`). Manifests
+    of versions that did not look are taken at their word.
     """
     then, now = stored.underlays, disk.underlays
-    if then is None or then == now:
+    if then is None or then == now or (same_process and _are_left(now, then)):
         return ""
     if len(then) != len(now):
         return f"its chain of images is another: {_chain(then)} before, {_chain(now)} now"
@@ -148,6 +155,12 @@ def underlay_obstacle(disk: Disk, stored: StoredDisk) -> str:
     if old.file != new.file:
         return f"its image lies on another one: {old.file} before, {new.file} now"
     return f"{new.file}, which its image lies on, was changed or replaced"
+
+
+def _are_left(now: Sequence[Underlay], then: Sequence[Underlay]) -> bool:
+    """Whether these are some of the nodes of then, in their order."""
+    nodes = iter([each.node for each in then])
+    return len(now) < len(then) and all(each.node in nodes for each in now)
 
 
 def _chain(underlays: Sequence[Underlay]) -> str:

@@ -15,14 +15,11 @@ from qmpbackup.model import Absence, Bitmap, Disk, Skipped
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.disk_ids import Candidate, choose_ids
 from qmpbackup.plan.names import RUN_PREFIX
-from qmpbackup.qemu.graph import PERIPHERAL, Graph, device_path
+from qmpbackup.qemu.graph import FILTERS, PERIPHERAL, Graph, device_path
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply
 from qmpbackup.qemu.sharing import Locks, is_shared, writers
 from qmpbackup.qemu.underlays import Search
-
-FILTERS = frozenset({"throttle", "copy-on-read", "copy-before-write", "compress", "preallocate"})
-"""Filter drivers of QEMU that may sit between a device and its format node."""
 
 _PASSES_COMMANDS = frozenset({"scsi-block", "scsi-generic"})
 """Devices whose guest talks to the host's device itself (hw/scsi/scsi-disk.c, scsi-generic.c): writes

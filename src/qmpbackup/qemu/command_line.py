@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU was started with, fit to be kept: every argument in its place, secrets masked.
+"""Which process QEMU is, and what it was started with, fit to be kept: secrets masked.
 
 A restore on a bare machine wants the arguments as they were, so empty ones stay. What looks like a
 secret by its name is masked; what is none by any name cannot be known (docs/explanation/threat-model).
@@ -20,6 +20,19 @@ def of_process(pid: int | None) -> tuple[str, ...]:
         return ()
     words = raw.removesuffix(b"\0").split(b"\0")
     return tuple(masked(word.decode(errors="replace") for word in words))
+
+
+def process_of(pid: int | None) -> str:
+    """What tells a process from every other: its id, when it started, and since when the machine runs."""
+    if not pid:
+        return ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        # The second field is a name and may hold anything (proc(5)).
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return f"{pid} {fields[19].decode('ascii')} {boot}"
+    except (OSError, UnicodeError, IndexError):
+        return ""
 
 
 def masked(words: Iterable[str]) -> Iterator[str]:

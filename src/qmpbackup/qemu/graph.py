@@ -20,6 +20,12 @@ QUESTION = Command("x-debug-query-block-graph")
 PERIPHERAL = "/machine/peripheral/"
 WRITE = "write"
 
+FILTERS = frozenset({"throttle", "copy-on-read", "copy-before-write", "compress", "preallocate"})
+"""Filter drivers of QEMU that may sit between a device and its format node."""
+
+OF_JOBS = frozenset({"commit_top", "mirror_top"})
+"""Filters that jobs put in place by themselves."""
+
 
 def device_path(qdev: str) -> str:
     """The QOM path of the device whose `drive` property a `query-block` entry names.

@@ -132,6 +132,7 @@ def take(monitor: Monitor) -> Inventory:
             qemu_version=".".join(map(str, monitor.version)),
             machine=str(machine).removesuffix("-machine"),
             command_line=words,
+            process=command_line.process_of(pid),
         ),
         version=monitor.version,
         status=state.text("status"),

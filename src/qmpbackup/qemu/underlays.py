@@ -23,7 +23,7 @@ from pathlib import Path
 
 from qmpbackup.model import Underlay
 from qmpbackup.qemu.command_line import masked
-from qmpbackup.qemu.graph import Graph
+from qmpbackup.qemu.graph import FILTERS, OF_JOBS, Graph
 from qmpbackup.qemu.reply import Reply
 
 BACKING = "backing"
@@ -72,7 +72,7 @@ class Search:
                 continue
             seen.add(node)
             edges = self.graph.children(node)
-            if read_only or not edges:
+            if (read_only and not self._is_filter(node)) or not edges:
                 yield self._underlay(node, role, read_only=read_only)
             for edge in reversed(edges):
                 if edge.kind != FILE:
@@ -80,6 +80,11 @@ class Search:
                 elif not read_only or self.graph.children(edge.child):
                     left.append((edge.child, role, read_only))
                 # else it is the file of this very image
+
+    def _is_filter(self, node: str) -> bool:
+        """Whether a node only passes on what is below it, as those do that a job puts in place."""
+        reply = self.nodes.get(node)
+        return reply is not None and reply.text("drv") in FILTERS | OF_JOBS
 
     def _file(self, node: str) -> str:
         """The node of the file that an image lies in."""
@@ -108,6 +113,7 @@ class Search:
             # The size of what the disk writes itself is the disk's.
             size=image.integer("virtual-size") if read_only else 0,
             stamp=known(status) if status else "",
+            node=node,
         )
 
 

@@ -146,6 +146,15 @@ def _disk(disk: Disk) -> Iterator[Finding]:
             "encrypted by QEMU; points hold what the guest sees, in plain text",
             "Keep the target on encrypted storage.",
         )
+    if disk.snapshots:
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            f"its image has internal snapshots ({', '.join(disk.snapshots)}); QEMU loads none while "
+            "change bitmaps of ours are in the VM, and leaves the VM stopped when it refuses",
+            "Before `loadvm` or `snapshot-load`: `qmpbackup … cleanup --remove-bitmaps`; the next "
+            "backup is then a full.",
+        )
     for bitmap in disk.bitmaps:
         yield from _bitmap(disk, bitmap)
 
@@ -305,8 +314,9 @@ def _next_backup(vm: Vm, stored: Inventory, place: str) -> Iterator[Finding]:
     for disk in vm.disks:
         base = last_point(stored.points, disk.id)
         stored_base = base.disk(disk.id) if base else None
-        if disk.size > SMALL and stored_base is not None and not disk.other_writers:
-            obstacle = obstacle_in_vm(disk, stored_base)
+        if disk.size > SMALL and base and stored_base and not disk.other_writers:
+            same = base.vm.process == vm.config.process != ""
+            obstacle = obstacle_in_vm(disk, stored_base, same)
             if obstacle:
                 yield Finding(
                     disk.id,

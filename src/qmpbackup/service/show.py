@@ -7,6 +7,7 @@ from contextlib import suppress
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.model import Place, Point
 from qmpbackup.plan.chain import LATEST, chain, find
+from qmpbackup.plan.missing import Missing, missing
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.service.targets import Target, opened
 from qmpbackup.target.directory import DirectoryTarget
@@ -50,15 +51,19 @@ def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
     return needed
 
 
-def point(place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = "") -> Point:
-    """One point of a target.
+def point(
+    place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = ""
+) -> tuple[Point, tuple[Missing, ...]]:
+    """One point of a target, and what it lacks of its VM.
 
     Raises:
         NoSuchTarget: there is no such target or point.
         UsageError: several points could be meant.
     """
     with opened(place, vm) as target, target.lock(wait=lock_wait):
-        return find_point(target, target.load(), wanted)
+        found = target.load()
+        chosen = find_point(target, found, wanted)
+        return chosen, missing(found.points, chosen)
 
 
 def find_point(target: Target, found: Inventory, wanted: str) -> Point:

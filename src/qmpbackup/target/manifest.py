@@ -70,6 +70,7 @@ def point_to_json(point: Point) -> Json:
             "qemu_version": point.vm.qemu_version,
             "machine": point.vm.machine,
             "command_line": list(point.vm.command_line),
+            **({"process": point.vm.process} if point.vm.process else {}),
         },
         "disks": [_disk_to_json(disk) for disk in point.disks],
         "skipped": [_skipped_to_json(each) for each in point.skipped],
@@ -342,6 +343,7 @@ def _vm(reader: Reader) -> VmConfig:
         qemu_version=reader.text("qemu_version"),
         machine=reader.text("machine"),
         command_line=reader.texts("command_line"),
+        process=reader.text("process") if reader.given("process") else "",
     )
 
 
@@ -364,6 +366,7 @@ def _underlay(reader: Reader) -> Underlay:
         format=reader.text("format"),
         size=reader.integer("size"),
         stamp=reader.text("stamp"),
+        node=reader.text("node"),
     )
 
 

@@ -149,7 +149,7 @@ def _plan(request: Request, session_: session.Session, destination: Destination)
             "`qmpbackup … info --show blockdev` lists the disks and why others are skipped.",
         )
     points: tuple[Point, ...] = destination.stored.points
-    plans = plan_disks(chosen, request.level, points, destination.obstacle)
+    plans = plan_disks(chosen, request.level, points, destination.obstacle, vm.config.process)
     needs = rooms.needs(request, session_.monitor, vm, plans, destination)
     room.require(needs, request.reserve, rooms.HINT)
     now = datetime.now(UTC)

@@ -18,6 +18,7 @@ So damage is found before a name that counts is given.
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.model import Point, StoredDisk
+from qmpbackup.plan.missing import missing
 from qmpbackup.service import targets
 from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
@@ -52,7 +53,12 @@ def restore(request: Request) -> Outcome:
 
             repository.restore(target, point, disks, places, request)
     pairs = zip(disks, places, strict=True)
-    return Outcome(point, tuple(Restored(disk.id, at.path, disk.size) for disk, at in pairs))
+    return Outcome(
+        point,
+        tuple(Restored(disk.id, at.path, disk.size) for disk, at in pairs),
+        # Who names disks wants these; who names none wants the VM.
+        () if request.disks else missing(inventory.points, point),
+    )
 
 
 def _chosen(point: Point, request: Request) -> tuple[StoredDisk, ...]:

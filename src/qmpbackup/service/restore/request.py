@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qmpbackup.model import Place, Point
 from qmpbackup.plan.chain import LATEST
+from qmpbackup.plan.missing import Missing
 
 FORMATS = ("qcow2", "raw")
 
@@ -46,7 +47,13 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The point that was restored, and its disks."""
+    """The point that was restored, its disks, and what it lacks of its VM where all were wanted."""
 
     point: Point
     disks: tuple[Restored, ...]
+    missing: tuple[Missing, ...] = ()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the VM that comes back is less than it was."""
+        return any(each.degrading for each in self.missing)
