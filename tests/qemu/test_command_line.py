@@ -203,6 +203,12 @@ class TestSurroundings:
             )  # fmt: skip
             assert not done.stderr
 
+    def test_help_that_cannot_be_printed(self) -> None:
+        full = ["sh", "-c", '"$@" >/dev/full', "sh", PROGRAM, "--help"]
+        done = subprocess.run(full, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "error: The help cannot be printed: No space left on device.\n"
+
     def test_closed_streams_are_like_dev_null(self, vm: Qemu, tmp_path: Path) -> None:
         target = tmp_path / "target"
         for command in (

@@ -2,10 +2,15 @@
 """Writes that no bitmap sees and no view keeps out: such disks are whole each time, or named and left
 out while the others are saved; never an incremental that lacks them."""
 
+import fcntl
 import json
+import os
+import struct
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -15,6 +20,8 @@ from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, tr
 from lab.disks import MIB, Disk, create, pattern
 from lab.qemu import Qemu
 from lab.repositories import Target, repository
+from qmpbackup.qemu.sharing import Locks
+from qmpbackup.qemu.underlays import Files
 
 SIZE = 10 * MIB
 StartQemu = Callable[..., Qemu]
@@ -183,3 +190,34 @@ def test_a_vm_of_which_nothing_can_be_backed_up(tmp_path: Path, start_qemu: Star
     refused = try_backup(vm, tmp_path / "target").check(6)
     assert "shared: another process" in refused.err
     assert not (tmp_path / "target").exists()
+
+
+def test_locks_that_come_and_go_are_no_writers(tmp_path: Path) -> None:
+    """The kernel tells all locks of a machine in pieces, and what moves meanwhile is told twice."""
+    with ExitStack() as stack:
+        files = [stack.enter_context((tmp_path / f"{number}").open("w+")) for number in range(100)]
+        for file in files:
+            lock(file, fcntl.F_RDLCK, 101)
+        over = threading.Event()
+        others = [stack.enter_context((tmp_path / f"x{number}").open("w+")) for number in range(40)]
+        thread = threading.Thread(target=come_and_go, args=(others, over))
+        thread.start()
+        try:
+            names = [file.name for file in files]
+            assert not any(Locks(Files(os.getpid()), ()).others_write(names) for _ in range(50))
+        finally:
+            over.set()
+            thread.join()
+
+
+def come_and_go(files: Sequence[IO[str]], over: threading.Event) -> None:
+    """Take a lock on each file and leave it, again and again."""
+    while not over.is_set():
+        for kind in (fcntl.F_RDLCK, fcntl.F_UNLCK):
+            for file in files:
+                lock(file, kind, 5)
+
+
+def lock(file: IO[str], kind: int, byte: int) -> None:
+    """A lock as QEMU's."""
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", kind, 0, byte, 1, 0))

@@ -57,11 +57,8 @@ def qmprestore() -> NoReturn:
 def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> int:
     """Parse and carry out one command line; return its exit code."""
     _mend_streams()
-    try:
-        arguments = parser().parse_args(argv)
-        sys.stdout.flush()
-    except BrokenPipeError:  # help that nobody reads to its end
-        drop_output()
+    arguments = _parsed(parser, argv)
+    if arguments is None:
         return 1
     debug = bool(getattr(arguments, "debug", False))
     for number in interrupt.heeded():
@@ -83,6 +80,22 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
         ]
         return _report(sentences, QmpBackupError.exit_code, debug, error)
     return code
+
+
+def _parsed(
+    parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]
+) -> argparse.Namespace | None:
+    """The arguments; `None` where help was asked for and could not be printed to its end."""
+    try:
+        try:
+            return parser().parse_args(argv)
+        finally:  # help is printed, and ends the program, inside; from Python 3.12 on unflushed
+            sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: The help cannot be printed: {error.strerror}.", file=sys.stderr)
+        return None
 
 
 def _mend_streams() -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median_low
 
 from qmpbackup.qemu.graph import WRITE, Graph
 from qmpbackup.qemu.underlays import BACKING, Files
@@ -27,6 +28,8 @@ from qmpbackup.qemu.underlays import BACKING, Files
 _NONE_ELSE_WRITES = 201
 _WRITES = 101
 """Bytes of an image that QEMU locks (RAW_LOCK_SHARED_BASE and RAW_LOCK_PERM_BASE, BLK_PERM_WRITE)."""
+
+_READINGS = 9
 
 _LOCK = re.compile(
     r"\d+: (?:OFDLCK|POSIX) +ADVISORY +\w+ +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) (\d+) (\d+|EOF)"
@@ -86,8 +89,9 @@ class Locks:
             status = self.files.status(filename)
             if status is None:
                 continue
-            ours = self._open.get((status.st_dev, status.st_ino), Counter())
-            if self._announced[status.st_dev, status.st_ino] > ours[_WRITES] > 0:
+            key = (status.st_dev, status.st_ino)
+            ours = self._open.get(key, Counter())[_WRITES]
+            if self._announced[key] > ours > 0 and _agreed(key) > ours:
                 return True
         return False
 
@@ -119,12 +123,25 @@ class Locks:
 
     @cached_property
     def _announced(self) -> Counter[FileKey]:
-        """How many locks there are on the machine that announce writes, for each file."""
-        try:
-            text = Path("/proc/locks").read_text("ascii")
-        except (OSError, UnicodeError):
-            return Counter()
-        return Counter(key for key, byte in _locked_bytes(text) if byte == _WRITES)
+        return _announcements()
+
+
+def _announcements() -> Counter[FileKey]:
+    """How many locks there are on the machine that announce writes, for each file.
+
+    The kernel tells it a page at a time: where locks come and go meanwhile, some are told twice and
+    others not at all.
+    """
+    try:
+        text = Path("/proc/locks").read_text("ascii")
+    except (OSError, UnicodeError):
+        return Counter()
+    return Counter(key for key, byte in _locked_bytes(text) if byte == _WRITES)
+
+
+def _agreed(key: FileKey) -> int:
+    """How many of these locks a file has, as most of several readings say."""
+    return median_low([_announcements()[key] for _ in range(_READINGS)])
 
 
 def _locked_bytes(text: str) -> Iterator[tuple[FileKey, int]]:
