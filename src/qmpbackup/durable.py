@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from qmpbackup.errors import StorageError
+from qmpbackup.errors import Exhausted, StorageError, lack_of
 
 TEMPORARY = ".tmp"
 """What a name ends with while its file is being written."""
 
-_HINTS = {
+HINTS = {
     errno.ENOSPC: "Make room there, and run again.",
     errno.EDQUOT: "Make room there or raise the quota, and run again.",
     errno.EROFS: "The file system is mounted read-only.",
@@ -41,9 +41,16 @@ def storage_errors(action: str) -> Iterator[None]:
 
 
 def storage_error(action: str, error: OSError) -> StorageError:
-    """The error for a failed action on storage, with what to do about it."""
+    """The error for a failed action on storage, with what to do about it.
+
+    Raises:
+        Exhausted: it is not the storage that failed.
+    """
     why = error.strerror or str(error)
-    return StorageError(f"Cannot {action}: {why}.", _HINTS.get(error.errno or 0, ""))
+    lacking = lack_of(error)
+    if lacking is not None:
+        raise Exhausted(f"Cannot {action}: {why}.", lacking.hint) from error
+    return StorageError(f"Cannot {action}: {why}.", HINTS.get(error.errno or 0, ""))
 
 
 def sync_folder(fd: int) -> None:

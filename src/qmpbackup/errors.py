@@ -21,13 +21,16 @@
     ├── Locked                     11  another run holds the VM or the target
     └── WrongPassword              12
 
+    Exhausted                       1  no descriptor, memory or thread left: stands alone, as it says
+                                       nothing of what was being done
     Interrupted           129/130/143  SIGHUP, SIGINT, SIGTERM: stands alone, as nothing has failed
 
 Exit code 3 (done but degraded) is no error: the point exists. Each error carries one sentence that
 says what is wrong (`message`) and one that says what to do (`hint`, may be empty).
 """
 
-from typing import ClassVar
+import errno
+from typing import ClassVar, Final
 
 
 class QmpBackupError(Exception):
@@ -170,3 +173,60 @@ class Interrupted(Exception):
     def exit_status(self) -> int:
         """129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM, as shells report them."""
         return 128 + self.signal_number
+
+
+class Exhausted(Exception):
+    """This process, or this machine, has no more of something that is needed.
+
+    No `QmpBackupError`: it says nothing of the data at which it came up, and whoever passes over what
+    is damaged or missing must not pass over this.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message} {hint}")
+        self.message = message
+        self.hint = hint
+
+
+_MORE_FILES: Final = "Raise the limit (ulimit -n, or LimitNOFILE= of the unit), and run again."
+_MORE_MEMORY: Final = (
+    "Give this process more (ulimit -v, or MemoryMax= of the unit), or free some, and run again."
+)
+_LACKING: Final = {
+    errno.EMFILE: Exhausted("This process may not open any more files.", _MORE_FILES),
+    errno.ENFILE: Exhausted("This machine has too many files open.", "See which program has."),
+    errno.ENOMEM: Exhausted("There is not enough memory.", _MORE_MEMORY),
+}
+_SIGNS: Final = {
+    "too many open files": errno.EMFILE,
+    "cannot allocate memory": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM,
+    "memory allocation": errno.ENOMEM,
+    "start new thread": errno.ENOMEM,
+    "failed to allocate": errno.ENOMEM,
+    "out of memory": errno.ENOMEM,
+    "create new os thread": errno.ENOMEM,
+    "resource temporarily unavailable": errno.ENOMEM,
+}
+"""What libraries and programs say in words alone, when they cannot be loaded or do their work."""
+
+
+def lack_of(error: BaseException) -> Exhausted | None:
+    """What this process has too little of, if that is what an error says."""
+    if isinstance(error, Exhausted):
+        return error
+    if isinstance(error, MemoryError):
+        return _LACKING[errno.ENOMEM]
+    if isinstance(error, OSError) and error.errno in _LACKING:
+        return _LACKING[error.errno]
+    if isinstance(error, ImportError | RuntimeError) or type(error).__name__ == "PanicException":
+        return lack_in(str(error))
+    return None
+
+
+def lack_in(text: str) -> Exhausted | None:
+    """The same, from what a library or a program said."""
+    said = text.lower()
+    return next((_LACKING[code] for sign, code in _SIGNS.items() if sign in said), None)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
 from qmpbackup.errors import Locked, StorageError
 
 _POLL_SECONDS = 0.1
@@ -46,9 +47,10 @@ def vm_lock(key: str, wait: float) -> Iterator[None]:
     """Hold the lock of one VM; `key` is what all runs for this VM agree on."""
     folder = _runtime_folder()
     name = "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in key)[-200:]
-    fd = os.open(
-        folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-    )
+    with storage_errors(f"make the lock {folder / name}.lock"):
+        fd = os.open(
+            folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
     try:
         with locked(fd, "this VM", wait=wait):
             yield

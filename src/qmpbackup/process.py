@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from qmpbackup import interrupt
-from qmpbackup.errors import QmpBackupError
+from qmpbackup.errors import Exhausted, QmpBackupError, lack_in, lack_of
 
 if TYPE_CHECKING:
     import ctypes
@@ -89,7 +89,11 @@ class Child:
                 f"The program {self.program} is not installed.", _INSTALL.get(self.program, "")
             ) from None
         except OSError as error:
-            raise QmpBackupError(f"Cannot start {self.program}: {error.strerror}.") from error
+            said = f"Cannot start {self.program}: {error.strerror}."
+            lacking = lack_of(error)
+            if lacking is not None:
+                raise Exhausted(said, lacking.hint) from error
+            raise QmpBackupError(said) from error
 
     def __enter__(self) -> Self:
         return self
@@ -151,6 +155,7 @@ class Child:
 
         Raises:
             QmpBackupError: it took too long, or printed too much.
+            Exhausted: it had too little memory, or too few descriptors.
             Interrupted: a signal is waiting.
         """
         import time
@@ -159,6 +164,7 @@ class Child:
             deadline = None if timeout is None else time.monotonic() + timeout
             output, messages = self._collect(deadline)
             self._result = Result(self.program, self._end(deadline), output, messages)
+            _require_enough(self._result)
         return self._result
 
     def _collect(self, deadline: float | None) -> tuple[bytes, str]:
@@ -196,6 +202,13 @@ class Child:
             raise QmpBackupError(f"{self.program} prints without end.")
         if deadline is not None and time.monotonic() > deadline:
             raise QmpBackupError(f"{self.program} did not finish in time.")
+
+
+def _require_enough(result: Result) -> None:
+    """What a program that lacked something says of a file is no word on the file."""
+    lacking = lack_in(result.messages) if result.code else None
+    if lacking is not None:
+        raise Exhausted(f"{result.program} failed: {result.reason}.", lacking.hint)
 
 
 def run(

@@ -4,6 +4,9 @@
 Each command runs in a process of its own, whose memory is what the kernel says of it.
 """
 
+import hashlib
+import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,12 @@ from typing import Any
 import pytest
 
 from lab import watched
+from lab.hostile import How, hostile
+from lab.repositories import Repository
 from lab.scripted import FakeMonitor, ScriptedServer
+from lab.servers import BUCKET, KEYS
+from qmpbackup.restic.keyfile import Scrypt
+from stored_repository import StoredRepository
 
 MOST_MIB = 200
 """What docs/explanation/threat-model.md promises."""
@@ -98,4 +106,63 @@ def test_large_replies_to_all_questions(kind: str, size: int, tmp_path: Path) ->
         seen = watched.run("--socket", tmp_path / "qmp", "info", "--show", "blockdev")
     seen.result.check(6)
     assert "Unexpected" not in seen.result.err
+    assert seen.mib < MOST_MIB
+
+
+KINDS = ("config", "keys", "locks", "snapshots", "index", "data")
+OF_FILES: tuple[How, ...] = ("more than said", "more than said, in chunks", "endless refusals")
+OF_LISTS: tuple[How, ...] = (
+    "endless lists",
+    "endless lists of empty values",
+    "endless space",
+    "endless names",
+    "impossible sizes",
+)
+OF_PAGES: tuple[How, ...] = (*OF_LISTS, "endless pages")
+COMBINATIONS = [
+    *(("rest", kind, how) for kind in KINDS for how in OF_FILES),
+    *(("rest", kind, how) for kind in KINDS[1:] for how in OF_LISTS),
+    *(("s3", kind, how) for kind in KINDS for how in OF_FILES if "chunks" not in how),
+    *(("s3", kind, how) for kind in KINDS[1:] for how in OF_PAGES),
+]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository with a point of one disk, whose index no cache has."""
+    folder = tmp_path_factory.mktemp("repository")
+    made = StoredRepository(folder)
+    made.add({"hd0": os.urandom(2 * MIB)})
+    return made.made
+
+
+@pytest.mark.parametrize(("protocol", "kind", "how"), COMBINATIONS)
+def test_a_server_that_knows_no_measure(
+    protocol: str, kind: str, how: How, stored: Repository, tmp_path: Path
+) -> None:
+    with hostile(Path(stored.location), kind, how) as url:
+        place = f"rest:{url}/" if protocol == "rest" else f"s3:{url}/{BUCKET}"
+        variables = {**stored.environment, **KEYS, "RESTIC_CACHE_DIR": str(tmp_path)}
+        seen = watched.run("verify", "--target", f"restic:{place}", env=variables)
+    assert seen.result.code in {0, 7, 8, 10}, str(seen.result)
+    assert "Unexpected" not in seen.result.err
+    whole = protocol == "s3" and how.startswith("endless")
+    # What the library takes in as a whole is noticed by what it takes, some moments later: without
+    # that, it takes all that there is.
+    assert seen.mib < (10 if whole else 1) * MOST_MIB, str(seen.result)
+
+
+@pytest.mark.parametrize(
+    "cost", [Scrypt(2, 1, 13_000_000), Scrypt(1 << 20, 8, 1), Scrypt(1 << 15, 8, 1 << 20)]
+)
+def test_keys_that_somebody_planted(cost: Scrypt, tmp_path: Path) -> None:
+    """Nobody needs a password to put them there."""
+    made = StoredRepository(tmp_path / "repository").made
+    own = next((Path(made.location) / "keys").iterdir())
+    said = json.loads(own.read_bytes())
+    for number in range(20):
+        planted = json.dumps(said | {"N": cost.n, "r": cost.r, "p": cost.p, "n": number}).encode()
+        own.with_name(hashlib.sha256(planted).hexdigest()).write_bytes(planted)
+    seen = watched.run("list", "--target", str(made), env=made.environment)
+    assert seen.result.code in {8, 10}, str(seen.result)
     assert seen.mib < MOST_MIB

@@ -105,8 +105,12 @@ def start(
     cwd: Path | None = None,
 ) -> Running:
     """Start a command; see `Running`."""
-    executable = Path(sys.executable).with_name(program)
-    return Running((str(executable), *map(str, arguments)), env, cwd)
+    return Running((executable(program), *map(str, arguments)), env, cwd)
+
+
+def executable(program: str) -> str:
+    """Where a command of the product is."""
+    return str(Path(sys.executable).with_name(program))
 
 
 def run(

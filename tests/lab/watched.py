@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.cli import Argument, Result, Running
+from lab.cli import Argument, Result, Running, executable
 
 _MIB = 1 << 20
 _NET = 4 << 30
@@ -46,11 +46,10 @@ def run(
     timeout: float = 300,
 ) -> Watched:
     """Run a command to its end."""
-    executable = Path(sys.executable).with_name(program)
     with tempfile.TemporaryDirectory(prefix="watched-") as folder:
         note = Path(folder) / "status"
         wrapper = (sys.executable, "-c", _PROGRAM, str(note))
-        with Running((*wrapper, str(executable), *map(str, arguments)), env) as running:
+        with Running((*wrapper, executable(program), *map(str, arguments)), env) as running:
             result = running.wait(timeout)
         assert note.exists(), f"it did not come to its end: {result}"
         peak = re.search(r"^VmHWM:\s+(\d+) kB", note.read_text(), re.MULTILINE)

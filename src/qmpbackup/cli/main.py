@@ -6,16 +6,17 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qmpbackup import __version__, interrupt
 from qmpbackup.cli.arguments import Parser, add_shared_options
 from qmpbackup.cli.printing import drop_output, printable
-from qmpbackup.errors import Interrupted, QmpBackupError
+from qmpbackup.errors import Interrupted
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -69,16 +70,14 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
         code = command(arguments)
     except Interrupted as error:
         return _report([str(error)], error.exit_status, debug, error)
-    except QmpBackupError as error:
-        return _report([error.message, error.hint], error.exit_code, debug, error)
     except BrokenPipeError:
         return 1  # whoever read our output has gone
-    except Exception as error:  # noqa: BLE001 - the last resort: one sentence instead of a traceback
-        sentences = [
-            f"Unexpected {type(error).__name__}: {error}.",
-            "Run with --debug and report the traceback.",
-        ]
-        return _report(sentences, QmpBackupError.exit_code, debug, error)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 - one sentence instead of a traceback
+        from qmpbackup.cli.failures import explained
+
+        return _report(*explained(error), debug, error)
     return code
 
 
@@ -121,7 +120,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
-def _report(sentences: Sequence[str], code: int, debug: bool, error: Exception) -> int:
+def _report(sentences: Sequence[str], code: int, debug: bool, error: BaseException) -> int:
     log = logging.getLogger("qmpbackup")
     for sentence in filter(None, sentences):
         log.error("%s", sentence)
@@ -138,6 +137,7 @@ def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
     log.handlers[:] = [terminal]
+    _keep_others_quiet(log)
     logfile = getattr(arguments, "logfile", None)
     if logfile:
         log.addHandler(_file_handler(logfile))
@@ -145,12 +145,30 @@ def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
         log.addHandler(_syslog_handler())
 
 
+def _keep_others_quiet(log: logging.Logger) -> None:
+    """What Python, asyncio and libraries would print on their own is for `--debug`, in our form."""
+    for name in ("asyncio", "qemu"):
+        logging.getLogger(name).handlers[:] = [logging.NullHandler()]
+        logging.getLogger(name).propagate = False
+    threading.excepthook = lambda args: log.debug(
+        "A thread ended:",
+        exc_info=(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback),
+    )
+    sys.unraisablehook = lambda args: log.debug(
+        "Passed over:",
+        exc_info=(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback),
+    )
+
+
 class _OneLine(logging.Formatter):
-    """Keeps each message on its line, whatever names are in it."""
+    """Keeps each message on its line, whatever names are in it, and lets no terminal obey a traceback."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         record.message = printable(record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the library's name
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 class _Plain(_OneLine):

@@ -7,6 +7,7 @@ as descriptors, under heads that were checked (`qemu.layers`). What is written t
 
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpbackup import bounded_json, process
-from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
+from qmpbackup.errors import DamagedError, Exhausted, QmpBackupError, StorageError
 from qmpbackup.process import Child, Result
 from qmpbackup.qemu.layers import Layer, Opening, opened, path, raw
 
@@ -94,9 +95,14 @@ def _escaped(value: str) -> str:
     return value.replace(",", ",,")
 
 
+_KILLED = "If nobody ended it, this machine lacks memory."
+
+
 def failure(result: Result, action: str) -> QmpBackupError:
     """The error for a qemu-img that failed: whose fault it is, from what it said."""
     said = result.messages.lower()
+    if result.code == -signal.SIGKILL:
+        return QmpBackupError(f"Cannot {action}: {result.reason}.", _KILLED)
     if any(sign in said for sign in _STORAGE_SIGNS):
         hint = "Make room there, and run again." if "no space" in said else ""
         return StorageError(f"Cannot {action}: {result.reason}.", hint)
@@ -108,10 +114,13 @@ def check(layer: Layer) -> CheckResult:
 
     Raises:
         QmpBackupError: qemu-img could not be run.
+        Exhausted: it was ended before it could tell.
     """
     with opened([layer]) as image:
         arguments = ["qemu-img", "check", "--output=json", image.name]
         result = process.run(arguments, pass_fds=image.fds, writable=())
+    if result.code < 0:
+        raise Exhausted(f"qemu-img check did not come to its end: {result.reason}.", _KILLED)
     # 0 fine, 2 errors, 3 leaks; anything else: the check itself failed (qemu-img(1)).
     if result.code not in {0, 2, 3}:
         return CheckResult(1, 0, result.reason)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.errors import DamagedError
 from qmpbackup.restic import gojson
 from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
 
@@ -31,16 +31,16 @@ _R: Final = 8
 _SECONDS: Final = 0.5
 _MOST_ROUNDS: Final = 32
 
-_MOST_MEMORY: Final = 256 << 20
-"""Bytes that scrypt may take: eight times restic's, twice rustic's."""
+_MOST_MEMORY: Final = 132 << 20
+"""Bytes that scrypt may take: four times restic's, and a little more than rustic's."""
 
-_MOST_WORK: Final = 16 << 30
-"""Bytes that scrypt may go through: about a minute."""
+_MOST_WORK: Final = 2 << 30
+"""Bytes that scrypt may go through: some five seconds, as many rounds as twice our most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scrypt:
-    """The cost of one password. Memory is 128·N·r bytes, work that times p."""
+    """The cost of one password. Memory is 128·r·(N + p) bytes, work 128·N·r·p."""
 
     n: int
     r: int
@@ -56,8 +56,7 @@ class Scrypt:
             n=self.n,
             r=self.r,
             p=self.p,
-            # OpenSSL counts some more than 128·N·r; what is too much was refused before.
-            maxmem=_MOST_MEMORY + 128 * self.r * self.p + (1 << 20),
+            maxmem=self.memory + 256 * self.r + (1 << 20),  # OpenSSL counts some more
             dklen=_KEY,
         )
         return Key.from_bytes(made)
@@ -66,8 +65,17 @@ class Scrypt:
     def is_reasonable(self) -> bool:
         """Whether scrypt is defined for this, and it takes no more than we are willing to give."""
         defined = self.n > 1 and self.n & (self.n - 1) == 0 and self.r > 0 and self.p > 0
-        memory = 128 * self.n * self.r
-        return defined and memory <= _MOST_MEMORY and memory * self.p <= _MOST_WORK
+        return defined and self.memory <= _MOST_MEMORY and self.work <= _MOST_WORK
+
+    @property
+    def memory(self) -> int:
+        """Bytes that scrypt takes (RFC 7914: its V and its B)."""
+        return 128 * self.r * (self.n + self.p)
+
+    @property
+    def work(self) -> int:
+        """Bytes that it goes through."""
+        return 128 * self.n * self.r * self.p
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +151,13 @@ def unlock(file: KeyFile, password: str, name: str) -> Key | None:
 
     Raises:
         DamagedError: it opens, and there is no key in it.
-        StorageError: there is not enough memory.
+        MemoryError: there is not enough.
     """
     what = f"The key {name}"
     try:
         user = file.scrypt.derive(password, file.salt)
-    except (MemoryError, ValueError) as error:
-        raise StorageError(f"There is not enough memory to open the key {name}.") from error
+    except ValueError as error:  # so it says that it got no memory; all else was checked
+        raise MemoryError from error
     try:
         opened = unseal(user, file.data, what)
     except DamagedError:

@@ -24,7 +24,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
 from qmpbackup import interrupt
-from qmpbackup.errors import DamagedError, Interrupted, Locked, QmpBackupError, StorageError
+from qmpbackup.errors import (
+    DamagedError,
+    Exhausted,
+    Interrupted,
+    Locked,
+    QmpBackupError,
+    StorageError,
+)
 from qmpbackup.restic import gojson
 from qmpbackup.restic.keyfile import username
 from qmpbackup.restic.storage.interface import File, Kind, Missing, Refused, Storage
@@ -298,7 +305,7 @@ class Held:
                     else:
                         self._write()
                         self._forget_older()
-                except QmpBackupError as error:
+                except (QmpBackupError, Exhausted) as error:
                     _log.warning("The lock of the repository was not refreshed: %s", error)
 
     def _refresh_late(self) -> None:
@@ -369,8 +376,9 @@ class Held:
     def _load(self, name: str, size: int) -> Lock | None:
         for attempt in range(_ATTEMPTS):
             _sleep(self._timing.retry * attempt)
+            known = None if attempt else size  # it may have been written meanwhile
             try:
-                return parse(self._repository.load_unpacked(Kind.LOCK, name, size), name)
+                return parse(self._repository.load_unpacked(Kind.LOCK, name, known), name)
             except Missing:
                 return None
             except DamagedError as error:

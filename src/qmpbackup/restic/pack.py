@@ -53,6 +53,10 @@ LARGEST_BLOB: Final = {BlobType.DATA: 128 << 20, BlobType.TREE: 2 << 30}
 """Bytes of plaintext that are believed. Restic's own chunks end at 8 MiB and its packs at 128; the
 tree with a large disk's list of chunks takes 64 MiB a million."""
 
+LARGEST_WINDOW: Final = 32 << 20
+"""Bytes that zstd may look back in a stream, for which it takes memory; restic's strongest level
+needs as many."""
+
 _BLOCK: Final = 1 << 20
 """Bytes of a large blob that are dealt with at a time."""
 
@@ -135,7 +139,8 @@ def _decompress_blocks(blocks: Iterator[bytes], blob: PackedBlob) -> Iterator[by
     import zstandard
 
     try:
-        reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", _Source(blocks)))
+        context = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        reader = context.stream_reader(cast("IO[bytes]", _Source(blocks)))
         left = blob.raw_length
         # One byte more than there should be, to find out what is too long.
         while block := reader.read(min(_BLOCK, left + 1)):
@@ -143,7 +148,7 @@ def _decompress_blocks(blocks: Iterator[bytes], blob: PackedBlob) -> Iterator[by
             if left < 0:
                 break
             yield block
-    except (zstandard.ZstdError, MemoryError) as error:
+    except zstandard.ZstdError as error:
         raise DamagedError(f"The {blob} is damaged: it cannot be decompressed.") from error
     if left:
         raise DamagedError(f"The {blob} is damaged: its compressed form has another length.")
@@ -191,7 +196,7 @@ def _decompress(compressed: bytes, blob: PackedBlob) -> bytes:
         return zstandard.ZstdDecompressor().decompress(
             compressed, max_output_size=blob.raw_length, allow_extra_data=False
         )
-    except (zstandard.ZstdError, MemoryError) as error:
+    except zstandard.ZstdError as error:
         raise DamagedError(f"The {blob} is damaged: it cannot be decompressed.") from error
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -31,10 +31,25 @@ from qmpbackup.restic.blobs import BlobIndex, cache_folder
 from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
-from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob, open_large_blob
+from qmpbackup.restic.pack import (
+    LARGEST_WINDOW,
+    BlobType,
+    PackedBlob,
+    open_blob,
+    open_large_blob,
+)
 from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage, Strange
+from qmpbackup.restic.storage.interface import (
+    CONFIG,
+    File,
+    Kind,
+    Missing,
+    Refused,
+    Storage,
+    Strange,
+    Temporary,
+)
 from qmpbackup.restic.tree import Node
 
 T = TypeVar("T")
@@ -46,12 +61,19 @@ _LARGEST: Final = {
     Kind.KEY: keyfile.LARGEST,
     Kind.LOCK: lock.LARGEST,
     Kind.SNAPSHOT: snapshot.LARGEST,
-    Kind.INDEX: 32 * index.LARGEST,
+    Kind.INDEX: 4 * index.LARGEST,
 }
 """Bytes of JSON that are believed of each kind."""
 
 _MOST_KEYS: Final = 20
 """Key files that are tried; as many as restic tries."""
+
+_SMALL: Final = 1 << 20
+_MOST_RATIO: Final = 64
+"""How many bytes of JSON one compressed byte of a file may stand for, beyond what is small."""
+
+_UNNOTICED: Final = 16 << 10
+"""Bytes of a stored snapshot that is read beside others; restic's have half a kilobyte."""
 
 _COMPRESSED: Final = b"\x02"
 _JSON: Final = (b"{", b"[")
@@ -70,6 +92,7 @@ class Repository:
         self._cache = Cache(cache / config.id / "files" if cache else None, key)
         self._index: BlobIndex | None = None
         self._opening = threading.Lock()
+        self._one_large = threading.Lock()
         self._held: lock.Held | None = None
 
     @property
@@ -105,7 +128,7 @@ class Repository:
         try:
             storage.save(CONFIG, [sealed])
             # Saving changes nothing where somebody else was quicker.
-            if _bounded(storage, CONFIG, None) != sealed:
+            if _bounded(storage, CONFIG) != sealed:
                 _refuse_existing(storage)
         except BaseException:
             with suppress(QmpBackupError):
@@ -126,7 +149,7 @@ class Repository:
             UsageError: its version is not known here.
         """
         try:
-            sealed = _bounded(storage, CONFIG, storage.size(CONFIG))
+            sealed = _bounded(storage, CONFIG)
         except Missing as error:
             raise NoSuchTarget(
                 f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
@@ -237,8 +260,10 @@ class Repository:
         if cached is not None:
             with suppress(DamagedError):
                 return snapshot.parse(cached, name)
-        data = self.load_unpacked(Kind.SNAPSHOT, name, size)
-        found = snapshot.parse(data, name)
+        size = self.storage.size(File(Kind.SNAPSHOT, name)) if size is None else size
+        with self._one_large if size > _UNNOTICED else nullcontext():
+            data = self.load_unpacked(Kind.SNAPSHOT, name, size)
+            found = snapshot.parse(data, name)
         self.cache(f"snapshot-{name}", data)
         return found
 
@@ -389,14 +414,22 @@ def _called(file: File) -> str:
     return f"The file {file}"
 
 
-def _bounded(storage: Storage, file: File, size: int | None) -> bytes:
-    """A stored file, unless it is too large to be what it says."""
-    if size is not None and size > _LARGEST[file.kind] + OVERHEAD + len(_COMPRESSED):
+def _bounded(storage: Storage, file: File, size: int | None = None) -> bytes:
+    """A stored file, unless it is too large to be what it says; never more of it than it has by its
+    `size`, whatever the storage sends."""
+    size = storage.size(file) if size is None else size
+    if size > _LARGEST[file.kind] + OVERHEAD + len(_COMPRESSED):
         raise DamagedError(f"{_called(file)} is damaged: it is too large.")
     try:
-        return storage.load(file)
+        return storage.load(file, 0, size)
     except Strange as error:
         raise DamagedError(error.message, error.hint) from error
+    except (Missing, Temporary, Refused):
+        raise
+    except StorageError as error:
+        if storage.size(file) < size:
+            raise DamagedError(f"{_called(file)} is damaged: it is too short.") from error
+        raise
 
 
 def _list(storage: Storage, kind: Kind) -> list[tuple[str, int]]:
@@ -415,14 +448,15 @@ def _decompress(plain: bytes, kind: Kind, what: str) -> bytes:
         raise DamagedError(f"{what} is damaged: it is not of a known form.")
     import zstandard
 
-    most = _LARGEST[kind]
+    most = min(_LARGEST[kind], _SMALL + _MOST_RATIO * len(plain))
     try:
         said = zstandard.get_frame_parameters(plain[1:32]).content_size
         # The frame's own word on its size is a hint of how much to reserve, and no more.
         wanted = min(said if said > 0 else most, most)
-        with zstandard.ZstdDecompressor().stream_reader(memoryview(plain)[1:]) as reader:
+        context = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        with context.stream_reader(memoryview(plain)[1:]) as reader:
             data = reader.read(wanted + 1)
-    except (zstandard.ZstdError, MemoryError) as error:
+    except zstandard.ZstdError as error:
         raise DamagedError(f"{what} is damaged: it cannot be decompressed.") from error
     if len(data) > wanted:
         raise DamagedError(f"{what} is damaged: it is too large.")

@@ -8,7 +8,7 @@ from typing import Final
 
 from qmpbackup.restic import gojson
 
-LARGEST: Final = 64 << 20
+LARGEST: Final = 24 << 20
 """Bytes of JSON that are believed: a snapshot may name very many paths, and no more."""
 
 

@@ -28,8 +28,8 @@ _QUOTED_ID: Final = 2 * ID + 3
 _IDS_AT_ONCE: Final = 16_384
 _FIRST_IDS: Final = 16
 
-_LARGEST_REST: Final = 64 << 20
-"""Bytes of a tree's JSON beside its lists of ids that are believed: some 100,000 nodes."""
+_LARGEST_REST: Final = 16 << 20
+"""Bytes of a tree's JSON beside its lists of ids that are believed: some 25,000 nodes."""
 
 _CONTENT: Final = b'"content":['
 

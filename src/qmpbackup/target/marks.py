@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from qmpbackup.errors import QmpBackupError
+from qmpbackup.errors import QmpBackupError, lack_of
 from qmpbackup.model import StoredDisk
 from qmpbackup.target.folder import Folder
 from qmpbackup.target.manifest import SCHEMA, Reader, parse_object
@@ -129,7 +129,9 @@ def _read(points: Folder, disk: StoredDisk) -> Mark | None:
         mark: Mark | None = Mark.decode(points.read(name, _LARGEST), f"{POINTS}/{name}")
     except FileNotFoundError:
         return None  # just removed
-    except (OSError, QmpBackupError):
+    except (OSError, QmpBackupError) as error:
+        if lack_of(error):
+            raise
         mark = None
     if mark is None or mark.file != disk.file:
         return Mark(disk.file, disk.digest, "", "It is marked as damaged.")

@@ -9,17 +9,18 @@ alone; then each size is asked for.
 import base64
 import errno
 import http.client
-import json
 import os
+import re
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from qmpbackup.errors import StorageError, UsageError
+from qmpbackup.restic.storage import listing
 from qmpbackup.restic.storage.interface import (
     Buffer,
     File,
@@ -28,15 +29,23 @@ from qmpbackup.restic.storage.interface import (
     Refused,
     Storage,
     Temporary,
-    is_name,
 )
+from qmpbackup.restic.storage.listing import Listing
+
+T = TypeVar("T")
 
 _V2: Final = "application/vnd.x.restic.rest.v2"
 _SECONDS: Final = 60.0
 _LAST_SECONDS: Final = 10.0
 """How long a server may be silent once what it is asked for has been given up."""
 
-_LARGEST_LISTING: Final = 1 << 30
+_LARGEST_WHOLE: Final = 64 << 20
+"""Bytes of a file that is asked for without a length; what is read in a run has one always."""
+
+_PIECE: Final = 1 << 20
+_LARGEST_REMARK: Final = 64 << 10
+"""Bytes that a server may say beside what is asked for; none of them is read by anybody."""
+
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED: Final = frozenset({401, 403, 405})
 
@@ -79,7 +88,7 @@ class RestStorage(Storage):
 
     def create(self) -> None:
         """Have the server make the repository's folders."""
-        self._ask("POST", "?create=true", "create the repository")
+        self._ask("POST", "?create=true", "create the repository", _read_remark)
 
     def save(self, file: File, parts: Sequence[Buffer]) -> None:
         """Upload a file; servers that append only refuse one that is there already."""
@@ -88,7 +97,7 @@ class RestStorage(Storage):
             return  # other servers would replace it
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         try:
-            self._ask("POST", str(file), f"write {file}", headers, parts)
+            self._ask("POST", str(file), f"write {file}", _read_remark, headers, parts)
         except Refused:
             # Why it does so, only another question tells.
             found = self._length(file)
@@ -115,43 +124,54 @@ class RestStorage(Storage):
         if offset or length is not None:
             end = "" if length is None else str(offset + length - 1)
             headers = {"Range": f"bytes={offset}-{end}"}
-        status, _, data = self._ask("GET", str(file), f"read {file}", headers)
-        if headers and status == http.HTTPStatus.OK:  # the whole file, as ranges are optional
-            data = data[offset:] if length is None else data[offset : offset + length]
+
+        def read(answer: http.client.HTTPResponse) -> bytes:
+            if headers and answer.status == http.HTTPStatus.OK:  # ranges are optional
+                _pass_over(answer, offset)
+            return _read(answer, _LARGEST_WHOLE if length is None else length)
+
+        _, data = self._ask("GET", str(file), f"read {file}", read, headers)
+        if length is None and len(data) == _LARGEST_WHOLE:
+            raise StorageError(f"{file} at {self._name} is too large.")
         if length is not None and len(data) != length:
             raise StorageError(f"{file} at {self._name} is shorter than it should be.")
         return data
 
     def size(self, file: File) -> int:
         """Ask for a file's length."""
-        _, headers, _ = self._ask("HEAD", str(file), f"look at {file}")
-        try:
-            return int(headers["Content-Length"] or "")
-        except ValueError as error:
-            raise StorageError(f"{self._name} does not tell the length of {file}.") from error
+        headers, _ = self._ask("HEAD", str(file), f"look at {file}", _read_remark)
+        said = headers["Content-Length"] or ""
+        if _LENGTH.fullmatch(said) is None:
+            raise StorageError(f"{self._name} does not tell the length of {file}.")
+        return int(said)
 
     def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
         """Ask for names, and in one go for lengths where the server knows how."""
-        path = f"{kind}/"
-        _, headers, data = self._ask("GET", path, f"list {kind}", {"Accept": _V2})
+
+        def read(answer: http.client.HTTPResponse) -> Listing:
+            found = Listing(kind, self._name)
+            entries = listing.members(lambda size: _read(answer, size))
+            is_sized = answer.headers.get("Content-Type") == _V2
+            for name, size in listing.sized(entries) if is_sized else listing.unsized(entries):
+                found.add(name, size)
+            return found
+
         try:
-            listed = json.loads(data) or []
-            if headers.get("Content-Type") == _V2:
-                found = [(each["name"], int(each["size"])) for each in listed]
-            else:
-                found = [(name, -1) for name in listed]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            _, found = self._ask("GET", f"{kind}/", f"list {kind}", read, {"Accept": _V2})
+        except ValueError as error:
             raise StorageError(f"{self._name} does not list {kind} as it should.") from error
+        return iter(found) if found.has_sizes else self._with_sizes(kind, found)
+
+    def _with_sizes(self, kind: Kind, found: Listing) -> Iterator[tuple[str, int]]:
         for name, size in found:
-            if isinstance(name, str) and is_name(name):
-                try:
-                    yield name, size if size >= 0 else self.size(File(kind, name))
-                except Missing:
-                    continue  # removed meanwhile
+            try:
+                yield name, size if size >= 0 else self.size(File(kind, name))
+            except Missing:
+                continue  # removed meanwhile
 
     def remove(self, file: File) -> None:
         """Have the server remove a file."""
-        self._ask("DELETE", str(file), f"remove {file}")
+        self._ask("DELETE", str(file), f"remove {file}", _read_remark)
 
     def give_up(self) -> None:
         """Break off what is under way; what is asked for from now on has little time."""
@@ -175,10 +195,15 @@ class RestStorage(Storage):
         method: str,
         path: str,
         action: str,
+        read: Callable[[http.client.HTTPResponse], T],
         headers: Mapping[str, str] | None = None,
         body: Sequence[Buffer] | None = None,
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """One request; status, headers and body of an answer that is none of an error."""
+    ) -> tuple[http.client.HTTPMessage, T]:
+        """One request; headers of an answer that is none of an error, and what `read` makes of it.
+
+        Raises:
+            ValueError: `read` did.
+        """
         action = f"{action} at {self._name}"
         connection = self._connection()
         self._asking.add(connection)
@@ -194,11 +219,15 @@ class RestStorage(Storage):
                 sent = True
             # A server may say no, and hang up, before it has read all that is sent.
             with connection.getresponse() as answer:
-                data = answer.read(_LARGEST_LISTING)
-                if answer.length:  # with a bound, read(…) does not mind an end that comes early
-                    raise http.client.IncompleteRead(data, answer.length)
-                if not sent and answer.status < http.HTTPStatus.BAD_REQUEST:
+                if not http.HTTPStatus.OK <= answer.status < http.HTTPStatus.MULTIPLE_CHOICES:
+                    raise _failure(action, answer.status, answer.reason)
+                if not sent:
                     raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+                found = read(answer)
+                is_over = not answer.read(1)
+            if not is_over:  # what follows would be taken for the next answer
+                self._drop()
+            return answer.headers, found
         except ssl.SSLCertVerificationError as error:
             self._drop()
             raise StorageError(
@@ -211,12 +240,11 @@ class RestStorage(Storage):
             raise Temporary(
                 f"Cannot {action}: {why}.", "See that the server can be reached."
             ) from (error)
+        except (StorageError, ValueError):
+            self._drop()
+            raise
         finally:
             self._asking.discard(connection)
-        if not http.HTTPStatus.OK <= answer.status < http.HTTPStatus.MULTIPLE_CHOICES:
-            self._drop()
-            raise _failure(action, answer.status, answer.reason)
-        return answer.status, answer.headers, data
 
     def _connection(self) -> http.client.HTTPConnection:
         found: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -243,6 +271,24 @@ class RestStorage(Storage):
                 self._open.remove(connection)
 
 
+def _read(answer: http.client.HTTPResponse, most: int) -> bytes:
+    """The next bytes of an answer: as many as wanted, or all there are."""
+    data = answer.read(most)
+    if len(data) < most and answer.length:  # read(…) does not mind an end that comes early
+        raise http.client.IncompleteRead(data, answer.length)
+    return data
+
+
+def _pass_over(answer: http.client.HTTPResponse, length: int) -> None:
+    while length > 0 and (piece := _read(answer, min(length, _PIECE))):
+        length -= len(piece)
+
+
+def _read_remark(answer: http.client.HTTPResponse) -> None:
+    _read(answer, _LARGEST_REMARK)
+
+
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 _IN_PATHS: Final = "/%!$&'()*+,;=:@"
 _EXAMPLE: Final = "It reads like rest:https://host:8000/path/."
 

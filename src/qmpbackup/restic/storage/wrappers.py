@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from qmpbackup import interrupt
 from qmpbackup.restic.storage.interface import Buffer, File, Kind, Missing, Storage, Temporary
+from qmpbackup.restic.storage.listing import Listing
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.1
@@ -57,7 +58,11 @@ class _Wrapper(Storage):
         return self._call(self._storage.size, file)
 
     def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
-        yield from self._call(lambda: [*self._storage.list(kind)])
+        return iter(self._call(self._listed, kind))
+
+    def _listed(self, kind: Kind) -> Listing:
+        """All of a listing, so that one which breaks off names nothing twice."""
+        return Listing.of(kind, self.name, self._storage.list(kind))
 
     def remove(self, file: File) -> None:
         self._call(self._storage.remove, file)
@@ -161,7 +166,7 @@ class Logged(_Wrapper):
 
     def _call(self, what: Callable[..., T], *arguments: object) -> T:
         started = time.monotonic()
-        said = f"{getattr(what, '__name__', 'list')} {' '.join(map(_short, arguments))}".strip()
+        said = f"{what.__name__.removeprefix('_')} {' '.join(map(_short, arguments))}".strip()
         try:
             result = what(*arguments)
         except Exception as error:
@@ -173,7 +178,7 @@ class Logged(_Wrapper):
 
 def _short(argument: object) -> str:
     """An argument without any contents."""
-    if isinstance(argument, File | int):
+    if isinstance(argument, File | int | Kind):
         return str(argument)
     if isinstance(argument, Sequence):
         return f"{sum(map(len, argument))} bytes"

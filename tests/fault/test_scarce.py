@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that may have few descriptors or little memory: a sentence, an exit code, and nothing left.
+
+The limits of a process hit another place with each value, so every command gets a range of them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.scene import WHERE, Scene, Where, scene
+
+DESCRIPTORS = range(6, 40, 3)
+MEGABYTES = (60, 90, 120, 160, 200, 260, 330, 420, 520, 700)
+LIMITS = {
+    "nofile": [f"--nofile={number}:{number}" for number in DESCRIPTORS],
+    "as": [f"--as={mib << 20}:{mib << 20}" for mib in MEGABYTES],
+}
+
+KNOWN = {0, 1, 3, 4, 6, 7}
+"""How such a run may end: well, or for a lack of ours, QEMU's, or of the programs that we start."""
+
+PROGRAM_FAILS = {127, 134, -6, 139, -11}
+"""How it ends where the interpreter itself, or a library that knows no errors, finds no memory."""
+
+
+@pytest.fixture(scope="module", params=WHERE)
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
+    """A VM, and a target with a full in it."""
+    where: Where = request.param
+    with scene(tmp_path_factory.mktemp("scarce"), where) as it:
+        it.renew("full")
+        yield it
+
+
+def commands(it: Scene, folder: Path) -> dict[str, tuple[cli.Argument, ...]]:
+    target = ("--target", str(it.place))
+    return {
+        "backup": it.arguments("inc", it.vm.socket),
+        "full": it.arguments("full", it.vm.socket),
+        "list": ("list", *target),
+        "verify": ("verify", *target),
+        "restore": ("restore", *target, "--output", folder / "restored", "--force"),
+        "doctor": ("--socket", it.vm.socket, "doctor", *target),
+    }
+
+
+@pytest.mark.parametrize("command", ["backup", "full", "list", "verify", "restore", "doctor"])
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_run_with_little(kind: str, command: str, made: Scene, tmp_path: Path) -> None:
+    arguments = commands(made, tmp_path)[command]
+    program = cli.executable("qmpbackup")
+    for limit in LIMITS[kind]:
+        argv = ("prlimit", limit, program, *map(str, arguments))
+        with cli.Running(argv, made.environment) as running:
+            result = running.wait()
+        print(limit, command, result.code, result.err[-300:])
+        assert "Unexpected" not in result.err, str(result)
+        assert result.code in KNOWN or result.code in PROGRAM_FAILS, str(result)
+        if result.code in KNOWN:
+            assert "Traceback" not in result.err, str(result)
+    made.make_good("inc")
