@@ -3,7 +3,7 @@
 gets into what we write, nothing outside is written to, and we do not call it a success."""
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from lab import cli
+from lab.disks import Disk, create
 from lab.exchanging import SECRET, attacking, flipping, forged_head, secret_file
+from lab.proxy import Place, Proxy
+from lab.qemu import Qemu
 from qmpbackup import landlock
 from qmpbackup.model import Level
 from qmpbackup.service.verify import Request as VerifyRequest
@@ -206,3 +209,30 @@ def test_a_server_that_changes_the_file_being_written_has_nothing_else_written_t
     assert holds_secret(stored.path) == []
     merge(kind, stored, {}).check()
     assert verify(VerifyRequest(stored.path)).whole
+
+
+def test_a_backup_whose_new_file_is_exchanged_writes_no_data_elsewhere(
+    start_qemu: Callable[..., Qemu], tmp_path: Path
+) -> None:
+    image = tmp_path / "vda.qcow2"
+    create(image, 4 * MIB, "qcow2")
+    vm = start_qemu([Disk("vda", image)])
+    target, secret = tmp_path / "target", secret_file(tmp_path / "secret", 4 * MIB)
+    before = secret.read_bytes()
+
+    def exchange(_: Proxy, place: Place) -> None:
+        if place.when == "before" and place.command == "blockdev-add":
+            for each in target.glob("vda/*.partial"):
+                if each.read_bytes()[:4] == b"QFI\xfb":
+                    forged = forged_head(each, secret)
+                    with each.open("r+b") as file:
+                        file.write(forged)
+
+    with Proxy(tmp_path / "proxy", vm.socket, exchange) as proxy:
+        arguments = ("--socket", proxy.path, "backup", "--target", target)
+        refused = cli.run(*arguments).check(STORAGE)
+    assert "names another file for its data" in refused.err
+    assert secret.read_bytes() == before
+    with Proxy(tmp_path / "proxy", vm.socket, lambda *_: None) as proxy:
+        cli.run("--socket", proxy.path, "backup", "--target", target).check()
+    assert verify(VerifyRequest(target)).whole

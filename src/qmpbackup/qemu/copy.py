@@ -25,6 +25,7 @@ from qmpbackup.plan.names import RunNames
 from qmpbackup.qemu import jobs
 from qmpbackup.qemu.handover import hand_over
 from qmpbackup.qemu.monitor import Monitor
+from qmpbackup.qemu.reply import objects
 from qmpbackup.qemu.steps import Step, carry_out
 from qmpbackup.undo import UndoStack
 
@@ -87,6 +88,26 @@ def create_images(
     carry_out(monitor, [_file(*each, names) for each in zip(images, filenames, strict=True)], undo)
     _create(monitor, images, names, options, undo)
     carry_out(monitor, [_image(image, names) for image in images], undo)
+    _require_own_data(monitor, images, names)
+
+
+def _require_own_data(monitor: Monitor, images: Sequence[Image], names: RunNames) -> None:
+    """QEMU parses the head of a file when it opens it, and what is behind the target may have exchanged
+    that since the image was made (NFS, CIFS): then it has another file open now, for the guest's data.
+
+    Raises:
+        StorageError: it is so; nothing was written there.
+    """
+    ours = {names.of("image", image.number): image for image in images}
+    what = "query-named-block-nodes"
+    for node in objects(monitor.execute(Command(what, {"flat": True})), what):
+        image = ours.get(node.text("node-name"))
+        details = node.nested("image").optional("format-specific") if image else None
+        if image and details and "data-file" in details.nested("data"):
+            raise StorageError(
+                f"{image.path} was changed while QEMU opened it, and names another file for its data.",
+                "Somebody else writes to the target: look at its storage.",
+            )
 
 
 def copy_all(
