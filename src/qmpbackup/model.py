@@ -5,7 +5,7 @@ Frozen dataclasses without behaviour beyond what follows from their own fields. 
 times are aware datetimes in UTC.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -70,6 +70,12 @@ class Underlay:
     size: int
     stamp: str = ""
     node: str = field(default="", compare=False)
+
+    def is_same(self, other: "Underlay") -> bool:
+        """Whether this is that image, unchanged. A backing image that is known by its stamp may have
+        been moved, or be reached by another name."""
+        moved = replace(self, file=other.file) if self.role == "backing" and self.stamp else self
+        return moved == other
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import cli
 from lab.backups import assert_restores, back_up, levels, try_backup
 from lab.disks import MIB, Disk, create, pattern, qemu_img, write_contents
 from lab.qemu import Qemu
@@ -138,6 +139,27 @@ def test_what_leaves_the_template_as_it_is_costs_no_full(stack: Stack) -> None:
     stack.image.symlink_to(moved)
     stack.go_on(8)
     assert stack.back_up("inc") == "inc"
+
+
+def test_a_template_that_moves_costs_no_full(plain_stack: Stack) -> None:
+    stack = plain_stack
+    stack.vm.quit()
+    moved = stack.template.rename(stack.folder / "moved.qcow2")
+    qemu_img("rebase", "-u", "-b", str(moved), "-F", "qcow2", str(stack.image))
+    stack.go_on(6)
+    assert stack.back_up("inc") == "inc"
+
+
+def test_a_vm_that_is_off_is_looked_at_as_well(plain_stack: Stack) -> None:
+    stack = plain_stack
+    offline = ("backup", "--offline", "--target", str(stack.target), "--level", "inc")
+    stack.vm.quit()
+    cli.run(*offline).check()
+    stack.go_on(6)
+    assert stack.back_up("inc") == "inc"
+    stack.vm.quit()
+    qemu_img("rebase", "-u", "-b", "", str(stack.image))
+    assert "another" in cli.run(*offline).check(4).err
 
 
 def test_a_snapshot_that_was_committed_costs_no_full(plain_stack: Stack) -> None:

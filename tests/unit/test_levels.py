@@ -231,7 +231,8 @@ def made_from(*underlays: Underlay) -> tuple[Point, ...]:
     [
         ((), "another"),
         ((BASE, BASE), "another"),
-        ((replace(BASE, file="/images/new.qcow2"),), "new.qcow2 now"),
+        ((replace(BASE, file="/images/new.qcow2", stamp="8 1000 1"),), "new.qcow2 now"),
+        ((replace(BASE, file="/images/new.qcow2", stamp=""),), "new.qcow2 now"),
         ((replace(BASE, stamp="7 1000 2"),), "changed or replaced"),
         ((replace(BASE, stamp=""),), "changed or replaced"),
         ((replace(BASE, size=1),), "changed or replaced"),
@@ -251,6 +252,13 @@ def test_what_a_point_was_made_from_must_be_what_it_builds_on(
 def test_the_same_images_below_and_points_that_do_not_tell_go_on() -> None:
     each = replace(disk(bitmap("p2")), underlays=(BASE,))
     assert decide(each, Level.INC, made_from(BASE)) == (Level.INC, "p2")
+    moved = replace(BASE, file="/elsewhere/base.qcow2")
+    assert decide(each, Level.INC, made_from(moved)) == (Level.INC, "p2")
+    data = replace(each, underlays=(Underlay("data-file", "/d1", "file", 0, "7"),))
+    other = Underlay(
+        "data-file", "/d2", "file", 0, "7"
+    )  # each file system begins with the same inodes
+    assert decide(data, Level.AUTO, made_from(other)) == (Level.FULL, "")
     assert decide(each, Level.INC, CHAIN) == (Level.INC, "p2")
     (plan,) = plan_disks([each], Level.AUTO, made_from(), fine)
     assert plan.level is Level.FULL

@@ -147,14 +147,16 @@ def underlay_obstacle(disk: Disk, stored: StoredDisk, same_process: bool) -> str
     of versions that did not look are taken at their word.
     """
     then, now = stored.underlays, disk.underlays
-    if then is None or then == now or (same_process and _are_left(now, then)):
+    if then is None or (same_process and _are_left(now, then)):
         return ""
     if len(then) != len(now):
         return f"its chain of images is another: {_chain(then)} before, {_chain(now)} now"
-    old, new = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
-    if old.file != new.file:
-        return f"its image lies on another one: {old.file} before, {new.file} now"
-    return f"{new.file}, which its image lies on, was changed or replaced"
+    for old, new in zip(then, now, strict=True):
+        if not old.is_same(new):
+            if old.file != new.file:
+                return f"its image lies on another one: {old.file} before, {new.file} now"
+            return f"{new.file}, which its image lies on, was changed or replaced"
+    return ""
 
 
 def _are_left(now: Sequence[Underlay], then: Sequence[Underlay]) -> bool:

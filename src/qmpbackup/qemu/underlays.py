@@ -5,7 +5,8 @@ A bitmap says what was written to a node, and nothing of what lies below it. Whe
 exchanged (`qemu-img rebase -u`), replaced under its name, or changed in place, blocks change that no
 bitmap has marked. So what a point was made from is recorded, and compared before anything builds on it.
 
-    backing      read-only: name, size, and of a file its inode, length and time of the last change
+    backing      read-only: size, and of a file its inode, length and time of the last change, else its
+                 name
     data-file,   written by the disk itself: name and inode. Of the image that holds a disk's own
     file         bitmaps nothing is recorded; it may move, and its bitmaps move with it
 

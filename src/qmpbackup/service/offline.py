@@ -124,5 +124,7 @@ def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[Image]) ->
         for disk in found.vm.disks
     )
     version = config.qemu_version or found.vm.config.qemu_version
-    vm = replace(found.vm, config=replace(config, qemu_version=version), disks=disks)
+    process = found.vm.config.process
+    config = replace(config, qemu_version=version, process=process)
+    vm = replace(found.vm, config=config, disks=disks)
     return replace(found, vm=vm)
