@@ -6,6 +6,7 @@ dropped as they come, replies are parsed only where their values fit into what o
 and a flood of either ends the connection. Must not know what a caller wanted.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from qemu.qmp import QMPClient
@@ -25,6 +26,9 @@ MOST_MEMORY: Final = 112 << 20
 
 MOST_EVENTS: Final = 4000
 """Events of our jobs that may wait for somebody to look; a run has some ten for each disk."""
+
+_COST_OF_A_LINE: Final = 64
+"""Bytes that Python takes for a line beside what is in it."""
 
 _LARGEST_EVENT: Final = 8192
 """Bytes of memory that one of them takes at most."""
@@ -54,11 +58,13 @@ class Inbox(EventListener):
 class Client(QMPClient):
     """The library's client, with bounds, and without the text of messages that it renders for its log.
 
+    `on_line` is called whenever something has come.
     `fault` says what was wrong with the message that ended the connection, if one did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_line: Callable[[], None]) -> None:
         super().__init__("qmpbackup", LONGEST_LINE)
+        self._on_line = on_line
         self.inbox = Inbox()
         self.fault = ""
         self._left = MOST_MEMORY
@@ -68,12 +74,9 @@ class Client(QMPClient):
         self._left = MOST_MEMORY
 
     async def _do_recv(self) -> Message:
-        try:
-            line = await self._readline()
-        except ValueError as error:
-            raise self._refused("a line of it has no end") from error
-        if not line.endswith(b"\n"):
-            raise EOFError  # half a message, and nobody is there for the rest
+        line = await self._whole_line()
+        if line.rstrip() == b"{":
+            line = await self._printed_prettily(line)
         try:
             value = bounded_json.load(line, self._left)
         except bounded_json.TooLarge as error:
@@ -90,6 +93,27 @@ class Client(QMPClient):
         elif taken > _LARGEST_EVENT:
             raise self._refused("an event is larger than any of QEMU's")
         return Message(value, eager=False)
+
+    async def _whole_line(self) -> bytes:
+        try:
+            line = await self._readline()
+        except ValueError as error:
+            raise self._refused("a line of it has no end") from error
+        self._on_line()
+        if not line.endswith(b"\n"):
+            raise EOFError  # half a message, and nobody is there for the rest
+        return line
+
+    async def _printed_prettily(self, first: bytes) -> bytes:
+        """A message of a monitor with `pretty=on`: lines of which only the first and the last are not
+        indented."""
+        lines, length = [first], 0
+        while lines[-1].rstrip() != b"}" or len(lines) == 1:
+            lines.append(await self._whole_line())
+            length += len(lines[-1]) + _COST_OF_A_LINE
+            if length > LONGEST_LINE:
+                raise self._refused("it has no end")
+        return b"".join(lines)
 
     async def _on_message(self, msg: Message) -> None:
         number = msg.get("id", "")

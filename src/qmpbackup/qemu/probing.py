@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError
+from qmpbackup.plan.commands import Command
 from qmpbackup.qemu import nbd
 from qmpbackup.qemu.copy import view_broke
+from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.nbd import NbdError
 from qmpbackup.qemu.view import Seat
 
 _SECTOR = 512
 _PROBE_SECONDS = 1.0
+_PULSE_SECONDS = 5.0
 
 _BROKEN = frozenset({errno.EINVAL, errno.EPERM, errno.EACCES, errno.EIO})
 """What NBD says of a view whose scratch has failed: it has no EACCES (nbd/server.c)."""
@@ -61,6 +64,25 @@ class Probing:
         finally:
             self._asking = False
             self._next = time.monotonic() + _PROBE_SECONDS
+
+
+class Pulse:
+    """Asks now and then whether QEMU still answers its monitor: that nothing comes over NBD is no error,
+    since storage may be slow, and a reader would wait for ever for a QEMU that hangs."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._next = time.monotonic() + _PULSE_SECONDS
+
+    def ask(self) -> None:
+        """Ask, if it is time to.
+
+        Raises:
+            CommandTimeout, ConnectionLost: QEMU does not answer.
+        """
+        if time.monotonic() >= self._next:
+            self._monitor.execute(Command("query-status"))
+            self._next = time.monotonic() + _PULSE_SECONDS
 
 
 @contextmanager

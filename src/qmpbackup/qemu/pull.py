@@ -50,7 +50,7 @@ from qmpbackup.qemu.copy import FIRST_RIGHT_SNAPSHOT_ACCESS
 from qmpbackup.qemu.jobs import Watch
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.nbd import Chunk, Flow
-from qmpbackup.qemu.probing import Probe, Probing, explained
+from qmpbackup.qemu.probing import Probe, Probing, Pulse, explained
 from qmpbackup.qemu.serving import Server
 from qmpbackup.qemu.staging import Stage, Staging
 from qmpbackup.qemu.view import Seat, View
@@ -240,7 +240,8 @@ class Pull:
         if self._staging:
             yield
             return
-        with interrupt.asking(Probing(self._probes()).ask):
+        views, pulse = Probing(self._probes()), Pulse(self._monitor)
+        with interrupt.asking(views.ask), interrupt.asking(pulse.ask):
             yield
 
     def _probes(self) -> list[Probe]:

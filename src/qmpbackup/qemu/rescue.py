@@ -22,6 +22,7 @@ that leave it, nothing that needs memory or files of the run.
 """
 
 import json
+import re
 import secrets
 import select
 import socket
@@ -256,9 +257,18 @@ class Guard:
         return any(rescue.what == what for rescue in self._rescues)
 
 
+_BY_LINE = re.MULTILINE | re.DOTALL
+
+
+def _joined(match: re.Match[bytes]) -> bytes:
+    return b" ".join(match[0].splitlines())
+
+
 def _objects(data: bytes) -> Iterator[dict[str, object]]:
-    """The JSON objects among the lines of a stream that may begin and end anywhere."""
-    for line in data.replace(FLUSH, b"\n").splitlines():
+    """The JSON objects among the lines of a stream that may begin and end anywhere; those of a monitor
+    with `pretty=on` have many lines each."""
+    lines = re.sub(rb"^\{\r?$.*?^\}", _joined, data.replace(FLUSH, b"\n"), flags=_BY_LINE)
+    for line in lines.splitlines():
         with suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
