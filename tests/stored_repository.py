@@ -16,7 +16,9 @@ from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.writer import Writer
 from qmpbackup.target.repository import CHUNK, Contents, RepositoryTarget, disk_file
 
-VM = VmIdentity(uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp")
+VM = VmIdentity(
+    uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp", host="hv1"
+)
 START = datetime(2026, 11, 2, 3, 0, tzinfo=UTC)
 
 
@@ -52,7 +54,7 @@ class StoredRepository:
         storage = LocalStorage(self.path)
         environment = self.made.environment
         with Repository.open(storage, self.made.password, environment=environment) as repository:
-            target = RepositoryTarget.of(repository, self.vm)
+            target = RepositoryTarget(repository, self.vm)
             with target.lock(write=True):
                 target.load()
                 writer = Writer(repository)

@@ -141,11 +141,13 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class VmIdentity:
-    """Which VM this is. `uuid` and `name` are empty where QEMU was given none."""
+    """Which VM this is. `uuid` and `name` are empty where QEMU was given none, `host` where a version
+    made the point that did not record on which host."""
 
     uuid: str = ""
     name: str = ""
     address: str = ""
+    host: str = ""
 
 
 AUDIT = 0.001

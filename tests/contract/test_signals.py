@@ -54,7 +54,7 @@ def test_no_point_counts_as_damaged(stored: StoredRepository, tmp_path: Path) ->
     with Repository.open(
         Retrying(storage), stored.made.password, environment=environment
     ) as repository:
-        target = RepositoryTarget.of(repository, VM)
+        target = RepositoryTarget(repository, VM)
         with interrupt.held():
             storage.kind = Kind.DATA
             with pytest.raises(Interrupted):

@@ -95,13 +95,16 @@ class Repository:
 
     def snapshot_of(self, point: str) -> dict[str, Any]:
         """The snapshot of a point."""
-        (found,) = (each for each in self.snapshots() if f"point={point}" in each["tags"])
+        (found,) = (
+            each for each in self.snapshots() if f"point={point}" in (each.get("tags") or ())
+        )
         return found
 
     def vm_of(self, point: str) -> str:
-        """The name of the VM of a point, as it stands in paths."""
-        (path,) = self.snapshot_of(point)["paths"]
-        return str(path).removeprefix("/")
+        """What `--vm` takes for the VM of a point: its UUID, else its name as it stands in paths."""
+        snapshot = self.snapshot_of(point)
+        (path,) = snapshot["paths"]
+        return str(self._manifest(snapshot)["vm"]["uuid"] or str(path).removeprefix("/"))
 
     def restored(self, point: str) -> dict[str, bytes]:
         """What restic gives back of a point: the bytes of each disk."""

@@ -236,7 +236,9 @@ def test_vms_share_a_repository_and_repositories_a_vm(
     namesake = start_qemu(
         [disk(tmp_path, "three", 3)], name="one", uuid="00000000-0000-0000-0000-000000000002"
     )
-    try_backup(namesake, target).check(USAGE)
+    assert levels(back_up(namesake, target)) == {"three": "full"}
+    assert levels(back_up(namesake, target, "inc")) == {"three": "inc"}
+    assert_restores(target, back_up(one, target, "inc")["id"], live(one), tmp_path)
     other.assert_whole()
 
 

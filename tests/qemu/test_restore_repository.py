@@ -153,7 +153,7 @@ def test_one_of_several_vms(stored: StoredRepository, out: Path) -> None:
     stored.vm = replace(VM, name="other", uuid="")
     stored.points = []
     stored.add({"hd0": bytes_of(9, MIB)})
-    with pytest.raises(UsageError, match="other, vm"):
+    with pytest.raises(UsageError, match="hv1/other, hv1/vm"):
         restore(Request(stored.place, folder=out))
     assert_restores(stored, out, vm="other")
     stored.points = first

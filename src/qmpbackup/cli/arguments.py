@@ -114,8 +114,22 @@ def add_vm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vm",
         default="",
-        metavar="NAME",
-        help="in a repository with points of several VMs: the one that is meant",
+        metavar="VM",
+        help="in a repository with points of several VMs: the one that is meant, by its name, its UUID, "
+        "or as HOST/NAME",
+    )
+
+
+def add_host(parser: argparse.ArgumentParser) -> None:
+    """The option that says what this host is called."""
+    import os
+
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("RESTIC_HOST", ""),
+        metavar="HOST",
+        help="what the VM's host is called (default: RESTIC_HOST, else its own name). A VM without a "
+        "UUID is known by it and by its name: for a host that has been renamed, give the old name",
     )
 
 

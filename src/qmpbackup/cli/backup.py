@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import (
+    add_host,
     add_lock_wait,
     add_reserve,
     add_target,
@@ -47,6 +48,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     _add_offline(parser)
     _add_storing(parser)
     _add_checks(parser)
+    add_host(parser)
     add_lock_wait(parser, "VM or target")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and change nothing"
@@ -291,6 +293,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         uuid=arguments.uuid,
         scratch=arguments.scratch,
         lock_wait=arguments.lock_wait,
+        host=arguments.host,
         audit=arguments.audit,
         check=arguments.check_written,
         verify_chain=arguments.verify_chain,

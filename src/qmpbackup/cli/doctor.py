@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, path, require_socket
+from qmpbackup.cli.arguments import add_host, add_lock_wait, add_target, path, require_socket
 from qmpbackup.cli.printing import printable, say
 
 
@@ -22,6 +22,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--scratch", type=path, metavar="DIR", help="look for room there, as in backup"
     )
+    add_host(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a finding")
     add_lock_wait(parser, "VM or target")
     parser.set_defaults(run=run)
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.target,
         arguments.scratch,
         arguments.lock_wait,
+        arguments.host,
     )
     for finding in findings:
         worst = max(worst, int(finding.health is Health.PROBLEM))

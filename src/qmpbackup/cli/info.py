@@ -5,7 +5,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, require_socket, target_id
+from qmpbackup.cli.arguments import add_host, add_lock_wait, add_target, require_socket, target_id
 from qmpbackup.cli.printing import printable, say
 
 
@@ -43,6 +43,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     add_target(recover, "clean up for this target, too", required=False)
     recover.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    add_host(recover)
     add_lock_wait(recover, "VM")
     recover.set_defaults(run=recover_vm)
 
@@ -86,6 +87,7 @@ def recover_vm(arguments: argparse.Namespace) -> int:
         target=arguments.target,
         dry_run=arguments.dry_run,
         lock_wait=arguments.lock_wait,
+        host=arguments.host,
     )
     say(*map(printable, done or ["Nothing is left of an earlier run."]))
     return 0

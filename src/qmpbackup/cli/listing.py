@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qmpbackup.model import Point
     from qmpbackup.target.inventory import Damage
 
-_HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT")
+_HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT", "VM", "HOST")
 _RIGHT = {"SIZE"}
 _SHOWN = 5
 
@@ -87,6 +87,9 @@ def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
             "time": time_to_json(point.time),
             "level": point.level,
             "parent": point.parent,
+            "vm": point.vm.identity.name,
+            "uuid": point.vm.identity.uuid,
+            "host": point.vm.identity.host,
             "disks": [disk.id for disk in point.disks],
             "labels": {disk.id: disk.label for disk in point.disks if disk.label},
             "consistency": point.consistency,
@@ -122,4 +125,6 @@ def _row(point: "Point") -> tuple[str, ...]:
         point.consistency,
         human(point.size),
         point.parent or "-",
+        printable(point.vm.identity.name) or "-",
+        printable(point.vm.identity.host) or "-",
     )

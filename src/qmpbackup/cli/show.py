@@ -64,6 +64,7 @@ def _lines(point: "Point") -> Iterable[str]:
         ("size", human(point.size)),
         ("VM", identity.name),
         ("UUID", identity.uuid),
+        ("host", identity.host),
         ("socket", identity.address),
         ("machine", point.vm.machine),
         ("QEMU", point.vm.qemu_version),

@@ -8,6 +8,7 @@ attached        devices that hold data and are no block devices
 command_line    what QEMU was started with, without secrets
 """
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,8 +99,9 @@ def require_version(monitor: Monitor) -> None:
         )
 
 
-def take(monitor: Monitor) -> Inventory:
-    """Ask the VM for everything a run needs to know.
+def take(monitor: Monitor, host: str = "") -> Inventory:
+    """Ask the VM for everything a run needs to know; `host` is what its host is called, unless as it
+    calls itself.
 
     Raises:
         VmError: the VM cannot be asked, or answers what cannot be understood.
@@ -128,6 +130,7 @@ def take(monitor: Monitor) -> Inventory:
                 uuid=_real_uuid(Reply(uuid, "query-uuid").text("UUID")),
                 name=Reply(name, "query-name").text("name", ""),
                 address=_absolute(monitor.address),
+                host=host or socket.gethostname(),
             ),
             qemu_version=".".join(map(str, monitor.version)),
             machine=str(machine).removesuffix("-machine"),

@@ -9,6 +9,7 @@ were read once are kept in a cache. Knows nothing of how a storage stores, nor w
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -352,6 +353,20 @@ class Repository:
             id_,
             lambda sealed, blob: tree.parse(open_large_blob(self.key, sealed, blob), what),
         )
+
+    def tree_begins(self, id_: bytes, pattern: re.Pattern[bytes]) -> bool:
+        """Whether a tree's JSON begins like this; it may be very large, and no more of it is kept.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+            StorageError: the storage fails.
+        """
+        first = self._opened(
+            BlobType.TREE,
+            id_,
+            lambda sealed, blob: next(open_large_blob(self.key, sealed, blob), b""),
+        )
+        return pattern.match(first) is not None
 
     # Locks
 

@@ -48,6 +48,7 @@ def examine(
     target: Place | None = None,
     scratch_dir: Path | None = None,
     lock_wait: float = 0.0,
+    host: str = "",
 ) -> Iterator[Finding]:
     """Findings one by one, from the VM outwards.
 
@@ -55,7 +56,7 @@ def examine(
         VmError: the VM cannot be reached at all, or its QEMU is too old.
         Locked: a run had the VM for all of `lock_wait` seconds.
     """
-    with session.opened(address, lock_wait=lock_wait, look_only=True) as opened:
+    with session.opened(address, lock_wait=lock_wait, look_only=True, host=host) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
         dirty, pid = opened.found.needs_recovery, opened.monitor.peer_pid
     yield from _qemu(vm)
@@ -68,7 +69,7 @@ def examine(
         yield _skipped(skipped)
     yield _agent(agent_address)
     if isinstance(target, Location):
-        yield from _repository(vm, target, lock_wait)
+        yield from _repository(vm, target, lock_wait, host)
     elif target is not None:
         yield from _folder(vm, target)
 
@@ -257,7 +258,7 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
     yield from _next_backup(vm, stored, str(path))
 
 
-def _repository(vm: Vm, place: Location, lock_wait: float) -> Iterator[Finding]:
+def _repository(vm: Vm, place: Location, lock_wait: float, host: str) -> Iterator[Finding]:
     yield from _programs()
     from qmpbackup.qemu.pull import Way, method
     from qmpbackup.service import targets
@@ -273,10 +274,11 @@ def _repository(vm: Vm, place: Location, lock_wait: float) -> Iterator[Finding]:
         )
     try:
         with targets.repository(place) as repository:
-            target = RepositoryTarget.of(repository, vm.config.identity)
+            target = RepositoryTarget(repository, vm.config.identity)
             with target.lock(wait=lock_wait):
                 stored = target.load()
-            target.require(vm.config.identity, stored)
+            if not host:
+                target.require_known()
     except QmpBackupError as error:
         yield Finding("target", Health.PROBLEM, error.message, error.hint)
         return

@@ -6,6 +6,7 @@ says it. Change bitmaps in the images are used and carried on as those of the ru
 backup of that is an incremental, and so is this one where the image can store bitmaps.
 """
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,15 +40,15 @@ class Offline:
 
 
 @contextmanager
-def opened(offline: Offline, place: Place) -> Iterator[Session]:
-    """Open the images of a VM for the block.
+def opened(offline: Offline, place: Place, host: str = "") -> Iterator[Session]:
+    """Open the images of a VM for the block; `host` is what the host of a new VM is called.
 
     Raises:
         UsageError: it cannot be told which VM it is, which images it has, or of what format.
         VmError: an image is open elsewhere, or QEMU cannot open it.
     """
     newest = _newest(place, offline.vm)
-    config = newest.vm if newest else _config_of(offline)
+    config = newest.vm if newest else _config_of(offline, host)
     images = _images(offline, newest)
     program = config.command_line[0] if config.command_line else ""
     with launching.images_open(images, program) as monitor:
@@ -69,7 +70,9 @@ def _newest(place: Place, vm: str) -> Point | None:
     except NoSuchTarget:
         return None
     newest = points[-1] if points else None
-    if newest and vm and vm not in {newest.vm.identity.name, newest.vm.identity.uuid}:
+    # A repository has chosen by it already.
+    strange = vm not in {newest.vm.identity.name, newest.vm.identity.uuid} if newest else False
+    if newest and vm and strange and not isinstance(place, Location):
         raise UsageError(
             f"The newest point in {place} is of another VM, {newest.vm.identity.name}.",
             "Leave --vm out, or use the target of this VM.",
@@ -77,12 +80,12 @@ def _newest(place: Place, vm: str) -> Point | None:
     return newest
 
 
-def _config_of(offline: Offline) -> VmConfig:
+def _config_of(offline: Offline, host: str) -> VmConfig:
     if not offline.vm:
         raise UsageError(
             "The target holds no point that tells which VM this is.", "Name it with --vm NAME."
         )
-    return VmConfig(VmIdentity(name=offline.vm), qemu_version="")
+    return VmConfig(VmIdentity(name=offline.vm, host=host or socket.gethostname()), qemu_version="")
 
 
 def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:

@@ -32,6 +32,7 @@ def recover(
     target: Place | None = None,
     dry_run: bool = False,
     lock_wait: float = 0.0,
+    host: str = "",
 ) -> list[str]:
     """Remove what is left of dead runs; return a clause for each thing done (or to be done).
 
@@ -40,7 +41,8 @@ def recover(
     Raises:
         QmpBackupError: something could not be removed.
     """
-    with interrupt.held(), session.opened(address, lock_wait=lock_wait, look_only=dry_run) as vm:
+    looking = session.opened(address, lock_wait=lock_wait, look_only=dry_run, host=host)
+    with interrupt.held(), looking as vm:
         if dry_run:
             return _left(vm.found) + _left_in(vm, target, lock_wait)
         done = recovery.recover(vm.monitor, vm.found)
@@ -100,7 +102,7 @@ def _repository(vm: Session, place: Location) -> "Iterator[RepositoryTarget]":
     from qmpbackup.target.repository import RepositoryTarget
 
     with targets.repository(place) as repository:
-        yield RepositoryTarget.of(repository, vm.vm.config.identity)
+        yield RepositoryTarget(repository, vm.vm.config.identity)
 
 
 def _remove_rubbish(vm: Session, stored: Stored, target_id: str) -> list[str]:

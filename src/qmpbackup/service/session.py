@@ -40,9 +40,15 @@ class Session:
 
 @contextmanager
 def opened(
-    address: str, *, lock_wait: float = 0.0, recover: bool = False, look_only: bool = False
+    address: str,
+    *,
+    lock_wait: float = 0.0,
+    recover: bool = False,
+    look_only: bool = False,
+    host: str = "",
 ) -> Iterator[Session]:
     """Lock and look at the VM; with `recover`, first remove what a run that died left in it.
+    `host` is what its host is called, unless as it calls itself.
 
     Locks are taken on the socket before anything is sent, and on the process behind it, because a
     VM may have two monitor sockets. They spare those who see them a connection; what counts is the
@@ -61,14 +67,18 @@ def opened(
         _require_vm(monitor)
         if not look_only:
             stack.enter_context(presence.claimed(monitor, lock_wait))
-        found = _look(monitor, lock_wait) if look_only else inventory.take(monitor)
+
+        def take() -> Inventory:
+            return inventory.take(monitor, host)
+
+        found = _look(monitor, lock_wait, take) if look_only else take()
         if recover and found.needs_recovery:
             from qmpbackup.qemu import recovery
 
             for done in recovery.recover(monitor, found):
                 log.warning("Cleaned up after a run that died: %s.", done)
-            found = inventory.take(monitor)
-        yield Session(monitor, found, lambda: inventory.take(monitor))
+            found = take()
+        yield Session(monitor, found, take)
 
 
 def _connected(address: str, wait: float) -> Monitor:
@@ -103,13 +113,13 @@ def _require_vm(monitor: Monitor) -> None:
         )
 
 
-def _look(monitor: Monitor, wait: float) -> Inventory:
+def _look(monitor: Monitor, wait: float, take: Callable[[], Inventory]) -> Inventory:
     """Look at a VM that no run has, from before the first look until after it."""
     presence.require_none(monitor, wait)
-    found = inventory.take(monitor)
+    found = take()
     while any(mark.lives for mark in presence.marks(monitor)):
         presence.require_none(monitor, wait)
-        found = inventory.take(monitor)
+        found = take()
     return found
 
 

@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -201,16 +201,36 @@ class DirectoryTarget:
                 "Put that file back, or use another folder.",
             )
         if not same_vm(self.owner.vm, identity):
-            raise UsageError(
-                f"The target {self.path} belongs to another VM ({describe(self.owner.vm)}; this "
-                f"one is {describe(identity)}).",
-                "Use one folder for each VM.",
-            )
+            raise self._of_another(self.owner.vm, identity)
         if uuid and uuid != self.id:
             raise UsageError(
                 f"The target {self.path} has the id {self.id}, not {uuid}.",
                 "Leave --uuid out, or use another folder.",
             )
+
+    def require_points(self, identity: VmIdentity, stored: Inventory) -> None:
+        """Refuse likewise by the newest point, which names its host where the target itself was made by
+        a version that did not.
+
+        Raises:
+            UsageError: it is another VM's.
+        """
+        newest = stored.points[-1].vm.identity if stored.points else identity
+        if not same_vm(newest, identity):
+            raise self._of_another(newest, identity)
+
+    def _of_another(self, owner: VmIdentity, identity: VmIdentity) -> UsageError:
+        hint = "Use one folder for each VM."
+        if same_vm(replace(owner, host=""), identity):
+            hint = (
+                "Use one folder for each VM. If it is the same one, whose host was renamed or which was "
+                f"moved: --host {owner.host}; a VM with a UUID (-uuid) is known by that on every host."
+            )
+        return UsageError(
+            f"The target {self.path} belongs to another VM ({describe(owner)}; this one is "
+            f"{describe(identity)}).",
+            hint,
+        )
 
     @contextmanager
     def lock(

@@ -27,9 +27,14 @@ class Inventory:
 
 
 def same_vm(one: VmIdentity, other: VmIdentity) -> bool:
-    """Whether two descriptions mean one VM: by UUID, else by name, else by address."""
+    """Whether two descriptions mean one VM: by UUID, else by host and name, else by host and address.
+
+    A host that is not known may be any.
+    """
     if one.uuid and other.uuid:
         return one.uuid.lower() == other.uuid.lower()
+    if one.host and other.host and one.host != other.host:
+        return False
     if one.name and other.name:
         return one.name == other.name
     return one.address == other.address
@@ -38,4 +43,5 @@ def same_vm(one: VmIdentity, other: VmIdentity) -> bool:
 def describe(identity: VmIdentity) -> str:
     """A VM in a few words, for messages."""
     parts = (identity.name, identity.uuid, identity.address)
-    return ", ".join(part for part in parts if part) or "nameless"
+    host = f" on {identity.host}" if identity.host else ""
+    return (", ".join(part for part in parts if part) or "nameless") + host

@@ -82,7 +82,8 @@ def point_to_json(point: Point) -> Json:
 
 def identity_to_json(identity: VmIdentity) -> Json:
     """Which VM, as manifests and `vm.json` both say it."""
-    return {"uuid": identity.uuid, "name": identity.name, "address": identity.address}
+    members = {"uuid": identity.uuid, "name": identity.name, "address": identity.address}
+    return {**members, "host": identity.host} if identity.host else members
 
 
 def _skipped_to_json(skipped: Skipped) -> Json:
@@ -349,7 +350,8 @@ def _vm(reader: Reader) -> VmConfig:
 
 def read_identity(reader: Reader) -> VmIdentity:
     """Which VM, from an object that says so."""
-    return VmIdentity(reader.text("uuid"), reader.text("name"), reader.text("address"))
+    host = reader.text("host") if "host" in reader.content else ""
+    return VmIdentity(reader.text("uuid"), reader.text("name"), reader.text("address"), host)
 
 
 def _skipped(reader: Reader) -> Skipped:

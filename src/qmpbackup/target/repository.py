@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A restic repository as a target: one snapshot is one point of one VM.
 
-    snapshot   tags qmpbackup, vm=<vm>, point=<id>
+    snapshot   tags qmpbackup, vm=<vm>, uuid=<uuid>, point=<id>
       /<vm>/<disk>.raw       the whole disk: a list of chunks of fixed size, most of them the parent's
       /<vm>/manifest.json    the point, as in a directory
 
-Every point is complete in itself: any may be forgotten. A repository may hold many VMs; this is the
-view of one of them. Knows manifests and the repository format; must not know QEMU.
+Every point is complete in itself: any may be forgotten. A repository may hold many VMs, of many hosts;
+this is the view of one of them. Which snapshots are its points, `catalog` finds out. Knows manifests and the repository format; must not know QEMU.
 """
 
-import logging
 import os
-import re
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +17,7 @@ from datetime import datetime
 from typing import Self
 
 from qmpbackup import __version__
-from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError, StorageError, UsageError
+from qmpbackup.errors import DamagedError, QmpBackupError, UsageError
 from qmpbackup.model import Point, StoredDisk, VmIdentity
 from qmpbackup.plan.chain import ordered
 from qmpbackup.restic.pack import BlobType
@@ -29,11 +26,11 @@ from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.tree import Node
 from qmpbackup.restic.tree import encode as encode_tree
 from qmpbackup.restic.writer import Writer
-from qmpbackup.target import manifest
-from qmpbackup.target.inventory import Damage, Inventory, describe, same_vm
+from qmpbackup.target import catalog, manifest
+from qmpbackup.target.catalog import MANIFEST, RAW
+from qmpbackup.target.inventory import Inventory, describe
 from qmpbackup.target.names import folder_name
-
-log = logging.getLogger(__name__)
+from qmpbackup.target.whose import Known, choose, namesakes, vm_name
 
 CHUNK = 1024 * 1024
 """Bytes of a chunk, aligned. docs/explanation/restic.md says why, with the measurements."""
@@ -43,12 +40,6 @@ ID = 32
 
 MOST_BYTES = 30 << 40
 """Bytes of all disks of a point: the lists of their chunks make up one tree, which ends at 2 GiB."""
-
-MANIFEST = "manifest.json"
-RAW = ".raw"
-TAG = "qmpbackup"
-_VM_TAG = "vm="
-_POINT_TAG = "point="
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +65,12 @@ def count_chunks(size: int) -> int:
 class RepositoryTarget:
     """The points of one VM in an open repository."""
 
-    def __init__(self, repository: Repository, vm: str) -> None:
+    def __init__(self, repository: Repository, identity: VmIdentity) -> None:
         self.repository = repository
-        self.vm = vm
-        self._snapshots: dict[str, Snapshot] = {}
+        self.identity = identity
+        self._snapshots: dict[str, list[Snapshot]] = {}
         self._contents: dict[str, tuple[str, Contents]] = {}
-
-    @classmethod
-    def of(cls, repository: Repository, identity: VmIdentity) -> Self:
-        """The target of a VM, whether or not it has points there."""
-        return cls(repository, vm_name(identity))
+        self._namesakes: tuple[Known, ...] = ()
 
     @classmethod
     def only(cls, repository: Repository, vm: str = "") -> Self:
@@ -91,27 +78,18 @@ class RepositoryTarget:
 
         Raises:
             NoSuchTarget: there is no point of it, or of any VM.
-            UsageError: there are several, and none was named.
+            UsageError: there are several, and none was named, or the name may mean several.
+            DamagedError: a snapshot is damaged, and nothing else is there.
         """
-        known = vms(repository)
-        if vm:
-            wanted = [each for each in known if each in {vm, folder_name(vm)}]
-            if not wanted:
-                raise NoSuchTarget(
-                    f"{repository.storage.name} holds no point of a VM {vm!r}.",
-                    f"It holds: {', '.join(known)}." if known else "",
-                )
-            return cls(repository, wanted[0])
-        if not known:
-            raise NoSuchTarget(
-                f"{repository.storage.name} holds no restore point.", "Make one: backup."
-            )
-        if len(known) > 1:
-            raise UsageError(
-                f"{repository.storage.name} holds several VMs: {', '.join(known)}.",
-                "Choose one with --vm.",
-            )
-        return cls(repository, known[0])
+        found = catalog.read(repository)
+        if found.damaged and not found.vms:
+            raise DamagedError(f"{found.damaged[0][1].path}: {found.damaged[0][1].reason}")
+        return cls(repository, choose(found.vms, vm, repository.storage.name).identity)
+
+    @property
+    def vm(self) -> str:
+        """What the VM is called in paths and tags."""
+        return vm_name(self.identity)
 
     @property
     def id(self) -> str:
@@ -127,18 +105,29 @@ class RepositoryTarget:
         """Where points are that this target does not hold itself: nowhere."""
         return ""
 
-    def require(self, identity: VmIdentity, stored: Inventory) -> None:
-        """Refuse to mix the points of two VMs of one name.
+    def namesakes(self) -> str:
+        """Others that have points here and are called like this VM, which has none, as a sentence."""
+        if self._snapshots or not self._namesakes:
+            return ""
+        return (
+            f"{self.name} holds no point of this VM ({describe(self.identity)}), but of others called "
+            f"like it: {', '.join(map(str, self._namesakes))}."
+        )
+
+    def require_known(self) -> None:
+        """Refuse a VM without a UUID that may be the one of its name whose points are here, on a host
+        that was renamed, or another on another host: only its owner knows.
 
         Raises:
-            UsageError: the points here are another VM's.
+            UsageError: it is such a VM.
         """
-        other = next((p.vm.identity for p in reversed(stored.points)), identity)
-        if not same_vm(other, identity):
+        hosts = [each.identity.host for each in self._namesakes if not each.identity.uuid]
+        if (others := self.namesakes()) and hosts and not self.identity.uuid:
             raise UsageError(
-                f"{self.name} holds points of another VM called {self.vm} ({describe(other)}; this "
-                f"one is {describe(identity)}).",
-                "Give the VM a name of its own (qemu -name), or use another repository.",
+                others,
+                "Without a UUID (-uuid) a VM is known by its host and name. If this is the same VM, "
+                f"whose host was renamed: --host {hosts[0]}. If it is another: --host "
+                f"{self.identity.host}, this once.",
             )
 
     def load(self) -> Inventory:
@@ -147,55 +136,25 @@ class RepositoryTarget:
         Raises:
             StorageError: the repository cannot be read.
         """
+        found = catalog.read(self.repository, self.identity)
         points: dict[str, Point] = {}
-        damaged: list[Damage] = []
-        # Snapshots first: an index that is read afterwards names all that they need.
-        snapshots = self.repository.snapshots(
-            lambda name, error: damaged.append(Damage(f"snapshots/{name}", error.message))
-        )
-        self.repository.index.sync(
-            self.repository,
-            lambda name, error: damaged.append(Damage(f"index/{name}", error.message)),
-        )
-        for snapshot in snapshots:
-            if not _is_ours(snapshot, self.vm):
-                continue
-            try:
-                point = self._point(snapshot)
-            except StorageError:
-                raise
-            except QmpBackupError as error:
-                damaged.append(Damage(f"snapshots/{snapshot.id}", error.message))
-                continue
+        self._snapshots = {}
+        for entry in found.entries:
+            if entry.point is not None:
+                self._take(points, entry.snapshot, entry.point)
+        self._namesakes = namesakes(found.vms, self.identity)
+        return Inventory(ordered(points.values()), found.damage_of(self.identity))
+
+    def _take(self, points: dict[str, Point], snapshot: Snapshot, point: Point) -> None:
+        """Enter a point. restic may have made several snapshots of one: the fullest counts."""
+        others = self._snapshots.setdefault(point.id, [])
+        fuller = point.id not in points or len(point.disks) > len(points[point.id].disks)
+        others.insert(0 if fuller else len(others), snapshot)
+        if fuller:
             points[point.id] = point
-            self._snapshots[point.id] = snapshot
-        return Inventory(ordered(points.values()), tuple(damaged))
-
-    def _point(self, snapshot: Snapshot) -> Point:
-        """The point that a snapshot holds; kept in the cache, as its tree can be large."""
-        cached = self.repository.cached(f"point-{snapshot.tree.hex()}")
-        what = f"The manifest in snapshot {snapshot.id[:8]}"
-        if cached is not None:
-            try:
-                return manifest.decode(cached, what, _misplaced)
-            except QmpBackupError:
-                log.debug("The cached manifest of snapshot %s is damaged.", snapshot.id)
-        ids = _manifest_chunks(self._nodes(snapshot), snapshot)
-        data = b"".join(self.repository.load_blob(BlobType.DATA, each) for each in ids)
-        point = manifest.decode(data, what, _misplaced)
-        self.repository.cache(f"point-{snapshot.tree.hex()}", data)
-        return point
-
-    def _folder(self, snapshot: Snapshot) -> bytes:
-        """The id of the tree with the files of a point."""
-        root = {node.name: node for node in self.repository.load_tree(snapshot.tree)}
-        folder = root.get(self.vm)
-        if folder is None or folder.subtree is None:
-            raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no folder {self.vm}.")
-        return folder.subtree
 
     def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
-        folder = self._folder(snapshot)
+        folder = catalog.folder_id(self.repository, snapshot)
         return {node.name: node for node in self.repository.load_tree(folder)}
 
     def description(self, point: Point) -> list[tuple[BlobType, bytes]]:
@@ -206,14 +165,18 @@ class RepositoryTarget:
             DamagedError: a tree is damaged, or they hold no manifest.
         """
         snapshot = self.snapshot_of(point)
-        folder = self._folder(snapshot)
-        chunks = _manifest_chunks(self._nodes(snapshot), snapshot)
+        folder = catalog.folder_id(self.repository, snapshot)
+        chunks = catalog.manifest_chunks(self.repository, self._nodes(snapshot), snapshot)
         trees = [(BlobType.TREE, snapshot.tree), (BlobType.TREE, folder)]
         return [*trees, *((BlobType.DATA, each) for each in chunks)]
 
     def snapshot_of(self, point: Point) -> Snapshot:
         """The snapshot that holds a point which `load` has found."""
-        return self._snapshots[point.id]
+        return self._snapshots[point.id][0]
+
+    def snapshots_of(self, point: Point) -> tuple[Snapshot, ...]:
+        """All snapshots that hold this point, or what restic has left of it."""
+        return tuple(self._snapshots[point.id])
 
     def contents(self, point: Point, disk: StoredDisk) -> Contents:
         """The list of chunks of a disk of a point.
@@ -264,7 +227,7 @@ class RepositoryTarget:
         Raises:
             QmpBackupError: there is no such point, and nothing refers to what was written.
         """
-        parent = self._snapshots.get(point.parent or "")
+        parent = next(iter(self._snapshots.get(point.parent or "", ())), None)
         data = manifest.encode(point)
         manifest_id = writer.add_now(BlobType.DATA, data)
         nodes = [_file(MANIFEST, len(data), manifest_id, point.time)]
@@ -281,11 +244,11 @@ class RepositoryTarget:
                 time=point.time.astimezone(),  # restic counts days by it
                 tree=root,
                 paths=(f"/{self.vm}",),
-                hostname=socket.gethostname(),
+                hostname=self.identity.host,
                 username=_user(),
                 uid=os.geteuid(),
                 gid=os.getegid(),
-                tags=(TAG, _VM_TAG + self.vm, _POINT_TAG + point.id),
+                tags=catalog.tags_of(self.identity, point.id),
                 parent=parent.id if parent else None,
                 program_version=f"qmpbackup {__version__}",
                 summary=_summary(point, disks, writer, is_first=parent is None),
@@ -308,52 +271,9 @@ class RepositoryTarget:
             yield
 
 
-def vm_name(identity: VmIdentity) -> str:
-    """What a VM is called in paths and tags: by its name, else its UUID, else its socket."""
-    named = identity.name or identity.uuid
-    return folder_name(named or re.sub("[^A-Za-z0-9._-]+", "-", identity.address).strip("-."))
-
-
 def disk_file(vm: str, disk_id: str) -> str:
     """Where a snapshot has a disk: `<vm>/<disk>.raw`."""
     return f"{vm}/{folder_name(disk_id)}{RAW}"
-
-
-def vms(repository: Repository) -> list[str]:
-    """The names of the VMs of which a repository holds points.
-
-    Raises:
-        DamagedError: a snapshot is damaged, and nothing else is there.
-    """
-    damaged: list[DamagedError] = []
-    # What is damaged is reported where points are loaded.
-    snapshots = repository.snapshots(lambda _name, error: damaged.append(error))
-    if damaged and not any(TAG in snapshot.tags for snapshot in snapshots):
-        raise damaged[0]
-    found = {
-        tag.removeprefix(_VM_TAG)
-        for snapshot in snapshots
-        if TAG in snapshot.tags
-        for tag in snapshot.tags
-        if tag.startswith(_VM_TAG)
-    }
-    return sorted(found)
-
-
-def _manifest_chunks(nodes: Mapping[str, Node], snapshot: Snapshot) -> list[bytes]:
-    node = nodes.get(MANIFEST)
-    if node is None or len(node.content) % ID or node.size > manifest.LARGEST:
-        raise DamagedError(f"Snapshot {snapshot.id[:8]} holds no manifest.")
-    return [node.content[at : at + ID] for at in range(0, len(node.content), ID)]
-
-
-def _is_ours(snapshot: Snapshot, vm: str) -> bool:
-    return TAG in snapshot.tags and _VM_TAG + vm in snapshot.tags
-
-
-def _misplaced(disk: StoredDisk) -> str:
-    name = folder_name(disk.id) + RAW
-    return "" if disk.file.rpartition("/")[2] == name else f"is not called {name}"
 
 
 def _file(name: str, size: int, content: bytes, time: datetime) -> Node:

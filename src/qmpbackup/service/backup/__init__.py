@@ -100,9 +100,13 @@ def _vm(request: Request, *, look_only: bool = False) -> AbstractContextManager[
     """The VM, rid of what a run that died left in it, or only looked at; or the images of one that is
     off."""
     if request.offline is not None:
-        return offline.opened(request.offline, request.target)
+        return offline.opened(request.offline, request.target, request.host)
     return session.opened(
-        request.address, lock_wait=request.lock_wait, recover=not look_only, look_only=look_only
+        request.address,
+        lock_wait=request.lock_wait,
+        recover=not look_only,
+        look_only=look_only,
+        host=request.host,
     )
 
 

@@ -92,7 +92,9 @@ class Opening:
         with target.lock(write=True, wait=request.lock_wait):
             for done in target.recover():
                 log.info("Cleaned up after a run that died: %s.", done)
-            yield Directory(path, target, target.load(), request)
+            stored = target.load()
+            target.require_points(vm.config.identity, stored)
+            yield Directory(path, target, stored, request)
 
 
 def _path(request: Request, folder: Path) -> Path:

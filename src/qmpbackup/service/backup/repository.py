@@ -102,16 +102,20 @@ class Opening:
         """Hold it as restic's own backups do, and read what it holds of the VM.
 
         Raises:
-            QmpBackupError: it could not be opened, or the points there are another VM's.
+            QmpBackupError: it could not be opened, is not ours to write into, or nobody can say whether
+                this VM is one whose points it holds.
         """
         del approve  # it is there already
-        target = RepositoryTarget.of(self._found(), vm.config.identity)
+        target = RepositoryTarget(self._found(), vm.config.identity)
         target.repository.storage.require_ours()
         with target.lock(write=True, wait=self._request.lock_wait):
             stored = target.load()
             for damage in stored.damaged:
                 log.warning("Damaged: %s: %s", damage.path, damage.reason)
-            target.require(vm.config.identity, stored)
+            if not self._request.host:
+                target.require_known()
+            if others := target.namesakes():
+                log.warning("%s They count as another VM's.", others)
             yield Repository(target, stored)
 
 

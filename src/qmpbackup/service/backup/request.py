@@ -20,8 +20,9 @@ class Request:
     that an incremental into a repository reads again. With `check`, what goes into a repository is
     opened again before it is stored; with `verify_chain`, the files in a folder that an incremental is
     to build on are read whole before. `offline` is the VM where it is off; then `address` means nothing.
-    `reserve` is the bytes that stay free on each file system the run writes to (`None`: see `plan.room`;
-    0: none, and nothing is looked at).
+    `host` is what the VM's host is called, unless as it calls itself. `reserve` is the bytes that stay
+    free on each file system the run writes to (`None`: see `plan.room`; 0: none, and nothing is looked
+    at).
     """
 
     address: str
@@ -42,6 +43,7 @@ class Request:
     verify_chain: bool = False
     offline: Offline | None = None
     reserve: int | None = None
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

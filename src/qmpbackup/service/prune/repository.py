@@ -88,7 +88,13 @@ def prune(request: Request, location: Location, now: datetime) -> Outcome:
         with target.lock(wait=request.lock_wait):
             found = target.load()
         verdicts = _decide(target, found, request, now)
-        gone = [target.snapshot_of(each.point).id for each in verdicts if not each.kept]
+        # By their ids, never by a group of restic's: nothing of another VM can be among them.
+        gone = [
+            snapshot.id
+            for each in verdicts
+            if not each.kept
+            for snapshot in target.snapshots_of(each.point)
+        ]
         if request.dry_run or not gone:
             return Outcome(verdicts, None if gone else 0)
         # Our own lock is released: restic takes one that leaves room for no other.
@@ -106,7 +112,10 @@ def _decide(
 ) -> tuple[Verdict, ...]:
     for damage in found.damaged:
         log.warning("Damaged, so left alone: %s: %s", damage.path, damage.reason)
-    tags = {point.id: target.snapshot_of(point).tags for point in found.points}
+    tags = {
+        point.id: tuple(tag for each in target.snapshots_of(point) for tag in each.tags)
+        for point in found.points
+    }
     return keep_newest(found.points, decide(found.points, request.policy, now, tags))
 
 
