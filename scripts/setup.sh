@@ -18,6 +18,7 @@ readonly PACKAGES=(
     qemu-system-x86 # the VMs of the tests
     qemu-utils      # qemu-img, qemu-nbd, qemu-io
     python3-libnbd  # NBD from Python
+    libnbd-bin      # nbdcopy and nbdinfo, which read what is served
     python3-venv    # .venv
     restic          # reads and tends the repositories of tests
     fuse3           # mounts them

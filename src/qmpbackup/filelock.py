@@ -45,7 +45,7 @@ def locked(fd: int, what: str, *, shared: bool = False, wait: float = 0.0) -> It
 @contextmanager
 def vm_lock(key: str, wait: float) -> Iterator[None]:
     """Hold the lock of one VM; `key` is what all runs for this VM agree on."""
-    folder = _runtime_folder()
+    folder = runtime_folder()
     name = "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in key)[-200:]
     with storage_errors(f"make the lock {folder / name}.lock"):
         fd = os.open(
@@ -58,7 +58,7 @@ def vm_lock(key: str, wait: float) -> Iterator[None]:
         os.close(fd)
 
 
-def _runtime_folder() -> Path:
+def runtime_folder() -> Path:
     """A folder of ours alone for locks: root's in /run, others' where their session keeps such."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.geteuid() == 0:

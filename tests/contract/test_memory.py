@@ -37,7 +37,7 @@ def served(folder: Path, size: int) -> Iterator[str]:
     with (
         create(folder / "image", size).open("rb") as image,
         exports.serving(
-            Layer.of(image.fileno(), "image"), ["--export-name=disk"], "open it"
+            [Layer.of(image.fileno(), "image")], ["--export-name=disk"], "open it"
         ) as socket,
     ):
         yield socket

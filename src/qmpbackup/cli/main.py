@@ -230,6 +230,7 @@ COMMANDS = {
     "show": "show",
     "verify": "verify",
     "restore": "restore",
+    "serve": "serve",
     "prune": "prune",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""

@@ -26,14 +26,18 @@ def snapshot(layer: Layer, name: str) -> Iterator[Opening]:
     Raises:
         QmpBackupError: the image has no such snapshot, or qemu-nbd cannot be run.
     """
-    options = ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
-    with serving(layer, options, f"open snapshot {name} of {layer.name}") as socket:
+    with serving([layer], of_snapshot(name), f"open snapshot {name} of {layer.name}") as socket:
         yield Opening({"driver": "nbd", "server": {"type": "unix", "path": socket}}, ())
 
 
+def of_snapshot(name: str) -> list[str]:
+    """The options by which qemu-nbd shows an internal snapshot."""
+    return ["--load-snapshot", f"snapshot.name={name.replace(',', ',,')}"]
+
+
 @contextmanager
-def serving(layer: Layer, options: Sequence[str], action: str) -> Iterator[str]:
-    """Serve one image for the block, read-only, to as many as want; gives the socket.
+def serving(layers: Sequence[Layer], options: Sequence[str], action: str) -> Iterator[str]:
+    """Serve the last of a chain for the block, read-only, to as many as want; gives the socket.
 
     Raises:
         QmpBackupError: qemu-nbd cannot be run; `action` says what it was to do.
@@ -45,7 +49,7 @@ def serving(layer: Layer, options: Sequence[str], action: str) -> Iterator[str]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qmpbackup-"))
         place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, place)
-        image = stack.enter_context(opened([layer]))
+        image = stack.enter_context(opened(layers))
         socket, started = f"{folder}/nbd", Path(folder) / "pid"
         command = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", *options]
         command += [f"--socket={socket}", f"--pid-file={started}", image.name]

@@ -209,6 +209,17 @@ class Connection:
                 _note(found, at, statuses.get(DEPTH, ()), chunk, lambda depth: depth == 1)
         return found
 
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Offset and length of neighbouring areas, and whether they are known to be zeroes.
+
+        Raises:
+            NbdError: the server refused, or the connection failed.
+        """
+        for at, statuses in self._ask(start, end):
+            for length, flags in statuses[ALLOCATION]:
+                yield at, length, bool(flags & _ZERO)
+                at += length  # noqa: PLW2901 - the extents follow one another
+
     def _ask(self, start: int, end: int) -> Iterator[tuple[int, Statuses]]:
         """Ask for the status of an area, in pieces that every context covers."""
         while start < end:

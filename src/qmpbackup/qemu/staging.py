@@ -78,7 +78,7 @@ class Staging:
         layer = Layer.of(self._stages[seat.number].fd, seat.disk.id)
         bitmaps = (self._view.changed_bitmap(seat), self._view.read_bitmap(seat))
         options = [f"--export-name={EXPORT}", *(f"--bitmap={each}" for each in bitmaps if each)]
-        return exports.serving(layer, options, f"open the staged image of {seat.disk.id}")
+        return exports.serving([layer], options, f"open the staged image of {seat.disk.id}")
 
     def _images(self) -> list[copy.Image]:
         return [

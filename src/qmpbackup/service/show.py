@@ -2,10 +2,11 @@
 """Look at the points of a target; what `list` and `show` print, and how a point is found."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 
-from qmpbackup.errors import DamagedError, NoSuchTarget
-from qmpbackup.model import Place, Point
+from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
+from qmpbackup.model import Place, Point, StoredDisk
 from qmpbackup.plan.chain import LATEST, chain, find
 from qmpbackup.plan.missing import Missing, missing
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
@@ -93,3 +94,26 @@ def _require_own_points(target: Target, found: Inventory) -> None:
     elsewhere = target.elsewhere()
     if elsewhere:
         raise NoSuchTarget(f"{target.name} holds no point itself.", elsewhere)
+
+
+def chosen_disks(point: Point, names: Sequence[str]) -> tuple[StoredDisk, ...]:
+    """The disks of a point that a user names; all if none is named.
+
+    Raises:
+        UsageError: the point does not hold one of them.
+        DamagedError: it holds no disk any more.
+    """
+    wanted = {name: point.disk_called(name) for name in names}
+    unknown = [name for name, disk in wanted.items() if disk is None]
+    if unknown:
+        gone = {each.id: each.into for each in point.merged}
+        into = gone.get(unknown[0])
+        raise UsageError(
+            f"Point {point.id} does not hold disk {unknown[0]}."
+            + (f" It was merged into point {into}." if into else ""),
+            f"It holds: {', '.join(disk.shown for disk in point.disks)}." if point.disks else "",
+        )
+    chosen = tuple(disk for disk in point.disks if not wanted or disk in wanted.values())
+    if not chosen:
+        raise DamagedError(f"Point {point.id} holds no disk any more.", "Restore a later point.")
+    return chosen

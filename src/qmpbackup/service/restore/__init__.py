@@ -16,13 +16,13 @@ So damage is found before a name that counts is given.
 """
 
 from qmpbackup import interrupt
-from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.errors import UsageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.missing import missing
 from qmpbackup.service import targets
 from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
-from qmpbackup.service.show import find_point
+from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.target.directory import DirectoryTarget
 
 __all__ = ["FORMATS", "Outcome", "Request", "Restored", "restore"]
@@ -62,19 +62,7 @@ def restore(request: Request) -> Outcome:
 
 
 def _chosen(point: Point, request: Request) -> tuple[StoredDisk, ...]:
-    wanted = {name: point.disk_called(name) for name in request.disks}
-    unknown = [name for name, disk in wanted.items() if disk is None]
-    if unknown:
-        gone = {each.id: each.into for each in point.merged}
-        into = gone.get(unknown[0])
-        raise UsageError(
-            f"Point {point.id} does not hold disk {unknown[0]}."
-            + (f" It was merged into point {into}." if into else ""),
-            f"It holds: {', '.join(disk.shown for disk in point.disks)}." if point.disks else "",
-        )
-    chosen = tuple(disk for disk in point.disks if not wanted or disk in wanted.values())
-    if not chosen:
-        raise DamagedError(f"Point {point.id} holds no disk any more.", "Restore a later point.")
+    chosen = chosen_disks(point, request.disks)
     if request.file is not None and len(chosen) != 1:
         raise UsageError(
             f"Point {point.id} holds several disks, and a file takes one.", "Name one with --disk."

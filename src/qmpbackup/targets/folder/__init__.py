@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Points in a folder of qcow2 files."""

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Points served over NBD, from each kind of target, read by the tools that people have."""
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.disks import MIB, first_difference, pattern, qemu_img
+from lab.qemu import Qemu
+from lab.repositories import environment_of
+from qmpbackup.model import Level
+from stored import Stored, Write
+from stored_repository import StoredRepository
+
+DAMAGED, LOCKED, USAGE = 8, 11, 2
+
+
+class Point:
+    """A target with points of one disk and what the newest of them holds, whatever the kind."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind = kind
+        self.folder = folder
+        if kind == "folder":
+            made = Stored(folder / "target", size=8 * MIB)
+            made.add(Level.FULL, {"vda": [Write(1, 0, 3 * MIB), Write(2, 5 * MIB, MIB)]})
+            made.add(Level.INC, {"vda": [Write(3, 2 * MIB, 4096), Write(4, 7 * MIB + 512, 999)]})
+            self.target, self.environment = str(made.path), dict(os.environ)
+            self.contents = made.expected[made.points[-1].id, "vda"]
+            self.file = made.file(made.points[0], "vda")
+        else:
+            stored = StoredRepository(folder)
+            stored.add({"vda": pattern(8 * MIB + 512, 1)})
+            self.contents = bytes(2 * MIB) + pattern(6 * MIB + 512, 2)
+            stored.add({"vda": self.contents})
+            self.target = str(stored.made)
+            self.environment = {**os.environ, **environment_of(stored.made)}
+            self.packs = stored.files("data")
+
+    @contextmanager
+    def served(self, *more: cli.Argument) -> Iterator[tuple[cli.Running, str]]:
+        """The newest point, served; the server and the address of its disk."""
+        arguments = ("serve", "--target", self.target, "--json", *more)
+        if "--socket" not in more:
+            arguments += ("--socket", self.folder / "nbd")
+        with cli.start(*arguments, env=self.environment) as running:
+            assert running.process.stdout is not None
+            line = running.process.stdout.readline()
+            assert line, running.wait().err
+            yield running, json.loads(line)["exports"][0]["uri"]
+
+
+@pytest.fixture(params=["folder", "repository"])
+def point(request: pytest.FixtureRequest, tmp_path: Path) -> Point:
+    """A point in each kind of target."""
+    return Point(tmp_path, request.param)
+
+
+def ended(running: cli.Running) -> cli.Result:
+    """What is said by a server that is told to end."""
+    running.signal(signal.SIGTERM)
+    return running.wait()
+
+
+def dumped(uri: str, folder: Path) -> bytes:
+    """All that qemu-img reads."""
+    copy = folder / "copy"
+    qemu_img("convert", "-f", "raw", "-O", "raw", uri, str(copy))
+    return copy.read_bytes()
+
+
+def test_tools_read_the_bytes_of_the_point(point: Point, tmp_path: Path) -> None:
+    with point.served() as (running, uri):
+        found = dumped(uri, tmp_path)[: len(point.contents)]
+        assert not first_difference(found, point.contents)
+        subprocess.run(["nbdcopy", uri, str(tmp_path / "nbdcopy")], check=True)
+        found = (tmp_path / "nbdcopy").read_bytes()
+        assert not first_difference(found, point.contents)
+        ended(running).check()
+    assert not (tmp_path / "nbd").exists()
+
+
+def test_any_range_is_right(point: Point) -> None:
+    import nbd
+
+    chosen = random.Random(3)  # noqa: S311 - repeatable
+    with point.served() as (_, uri):
+        client = nbd.NBD()
+        client.connect_uri(uri)
+        assert client.get_size() == len(point.contents)
+        assert client.is_read_only()
+        for _ in range(300):
+            start = chosen.randrange(len(point.contents))
+            length = min(chosen.choice([1, 511, 4096, MIB, 3 * MIB]), len(point.contents) - start)
+            found = bytes(client.pread(length, start))
+            assert found == point.contents[start : start + length], (start, length)
+        client.shutdown()
+
+
+def test_zeros_are_told_only_to_those_who_may_know(point: Point) -> None:
+    import nbd
+
+    for option, knows in (((), False), (("--allocation",), True)):
+        with point.served(*option) as (running, uri):
+            client = nbd.NBD()
+            client.add_meta_context("base:allocation")
+            client.connect_uri(uri)
+            assert client.can_meta_context("base:allocation") is knows
+            client.shutdown()
+            ended(running).check()
+
+
+def test_nbdinfo_sees_data_and_zeros(point: Point) -> None:
+    with point.served("--allocation") as (_, uri):
+        shown = subprocess.run(["nbdinfo", "--map", uri], capture_output=True, check=True).stdout
+    extents = [line.split()[:3] for line in shown.decode().splitlines()]
+    at = 0
+    for offset, length, kind in extents:
+        assert int(offset) == at
+        at += int(length)
+        if kind != "0":
+            assert not any(point.contents[int(offset) : at])
+    assert at == len(point.contents)
+    assert {kind for _, _, kind in extents} == {"0", "3"}
+
+
+def test_a_vm_reads_it_below_an_overlay(
+    point: Point, tmp_path: Path, start_qemu: Callable[..., Qemu]
+) -> None:
+    with point.served() as (_, uri):
+        overlay = tmp_path / "overlay"
+        qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", uri, "-F", "raw", str(overlay), "9M")
+        vm = start_qemu(args=["-drive", f"if=virtio,id=vda,format=qcow2,file={overlay}"])
+        last = len(point.contents) // MIB * MIB - MIB
+        vm.qemu_io("vda", f"read -P {point.contents[last]} {last} 1")
+        vm.write("vda", 0, 4096, 9)
+        vm.qemu_io("vda", "read -P 9 0 4096")
+
+
+def test_damage_is_an_error_and_named(tmp_path: Path) -> None:
+    import nbd
+
+    point = Point(tmp_path, "repository")
+    with point.served() as (running, uri):
+        client = nbd.NBD()
+        client.connect_uri(uri)
+        for pack in (each for each in point.packs if each.stat().st_size > MIB):
+            with pack.open("r+b") as opened:
+                opened.seek(pack.stat().st_size // 2)
+                opened.write(b"damage" * 1000)
+        with pytest.raises(nbd.Error, match="Input/output error"):
+            for start in range(0, len(point.contents), MIB):
+                client.pread(min(MIB, len(point.contents) - start), start)
+        client.pread(512, 0)  # zeros, which nothing can damage
+        assert "blob" in ended(running).err
+
+
+def test_a_damaged_file_withdraws_its_disk(tmp_path: Path) -> None:
+    point = Point(tmp_path, "folder")
+    with point.file.open("r+b") as opened:
+        opened.seek(point.file.stat().st_size - 1000)
+        opened.write(b"damage")
+    with point.served() as (running, _):
+        assert running.process.stderr is not None
+        assert any("served no more" in line for line in running.process.stderr)
+        ended(running).check(DAMAGED)
+    assert "damaged" in cli.run("list", "--target", point.target).check(DAMAGED).err.lower()
+
+
+def test_a_point_that_is_served_is_not_removed(point: Point) -> None:
+    with point.served():
+        arguments = ("prune", "--target", point.target, "--keep-last", "1")
+        cli.run(*arguments, env=point.environment).check(LOCKED)
+
+
+def test_it_ends_when_nobody_is_there(point: Point) -> None:
+    with point.served("--until-idle", "0.1") as (running, _):
+        running.wait().check()
+
+
+def test_a_killed_server_leaves_nothing_that_keeps_the_next_from_serving(
+    point: Point, tmp_path: Path
+) -> None:
+    with point.served() as (running, _):
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        handles = [os.pidfd_open(int(child)) for child in children]
+        running.process.kill()
+        running.process.wait()
+        for handle in handles:
+            assert select.select([handle], [], [], 60)[0], "a process is left"
+            os.close(handle)
+    with point.served() as (_, uri):
+        assert not first_difference(dumped(uri, tmp_path)[: len(point.contents)], point.contents)
+
+
+def test_what_cannot_be_served_is_said(point: Point, tmp_path: Path) -> None:
+    def refused(code: int, *more: cli.Argument) -> str:
+        arguments = ("serve", "--target", point.target, "--until-idle", "0", *more)
+        return cli.run(*arguments, env=point.environment).check(code).err
+
+    assert "vdz" in refused(USAGE, "--disk", "vdz")
+    (tmp_path / "file").write_text("")
+    assert "no socket" in refused(USAGE, "--socket", tmp_path / "file")
+    assert (tmp_path / "file").exists()
+    with point.served() as _:
+        assert "already" in refused(LOCKED, "--socket", tmp_path / "nbd")
+    assert "too long" in refused(USAGE, "--socket", tmp_path / ("x" * 120))
