@@ -265,3 +265,18 @@ def _c_library() -> "ctypes.CDLL":
     import ctypes
 
     return ctypes.CDLL(None)
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_CHUNK = 256 * 1024
+
+
+def give_memory_back() -> None:
+    """Have every large piece of memory go back to the system when nobody needs it any more.
+
+    glibc keeps such pieces after a while for the next, and a cache of a megabyte a piece then takes
+    twice what it holds (mallopt(3), M_MMAP_THRESHOLD). Other C libraries do so by themselves.
+    """
+    library = _c_library()
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _CHUNK)

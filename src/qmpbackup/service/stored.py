@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from qmpbackup import process
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point, StoredDisk
@@ -114,6 +115,7 @@ def _of_repository(
 
     del points  # each stands for itself
     repository = target.repository
+    process.give_memory_back()
     with ChunkCache(lambda chunk: repository.load_blob(BlobType.DATA, chunk)) as cache:
         images = {}
         for disk in disks:
