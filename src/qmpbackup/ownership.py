@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an open folder is ours alone, so that nobody else can exchange what we do in it.
+"""Whether a folder, and the way to it, is ours alone, so that nobody else can exchange what we do there.
 
 Knows descriptors, owners and modes; must not know what is kept in the folder.
 """
@@ -7,9 +7,10 @@ Knows descriptors, owners and modes; must not know what is kept in the folder.
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
-from qmpbackup.errors import StorageError
+from qmpbackup.errors import StorageError, UsageError
 
 _ACL = "system.posix_acl_access"  # acl(5); where there is one, the mode's group bits are its mask
 
@@ -47,6 +48,27 @@ def require_ours(fd: int, path: Path) -> None:
         raise StorageError(
             f"A group of users may write into {path}.", "Change that: chmod g-w FOLDER."
         )
+
+
+def refuse_planted_links(path: Path) -> None:
+    """Refuse what the kernel refuses where `fs.protected_symlinks` is set: a link on a path that somebody
+    else has put into a folder that is open to all.
+
+    Raises:
+        UsageError: there is one.
+        OSError: something cannot be looked at.
+    """
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 - must not follow links
+    for each in (*reversed(whole.parents), whole):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            link, holder = each.lstat(), each.parent.stat()
+            is_open = holder.st_mode & stat.S_ISVTX and holder.st_mode & stat.S_IWOTH
+            theirs = link.st_uid not in {os.geteuid(), holder.st_uid}
+            if stat.S_ISLNK(link.st_mode) and is_open and theirs:
+                raise UsageError(
+                    f"{each} is a link that another user has put there.",
+                    "Name the place that it leads to, if that is what you mean.",
+                )
 
 
 def _open_to(fd: int, state: os.stat_result) -> int:

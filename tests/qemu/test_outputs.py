@@ -155,6 +155,27 @@ def test_a_link_to_a_device_that_somebody_else_made_is_not_followed(
     assert device.read_bytes() == b"\xff" * 4 * MIB
 
 
+@needs_root
+@pytest.mark.parametrize("deep", ["", "deeper"])
+def test_a_folder_that_somebody_else_has_linked_to_is_not_written_into(
+    backup: Backup, tmp_path: Path, deep: str
+) -> None:
+    """As the kernel itself says where `fs.protected_symlinks` is set."""
+    everybodys, elsewhere = tmp_path / "everybodys", tmp_path / "elsewhere"
+    everybodys.mkdir()
+    everybodys.chmod(0o1777)
+    elsewhere.mkdir()
+    link = everybodys / "out"
+    link.symlink_to(elsewhere)
+    backup.restore("--disk", "d1", "--output", link / deep).check()
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    place = link / deep
+    before = sorted(elsewhere.rglob("*"))
+    for arguments in (("--output", place, "--force"), ("--output-file", place / "new")):
+        backup.restore("--disk", "d1", *arguments).check(USAGE)
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 @pytest.mark.parametrize("force", [(), ("--force",)])
 @pytest.mark.parametrize("plant", [link_to_file, link_to_nowhere, fifo, unix_socket, folder])
 def test_one_file_takes_the_place_of_nothing_special_either(

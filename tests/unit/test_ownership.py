@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpbackup.errors import StorageError
-from qmpbackup.ownership import require_ours
+from qmpbackup.errors import StorageError, UsageError
+from qmpbackup.ownership import refuse_planted_links, require_ours
 
 GROUP_OF_OTHERS = 65534
 
@@ -49,3 +49,28 @@ def test_a_folder_that_everybody_may_write_to_is_not_ours(tmp_path: Path) -> Non
     tmp_path.chmod(0o777)
     with pytest.raises(StorageError, match="Everybody may write"):
         look_at(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give links away")
+@pytest.mark.parametrize(
+    ("mode", "owner", "planted"),
+    [
+        (0o1777, GROUP_OF_OTHERS, True),
+        (0o1777, 0, False),
+        (0o755, GROUP_OF_OTHERS, False),
+    ],
+)
+def test_a_link_of_others_in_a_folder_open_to_all_is_planted(
+    tmp_path: Path, mode: int, owner: int, planted: bool
+) -> None:
+    tmp_path.chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to("/nowhere")
+    os.chown(link, owner, owner, follow_symlinks=False)
+    for path in (link, link / "below", tmp_path / "other" / ".." / "link" / "below"):
+        if planted:
+            with pytest.raises(UsageError, match="another user has put there"):
+                refuse_planted_links(path)
+        else:
+            refuse_planted_links(path)
+    refuse_planted_links(tmp_path / "other")

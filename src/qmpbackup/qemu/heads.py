@@ -52,7 +52,7 @@ def private(head: bytes, name: str, link: str) -> bytes:
         raise DamagedError(f"{name} does not hold its data itself, in the clear.")
     bits = struct.unpack_from(">I", head, _CLUSTER_BITS_AT)[0]
     new = _fixed(head, found.version) + _extensions(head, found.version)
-    room = min(1 << bits, HEAD) if bits < 32 else HEAD
+    room = min(1 << bits, HEAD)
     text = link.encode()
     if len(new) + len(text) > room:
         raise DamagedError(f"{name} has clusters too small for its head.")

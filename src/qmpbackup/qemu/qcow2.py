@@ -18,6 +18,9 @@ writes one behind the other."""
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and with the offset of the snapshots
 _MAGIC = b"QFI\xfb"
 _FEATURES_AT = 72
+_LENGTH_AT = 100
+_LEAST_LENGTH = 104
+_CLUSTER_BITS = range(9, 22)
 _EXTERNAL_DATA_FILE = 1 << 2
 _CORRUPT = 1 << 1
 _LONGEST_BACKING = 1023
@@ -58,8 +61,14 @@ def parse_header(head: bytes, name: str) -> Header:
         raise DamagedError(f"{name} is not a qcow2 image.", _HINT)
     fields = _HEADER.unpack_from(head)
     version, backing_at, backing_length = fields[1], fields[2], fields[3]
-    if version not in {2, 3} or (version == 3 and len(head) < 104):
+    if version not in {2, 3} or (version == 3 and len(head) < _LEAST_LENGTH):
         raise DamagedError(f"{name} is a qcow2 image of an unknown version.", _HINT)
+    length = struct.unpack_from(">I", head, _LENGTH_AT)[0] if version == 3 else _LEAST_LENGTH
+    if (
+        not _LEAST_LENGTH <= length <= max(len(head), _LEAST_LENGTH)
+        or fields[4] not in _CLUSTER_BITS
+    ):
+        raise DamagedError(f"{name} has a header that makes no sense.", _HINT)
     features = struct.unpack_from(">Q", head, _FEATURES_AT)[0] if version == 3 else 0
     return Header(
         version=version,

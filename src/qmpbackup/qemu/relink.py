@@ -69,7 +69,8 @@ def linked(head: bytes, name: str, parent: str) -> bytes:
     room = 1 << min(struct.unpack_from(">I", head, _CLUSTER_BITS_AT)[0], 16)
     if len(text) > _LONGEST or len(new) + len(text) > min(room, len(head)):
         raise _no_room(name, parent)
-    used = max(used + _EXTENSION.size, sum(_LINK.unpack_from(head, _LINK_AT)))
+    old, old_length = _LINK.unpack_from(head, _LINK_AT)
+    used = min(max(used + _EXTENSION.size, old + old_length if old else 0), len(head))
     _LINK.pack_into(new, _LINK_AT, len(new), len(text))
     new += text
     return bytes(new.ljust(used, b"\0")) + head[max(used, len(new)) :]

@@ -10,6 +10,7 @@ from pathlib import Path
 from qmpbackup import durable, interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.ownership import refuse_planted_links
 from qmpbackup.plan.merge import PARTIAL
 from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service.rebase import build
@@ -54,6 +55,8 @@ def export(request: Request, output: Path) -> str:
 
 
 def _check_output(place: Place, output: Path) -> None:
+    with storage_errors(f"look at {output}"):
+        refuse_planted_links(output.parent)
     if os.path.lexists(output):
         raise UsageError(f"{output} exists already.", "Choose another --targetfile.")
     top = place.target.path if place.target else place.folder

@@ -17,6 +17,7 @@ from pathlib import Path
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import StorageError, UsageError
 from qmpbackup.model import StoredDisk
+from qmpbackup.ownership import refuse_planted_links
 from qmpbackup.qemu import images
 from qmpbackup.restic.storage.local import is_repository
 from qmpbackup.service.restore.request import Request
@@ -46,6 +47,9 @@ def outputs(target: Target, request: Request, disks: Sequence[StoredDisk]) -> tu
         UsageError: something is there, or the place is one where only backups go.
         StorageError: a place cannot be written to.
     """
+    folder = _path(request, disks[0]).parent
+    with storage_errors(f"look at {folder}"):
+        refuse_planted_links(folder)
     found = tuple(_look(request, disk) for disk in disks)
     for each in found:
         _refuse_harm(target, each.real)
