@@ -63,7 +63,7 @@ def managed(
     finally:
         vm.leave()
         host.try_virsh("destroy", name)
-        host.try_virsh("undefine", name, "--managed-save")
+        host.try_virsh("undefine", name, "--managed-save", "--snapshots-metadata")
         for image in host.images.glob(f"{name}-*"):
             image.unlink()
 

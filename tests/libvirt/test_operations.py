@@ -21,13 +21,15 @@ from .conftest import SDA, VDA, VDB, live, managed, started
 
 StartManaged = Callable[..., Managed]
 NO_INCREMENTAL, VM_ERROR = 4, 6
+CHANGED = range(0, 2 * MIB, 2 * CLUSTER)
+"""What a run has to copy, in pieces: QEMU limits the speed between them, not within."""
 
 
 @contextmanager
 def copying(vm: Managed, target: Path) -> Iterator[cli.Running]:
     """A run that has begun to copy, and goes on until it is hurried."""
-    for block in range(16):
-        vm.write(vm.disks[0].id, block * CLUSTER, CLUSTER, 3)
+    for offset in CHANGED:
+        vm.write(vm.disks[0].id, offset, CLUSTER, 3)
     arguments = ("backup", "--level", "inc", "--speed-limit", "10000", "--target", target)
     with cli.start("--socket", vm.socket, *arguments, "--json") as running:
         vm.qmp.poll(lambda: is_copying(vm) or running.process.poll() is not None)
@@ -63,12 +65,14 @@ def test_what_libvirt_is_refused(start_managed: StartManaged, tmp_path: Path) ->
             ("blockresize", "vda", "32M"),
             ("blockcommit", "vda", "--active", "--pivot", "--wait"),
             ("blockcopy", "vda", vm.host.images / "refused-copy", "--transient-job"),
-            ("snapshot-create-as", "internal"),
             ("managedsave",),
             ("save", vm.host.images / "refused-saved"),
         ):
             assert vm.try_virsh(*map(str, command)).code, f"{command} was not refused"
             assert vm.virsh("domstate") == "running", command
+        # That of libvirt 11 with QEMU 10 works, that of libvirt 9 with QEMU 7 does not.
+        vm.try_virsh("snapshot-create-as", "internal")
+        assert vm.virsh("domstate") == "running"
         finish(vm, running).check()
     assert_goes_on(vm, target, tmp_path, (VDA, VDB))
 
@@ -103,7 +107,9 @@ def test_an_external_snapshot(start_managed: StartManaged, tmp_path: Path) -> No
     back_up(vm, target)
     expected = live(vm)
     with copying(vm, target) as running:
-        expected[VDA] = bytes([3]) * 16 * CLUSTER + expected[VDA][16 * CLUSTER :]
+        for offset in CHANGED:
+            after = expected[VDA][offset + CLUSTER :]
+            expected[VDA] = expected[VDA][:offset] + bytes([3]) * CLUSTER + after
         vm.write(VDB, 5 * MIB, MIB, 5)
         vm.virsh("snapshot-create-as", "one", "--disk-only", "--no-metadata")
         vm.write(VDB, 7 * MIB, MIB, 6)
