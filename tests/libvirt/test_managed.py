@@ -92,6 +92,13 @@ def test_a_snapshot_makes_a_full(
     vm.write(VDB, 5 * MIB, MIB, 3)
     assert_incremental(vm, target, tmp_path)
     assert leftovers(vm) == []  # bitmaps stay in the image below, which nobody writes to
+    for disk in ("vda", "vdb"):
+        vm.virsh("blockcommit", disk, "--active", "--pivot", "--wait")
+    vm.write(VDA, 7 * MIB, MIB, 4)
+    point = back_up(vm, target)
+    assert levels(point) == {VDA: "full", VDB: "full"}
+    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_clean(vm, target)
 
 
 def test_a_snapshot_and_its_commit_between_two_points(
