@@ -40,6 +40,7 @@ def test_list_as_json_is_one_object_a_point(stored: Stored) -> None:
         "uuid": stored.points[1].vm.identity.uuid,
         "host": stored.points[1].vm.identity.host,
         "disks": ["hd0"],
+        "labels": {},
         "consistency": "crash",
         "size": stored.points[1].size,
         "merged": [],
