@@ -274,6 +274,19 @@ class TestHostile:
         assert secret.read_bytes() == b"secret" * 100_000
 
 
+def test_too_few_descriptors_for_a_chain_are_said(stored: Stored, tmp_path: Path) -> None:
+    for number in range(20):
+        stored.add(Level.INC, {"hd0": [Write(number, 0, 512)], "a/../b: c": []})
+    out = tmp_path / "out"
+    command = f"ulimit -n 40; exec {Path(sys.executable).with_name('qmpbackup')} restore --disk hd0"
+    shell = ["sh", "-c", f"{command} --target {stored.path} --output {out}"]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Too many open files" in done.stderr
+    assert "LimitNOFILE" in done.stderr
+    assert not out.exists()
+
+
 @needs_root
 class TestFull:
     """The file system that is restored to has no room."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.qemu import heads
 from qmpbackup.qemu.qcow2 import HEAD, Header, parse_header
@@ -125,13 +126,15 @@ def opened(layers: Sequence[Layer], below: Opening | None = None) -> Iterator[Op
 
     Raises:
         DamagedError: one is no image that could be part of a chain.
+        StorageError: there are too few descriptors, or too little memory.
     """
     found = below
     with ExitStack() as stack:
         for layer in layers:
             size = -(-os.fstat(layer.fd).st_size // _SECTOR) * _SECTOR
             head = heads.private(layer.head, layer.name, found.name if found else "")
-            over = heads.overlay(head, size)
+            with storage_errors(f"open {layer.name}"):
+                over = heads.overlay(head, size)
             stack.callback(os.close, over)
             file: Node = {"driver": "qcow2", "file": _file(over), "backing": _file(layer.fd)}
             fds = (layer.fd, over, *(found.fds if found else ()))
@@ -168,7 +171,8 @@ def _file(fd: int) -> Node:
 def stand_in(size: int) -> Iterator[int]:
     """The descriptor of a raw image of zeros: in the place of a backing file of this size it shows
     what the images above hold themselves, and lets them be written without touching that file."""
-    fd = os.memfd_create("qmpbackup-ground", os.MFD_CLOEXEC)
+    with storage_errors("make an image in memory"):
+        fd = os.memfd_create("qmpbackup-ground", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
         yield fd

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 from qmpbackup import process
+from qmpbackup.durable import storage_errors
 from qmpbackup.qemu import layers
 from qmpbackup.qemu.images import PARALLEL, ZSTD, failure
 from qmpbackup.qemu.layers import Layer, path
@@ -41,7 +42,8 @@ def apply(layer: Layer, base: int, *, rate: int = 0) -> None:
     """
     # qemu-img commits from the top of a chain and wants to write there; so the top is an empty
     # image of our own, and the one that matters lies below it, open for reading only.
-    top = os.memfd_create("qmpbackup-top", os.MFD_CLOEXEC)
+    with storage_errors("make an image in memory"):
+        top = os.memfd_create("qmpbackup-top", os.MFD_CLOEXEC)
     try:
         create(top, "an image in memory", layer.header.size)
         into = layers.image(base)
