@@ -87,18 +87,16 @@ def test_a_disk_of_another_process_and_persistent_memory(
         assert_named(vm, tmp_path / "target", ["data", "pmem"], "data,pmem")
 
 
-def test_a_folder_of_the_host_and_a_usb_stick_without_ids(
-    tmp_path: Path, start_qemu: StartQemu
-) -> None:
+def test_folders_of_the_host_without_ids(tmp_path: Path, start_qemu: StartQemu) -> None:
     arguments = [
         *("-fsdev", f"local,id=f,path={tmp_path},security_model=none"),
         *("-device", "virtio-9p-pci,fsdev=f,mount_tag=host"),
-        *("-device", "qemu-xhci", "-device", "usb-host,vendorid=0x1234,productid=0x5678"),
+        *("-device", "qemu-xhci", "-device", f"usb-mtp,rootdir={tmp_path}"),
         *("-device", "qemu-xhci,id=other", "-device", "usb-kbd,bus=other.0"),
     ]
     vm = start_qemu([plain(tmp_path)], args=arguments)
-    names = ["virtio-9p-pci", "usb-host"]
-    assert_named(vm, tmp_path / "target", names, "virtio-9p-pci,usb-host")
+    names = ["virtio-9p-pci", "usb-mtp"]
+    assert_named(vm, tmp_path / "target", names, "virtio-9p-pci,usb-mtp")
 
 
 def test_what_was_not_included_is_known_to_be_missing(

@@ -7,13 +7,12 @@ the types of the guest's devices and named, so that nobody believes them to be i
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qmpbackup.errors import CommandError
 from qmpbackup.model import Absence, Skipped
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import objects
 
 _PLACES = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -65,49 +64,55 @@ _MASS_STORAGE = "08"
 """The interface class of USB mass storage."""
 
 
-def holding_data(monitor: Monitor) -> Iterator[Skipped]:
-    """The devices that hold data and are in no point, or may be such."""
-    listings = monitor.execute_each([Command("qom-list", {"path": path}) for path in _PLACES])
+Ask = Callable[[Sequence[Command]], list[object]]
+"""Carries out commands that only ask, as `Monitor.execute_each` does."""
+
+
+def holding_data(ask: Ask, sysfs: Path = Path("/sys")) -> Iterator[Skipped]:
+    """The devices that hold data and are in no point, or may be such.
+
+    `sysfs` is where the kernel tells what hardware the host has (sysfs(5)).
+    """
+    listings = ask([Command("qom-list", {"path": path}) for path in _PLACES])
     for place, listing in zip(_PLACES, listings, strict=True):
         if isinstance(listing, CommandError):
             continue  # nothing was ever plugged in there
         for child in objects(listing, "qom-list"):
             kind = _CHILD.fullmatch(child.text("type", ""))
             if kind is not None:
-                yield from _device(monitor, place, child.text("name"), kind[1])
+                yield from _device(ask, sysfs, place, child.text("name"), kind[1])
 
 
-def _device(monitor: Monitor, place: str, name: str, kind: str) -> Iterator[Skipped]:
+def _device(ask: Ask, sysfs: Path, place: str, name: str, kind: str) -> Iterator[Skipped]:
     start, reason = next((each for each in _KINDS if kind.startswith(each[0])), ("", ""))
     if not start:
         return
     asked = _PROPERTIES.get(start, ())
-    answers = monitor.execute_each(
-        [Command("qom-get", {"path": f"{place}/{name}", "property": each}) for each in asked]
-    )
-    if asked and _is_harmless(start, answers):
+    path = f"{place}/{name}"
+    answers = ask([Command("qom-get", {"path": path, "property": each}) for each in asked])
+    if asked and _is_harmless(start, answers, sysfs):
         return
     shown = name if place == _PLACES[0] else kind
     yield Skipped(shown, f"{kind}: {reason}", Absence.IMPOSSIBLE, (kind, name))
 
 
-def _is_harmless(start: str, answers: Sequence[object]) -> bool:
+def _is_harmless(start: str, answers: Sequence[object], sysfs: Path) -> bool:
     """Whether one of a type that may hold data is known not to, such as a network card."""
     if start == "vfio-pci":
-        return _is_other_pci(answers[0])
+        return _is_other_pci(answers[0], sysfs)
     if start == "usb-host":
-        return _is_other_usb(answers)
+        return _is_other_usb(answers, sysfs)
     return answers[0] == ""
 
 
-def _is_other_pci(host: object) -> bool:
+def _is_other_pci(host: object, sysfs: Path) -> bool:
     if not isinstance(host, str) or not re.fullmatch(r"[0-9a-fA-F:.]+", host):
         return False
-    kind = _first_line(Path("/sys/bus/pci/devices") / host / "class")
+    kind = _first_line(sysfs / "bus/pci/devices" / host / "class")
     return bool(kind) and not kind.startswith(_STORAGE_CLASSES)
 
 
-def _is_other_usb(answers: Sequence[object]) -> bool:
+def _is_other_usb(answers: Sequence[object], sysfs: Path) -> bool:
     """Whether all devices of the host that can be meant are there and none is a mass storage."""
     bus, address, vendor, product = (each if isinstance(each, int) else 0 for each in answers)
     files = (("busnum", bus, 10), ("devnum", address, 10))
@@ -115,7 +120,7 @@ def _is_other_usb(answers: Sequence[object]) -> bool:
         files = (("idVendor", vendor, 16), ("idProduct", product, 16))
     meant = [
         device
-        for device in Path("/sys/bus/usb/devices").glob("*")
+        for device in (sysfs / "bus/usb/devices").glob("*")
         if all(_number(_first_line(device / file), base) == wanted for file, wanted, base in files)
     ]
     interfaces = [kind for device in meant for kind in device.glob("*/bInterfaceClass")]

@@ -142,7 +142,7 @@ def take(monitor: Monitor, host: str = "") -> Inventory:
         running=state.boolean("running"),
         has_iothreads=any(True for _ in objects(iothreads, "query-iothreads")),
         disks=libvirt.with_labels(disks, pid),
-        skipped=(*skipped, *attached.holding_data(monitor)),
+        skipped=(*skipped, *attached.holding_data(monitor.execute_each)),
         pid=pid,
     )
     leftovers = _leftovers(by_name, jobs, fdsets, exports, things)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median_low
 
 from qmpbackup.qemu.graph import WRITE, Graph
 from qmpbackup.qemu.underlays import BACKING, Files
@@ -84,15 +83,19 @@ class Locks:
         return False
 
     def others_write(self, filenames: Iterable[str]) -> bool:
-        """Whether another process has announced by its locks that it writes to one of these files."""
+        """Whether another process has announced by its locks that it writes to one of these files.
+
+        Asked only of files that QEMU itself writes to and lets others write to: nobody can announce
+        that for any other.
+        """
         for filename in filenames:
             status = self.files.status(filename)
-            if status is None:
-                continue
-            key = (status.st_dev, status.st_ino)
-            ours = self._open.get(key, Counter())[_WRITES]
-            if self._announced[key] > ours > 0 and _agreed(key) > ours:
-                return True
+            key = (status.st_dev, status.st_ino) if status else None
+            ours = self._open.get(key, Counter())
+            if key and ours[_WRITES] and not ours[_NONE_ELSE_WRITES]:
+                readings = (_announcements()[key] for _ in range(_READINGS))
+                if all(found > ours[_WRITES] for found in readings):
+                    return True
         return False
 
     @cached_property
@@ -121,27 +124,19 @@ class Locks:
             except OSError:
                 continue  # closed meanwhile
 
-    @cached_property
-    def _announced(self) -> Counter[FileKey]:
-        return _announcements()
-
 
 def _announcements() -> Counter[FileKey]:
     """How many locks there are on the machine that announce writes, for each file.
 
     The kernel tells it a page at a time: where locks come and go meanwhile, some are told twice and
-    others not at all.
+    others not at all. So it is read several times, and who is missing once is not there: where that is
+    wrong, QEMU refuses the view and says so.
     """
     try:
         text = Path("/proc/locks").read_text("ascii")
     except (OSError, UnicodeError):
         return Counter()
     return Counter(key for key, byte in _locked_bytes(text) if byte == _WRITES)
-
-
-def _agreed(key: FileKey) -> int:
-    """How many of these locks a file has, as most of several readings say."""
-    return median_low([_announcements()[key] for _ in range(_READINGS)])
 
 
 def _locked_bytes(text: str) -> Iterator[tuple[FileKey, int]]:

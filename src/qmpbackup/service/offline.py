@@ -50,7 +50,9 @@ def opened(offline: Offline, place: Place, host: str = "") -> Iterator[Session]:
     newest = _newest(place, offline.vm)
     config = newest.vm if newest else _config_of(offline, host)
     images = _images(offline, newest)
-    program = config.command_line[0] if config.command_line else ""
+    program = next(iter(config.command_line), "")
+    if not Path(program).name.startswith(("qemu", "kvm")):
+        program = ""  # such as the loader of a QEMU with libraries of its own
     with launching.images_open(images, program) as monitor:
         inventory.require_version(monitor)
 
