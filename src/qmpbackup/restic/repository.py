@@ -80,6 +80,8 @@ _COMPRESSED: Final = b"\x02"
 _JSON: Final = (b"{", b"[")
 _LEVEL: Final = 3
 _AT_ONCE: Final = 8
+_LARGE: Final = 64 << 10
+"""Bytes of a stored snapshot above which it is not read beside others."""
 
 
 class Repository:
@@ -222,9 +224,11 @@ class Repository:
     # Snapshots
 
     def snapshots(
-        self, damaged: Callable[[str, DamagedError], None] | None = None
+        self,
+        damaged: Callable[[str, DamagedError], None] | None = None,
+        wanted: Callable[[Snapshot], bool] = lambda _: True,
     ) -> list[Snapshot]:
-        """All snapshots, oldest first. `damaged` is told of those that cannot be read.
+        """All `wanted` snapshots, oldest first. `damaged` is told of those that cannot be read.
 
         Raises:
             DamagedError: one is damaged, and there is no `damaged`.
@@ -232,20 +236,30 @@ class Repository:
         """
         listed = _list(self.storage, Kind.SNAPSHOT)
         found: list[Snapshot] = []
+        large = threading.Lock()
+
+        def read(name: str, size: int) -> Snapshot | None:
+            """One snapshot, if it is wanted; such as name very many paths one after the other."""
+            with large if size > _LARGE else nullcontext():
+                one = self.snapshot(name, size)
+                return one if wanted(one) else None
+
         with ThreadPoolExecutor(_AT_ONCE, "snapshots") as threads:
             try:
-                waiting = [threads.submit(self.snapshot, *each) for each in listed]
+                waiting = [threads.submit(read, *each) for each in listed]
                 for (name, _), future in zip(listed, waiting, strict=True):
                     if threading.current_thread() is threading.main_thread():
                         interrupt.check()
                     try:
-                        found.append(future.result())
+                        one = future.result()
                     except Missing:
                         continue  # somebody forgot it meanwhile
                     except DamagedError as error:
                         if damaged is None:
                             raise
                         damaged(name, error)
+                    else:
+                        found += [one] if one is not None else []
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
         return sorted(found, key=lambda each: (each.time, each.id))

@@ -49,6 +49,9 @@ def require_packs(target: RepositoryTarget, contents: Contents) -> None:
         if place is None:
             name = id_of(contents, index).hex()
             raise DamagedError(f"Its chunk {name} is missing in the repository.", HINT)
+        if place.packed(BlobType.DATA, b"").plain_length != length_of(contents, index):
+            name = id_of(contents, index).hex()
+            raise DamagedError(f"Its chunk {name} is not as long as it must be.", HINT)
         packs[place.pack] = max(packs.get(place.pack, 0), place.offset + place.length)
     for name, size in target.repository.storage.list(Kind.DATA):
         if size >= packs.get(bytes.fromhex(name), 0):

@@ -90,7 +90,8 @@ def read(repository: Repository, wanted: VmIdentity | None = None) -> Catalog:
     damaged: list[tuple[Snapshot | None, Damage]] = []
     # Snapshots first: an index that is read afterwards names all that they need.
     snapshots = repository.snapshots(
-        lambda name, error: damaged.append((None, Damage(f"snapshots/{name}", error.message)))
+        lambda name, error: damaged.append((None, Damage(f"snapshots/{name}", error.message))),
+        may_be_ours,
     )
     repository.index.sync(
         repository,
@@ -127,8 +128,6 @@ class _Reader:
             DamagedError: it looks like a point and is none.
             StorageError: the storage fails.
         """
-        if not may_be_ours(snapshot):
-            return None
         hint = _hint(snapshot)
         if hint is not None and key_of(hint) != self._key:
             return Entry(snapshot, hint)
@@ -146,12 +145,13 @@ class _Reader:
             DamagedError: there is no room for more.
         """
         config = self._configs.get(point.vm)
-        self._room -= weight_of(point) + (0 if config else _weight(point.vm.command_line))
-        if self._room < 0:
+        weight = weight_of(point) + (0 if config else _weight(point.vm.command_line))
+        if weight > self._room:
             raise DamagedError(
                 f"The manifests of this VM's points take more than {MEMORY >> 20} MiB: this one is "
                 "left out."
             )
+        self._room -= weight
         return replace(point, vm=self._configs.setdefault(point.vm, point.vm))
 
 

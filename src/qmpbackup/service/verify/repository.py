@@ -27,7 +27,7 @@ from qmpbackup.restic.storage.interface import Kind, Missing
 from qmpbackup.service.show import find_point
 from qmpbackup.service.verify.report import Report, Request, Verdict
 from qmpbackup.target.inventory import Damage
-from qmpbackup.target.repository import ID, Contents, RepositoryTarget
+from qmpbackup.target.repository import CHUNK, ID, Contents, RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class _Verification:
             for disk in point.disks:
                 try:
                     for chunk_id in lists.news(point, disk):
-                        self._need(BlobType.DATA, chunk_id)
+                        self._need(BlobType.DATA, chunk_id, CHUNK)
                 except DamagedError as error:
                     self._problems[point.id][error.message] = None
 
@@ -140,10 +140,12 @@ class _Verification:
             if kind is BlobType.DATA:  # of trees and manifest, the manifest was not read yet
                 self._repository.load_blob(kind, blob_id)
 
-    def _need(self, kind: BlobType, blob_id: bytes) -> None:
+    def _need(self, kind: BlobType, blob_id: bytes, longest: int | None = None) -> None:
         place = self._repository.index.find(kind, blob_id)
         if place is not None:
             self.needed.add(place.pack)
+            if longest is not None and place.packed(kind, blob_id).plain_length > longest:
+                raise DamagedError(f"Its chunk {blob_id.hex()} is longer than a chunk can be.")
         else:
             self._broken[blob_id] = ""
 
