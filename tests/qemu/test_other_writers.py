@@ -20,6 +20,10 @@ from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, tr
 from lab.disks import MIB, Disk, create, pattern
 from lab.qemu import Qemu
 from lab.repositories import Target, repository
+from lab.scripted import FakeMonitor, ScriptedServer
+from qmpbackup.model import Absence
+from qmpbackup.qemu import inventory
+from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.sharing import Locks
 from qmpbackup.qemu.underlays import Files
 
@@ -182,6 +186,40 @@ def test_a_device_that_the_monitor_cannot_reach(tmp_path: Path, start_qemu: Star
     arguments = ["-blockdev", json.dumps(node), "-device", json.dumps(device)]
     vm = start_qemu([plain(tmp_path)], args=arguments)
     assert_left_out(vm, tmp_path / "target", ["odd/id"], "cannot reach")
+
+
+def test_a_guest_that_may_send_commands_to_the_host(tmp_path: Path, start_qemu: StartQemu) -> None:
+    """`scsi=on`, which virtio had before its version 1; later versions of QEMU have it no more."""
+    vm = start_qemu([plain(tmp_path)])
+    known = vm.qmp("device-list-properties", typename="virtio-blk-pci")
+    if "scsi" not in {each["name"] for each in known}:
+        pytest.skip("this QEMU has no scsi=on")
+    vm.quit()
+    image = create(tmp_path / "b.raw", SIZE, "raw")
+    passing = Disk("vdb", image, "raw", device=("scsi=on", "disable-modern=on"))
+    vm = start_qemu([Disk("vda", tmp_path / "a.qcow2"), passing])
+    back_up(vm, tmp_path / "target")
+    assert "scsi=on" in try_backup(vm, tmp_path / "target", "inc").check(4).err
+    assert levels(back_up(vm, tmp_path / "target")) == {"vda": "inc", "vdb": "full"}
+
+
+@pytest.mark.parametrize("kind", ["scsi-block", "scsi-generic"])
+def test_a_device_that_passes_all_commands_on(
+    tmp_path: Path, start_qemu: StartQemu, kind: str
+) -> None:
+    """They need hardware of the host; so the answers of a plain disk, with their type."""
+    vm = start_qemu([plain(tmp_path)])
+    answers = {
+        each.name: vm.qmp.command(each.name, dict(each.arguments)) for each in inventory.QUESTIONS
+    }
+    answers |= {"qom-get": kind, "qom-list": []}
+    fake = FakeMonitor(lambda name: {"return": answers[name]})
+    with ScriptedServer(tmp_path / "qmp", fake.serve), Monitor.connect(str(tmp_path / "qmp")) as it:
+        found = inventory.take(it).vm
+    assert not found.disks
+    (skipped,) = found.skipped
+    assert (skipped.name, skipped.absence) == ("vda", Absence.IMPOSSIBLE)
+    assert kind in skipped.reason
 
 
 def test_a_vm_of_which_nothing_can_be_backed_up(tmp_path: Path, start_qemu: StartQemu) -> None:
