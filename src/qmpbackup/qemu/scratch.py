@@ -5,6 +5,7 @@ Where QEMU takes descriptors, the file never has a name (open(2), O_TMPFILE), so
 left behind, whoever dies. Else it has a name with our prefix and goes with the teardown.
 """
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Disk
+from qmpbackup.plan.names import RUN_PREFIX
+from qmpbackup.plan.sizes import human
 from qmpbackup.qemu.beside import is_image_folder
 from qmpbackup.undo import UndoStack
 
@@ -58,11 +61,37 @@ def create(folder: Path, name: str, *, size: int, named: bool, undo: UndoStack) 
             undo.push(f"remove scratch {path}", lambda: path.unlink(missing_ok=True))
         os.ftruncate(fd, size)
     except OSError as error:
-        raise StorageError(
-            f"Cannot make a scratch image in {folder}: {error.strerror or error}.",
-            "Choose a folder on local storage with --scratch DIR.",
-        ) from error
+        raise _failure(folder, size, error) from error
     return fd, path
+
+
+def require_possible(folder: Path, size: int) -> None:
+    """Make sure that there can be a scratch of `size` bytes, by making one that vanishes at once.
+
+    Raises:
+        StorageError: there cannot.
+    """
+    try:
+        fd = _open_nameless(folder, folder / f".{RUN_PREFIX}probe-{os.getpid()}")
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _failure(folder, size, error) from error
+
+
+def _failure(folder: Path, size: int, error: OSError) -> StorageError:
+    if error.errno == errno.EFBIG:
+        return StorageError(
+            f"The file system of {folder} has no files of {human(size)}, which the scratch of so large "
+            "a disk would be, though next to empty.",
+            "Choose a folder on XFS, Btrfs or tmpfs with --scratch DIR; ext4 ends at 16 TiB.",
+        )
+    return StorageError(
+        f"Cannot make a scratch image in {folder}: {error.strerror or error}.",
+        "Choose a folder on local storage with --scratch DIR.",
+    )
 
 
 def await_answer(fd: int, path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from qmpbackup.errors import NoSuchTarget, QmpBackupError
+from qmpbackup.errors import NoSuchTarget, QmpBackupError, StorageError
 from qmpbackup.model import Absence, Bitmap, Disk, Location, Place, Skipped, Vm
 from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point, obstacle_in_vm
 from qmpbackup.plan.names import parse_bitmap
@@ -180,14 +180,10 @@ def _bitmap(disk: Disk, bitmap: Bitmap) -> Iterator[Finding]:
 
 def _scratch(disk: Disk, folder: Path) -> Iterator[Finding]:
     try:
+        scratch.require_possible(folder, disk.size)
         free = scratch.free_bytes(folder)
-    except OSError as error:
-        yield Finding(
-            disk.id,
-            Health.PROBLEM,
-            f"no scratch possible in {folder}: {error.strerror}",
-            "Choose a folder on local storage with --scratch DIR.",
-        )
+    except StorageError as error:
+        yield Finding(disk.id, Health.PROBLEM, error.message, error.hint)
         return
     if free < min(disk.size, max(_ADVISED_FREE, disk.size // 10)):
         yield Finding(
@@ -237,8 +233,10 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
     try:
         target = DirectoryTarget.open(path)
     except NoSuchTarget:
+        yield from _writing(path)
         yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
         return
+    yield from _writing(path)
     for folder in interrupted(target):
         text = f"a merge in {folder} was interrupted, or is under way"
         yield Finding("target", Health.ADVICE, text, merge_hint(target, folder))
@@ -256,6 +254,19 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
         f"{path} holds {len(stored.points)} points, {human(scratch.free_bytes(path))} free",
     )
     yield from _next_backup(vm, stored, str(path))
+
+
+def _writing(path: Path) -> Iterator[Finding]:
+    """Whether backups can be written there, tried with a file that has no name."""
+    from qmpbackup.durable import storage_errors
+    from qmpbackup.target.folder import Folder
+
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    try:
+        with storage_errors(f"open {there}"), Folder.open(there.resolve()) as folder:
+            folder.require_random_access()
+    except QmpBackupError as error:
+        yield Finding("target", Health.PROBLEM, error.message, error.hint)
 
 
 def _repository(vm: Vm, place: Location, lock_wait: float, host: str) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -166,6 +166,7 @@ class DirectoryTarget:
             resolved = _make_folder(path)
             with Folder.open(resolved) as top:
                 top.require_ours()
+                top.require_random_access()
                 target = cls._look(top) or cls._claim(
                     top, Owner(uuid or id_hint or secrets.token_hex(4), identity)
                 )
@@ -252,7 +253,7 @@ class DirectoryTarget:
             for name, shared in wanted:
                 fd = self._open_lock(name, required=not shared)
                 if fd is not None:
-                    stack.callback(os.close, fd)
+                    stack.callback(_close_lock, fd)
                     what = f"the target {self.path}"
                     stack.enter_context(locked(fd, what, shared=shared, wait=wait))
             yield
@@ -446,6 +447,12 @@ class DirectoryTarget:
         ):
             points.remove(point_id + MANIFEST)
             points.sync()
+
+
+def _close_lock(fd: int) -> None:
+    """Nothing was written there, whatever a file system says that takes only whole files."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def _make_folder(path: Path) -> Path:

@@ -7,6 +7,7 @@ files and folders; must not know what a target keeps in them.
 
 import errno
 import os
+import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +15,15 @@ from types import TracebackType
 from typing import Self
 
 from qmpbackup import durable
-from qmpbackup.errors import DamagedError
+from qmpbackup.durable import storage_error
+from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.ownership import require_ours
+
+_PROBE_BYTES = 4096
+_ONLY_IN_ORDER = frozenset(
+    {errno.ESPIPE, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+)
+"""What file systems say that take only whole files, one byte after the other (seen with rclone)."""
 
 
 class Folder:
@@ -80,6 +88,44 @@ class Folder:
         """Open the file that a lock is on, creating it where it is missing."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(name, flags, 0o600, dir_fd=self.fd)
+
+    def require_random_access(self) -> None:
+        """Make sure that files here can be written as qcow2 images are: back and forth, and read.
+
+        Raises:
+            StorageError: they cannot.
+        """
+        try:
+            self._write_at_random()
+        except OSError as error:
+            if error.errno not in _ONLY_IN_ORDER:
+                raise storage_error(f"write into {self.path}", error) from error
+            raise StorageError(
+                f"Files in {self.path} cannot be written at random, as backups are "
+                f"({error.strerror}).",
+                "With rclone, mount it with --vfs-cache-mode writes; or use a restic repository: "
+                "--target restic:LOCATION.",
+            ) from error
+
+    def _write_at_random(self) -> None:
+        name = ""
+        try:
+            flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+            fd = os.open(f"/proc/self/fd/{self.fd}", flags, 0o600)
+        except OSError:  # not every file system has files without a name
+            name = f".probe-{secrets.token_hex(4)}{durable.TEMPORARY}"
+            fd = self.create_file(name)
+        try:
+            try:
+                for offset in (_PROBE_BYTES, 0):
+                    os.pwrite(fd, bytes(_PROBE_BYTES), offset)
+                os.pread(fd, _PROBE_BYTES, _PROBE_BYTES)
+                os.ftruncate(fd, _PROBE_BYTES)
+            finally:
+                os.close(fd)
+        finally:
+            if name:
+                self.remove(name)
 
     def read(self, name: str, largest: int) -> bytes:
         """The contents of a plain file of at most `largest` bytes; a larger one is damage."""
