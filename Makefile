@@ -8,7 +8,7 @@
 #   make demo           a running VM backed up, restored and compared, in two minutes
 #   make bench          measurements against qemu-img, restic and borg
 #   make test-versions  the QEMU tests on QEMU 10.0
-#   make test-all       everything, the slow tests too
+#   make test-all       everything, the slow tests too; EXAMPLES=n documents for each parser
 #   make test-fresh     demo and test as a newcomer's, on a minimal Debian 12 and 13 of their own
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
 #   make guest          the small Linux that tests and demo boot
@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -p no:cacheprovider
 # A test file is one unit of distribution, so that a guest booted for a file is booted once.
 PYTEST_PARALLEL := $(PYTEST) -n $(JOBS) --dist loadfile
-REAL := $(wildcard tests/lab tests/qemu tests/libvirt tests/guest tests/fault tests/contract)
+REAL := $(wildcard tests/lab tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
 
 .PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean
 
@@ -54,7 +54,7 @@ test: check guest
 
 test-all: check guest
 	@echo "test: everything"
-	@$(PYTEST_PARALLEL) $(REAL)
+	@QMPBACKUP_FUZZ=$(or $(EXAMPLES),500) $(PYTEST_PARALLEL) $(REAL)
 	@$(MAKE) test-versions
 
 test-versions: setup

@@ -145,6 +145,18 @@ class FakeMonitor:
         return json.dumps({**answer, "id": number}).encode() + b"\n"
 
 
+class RenderedMonitor(FakeMonitor):
+    """As `FakeMonitor`; `text` gives what stands behind "return", which need not be JSON."""
+
+    def __init__(self, text: Callable[[str], bytes]) -> None:
+        super().__init__(text)
+        self._text = text
+
+    def _reply(self, name: str, number: object) -> bytes:
+        text = b"{}" if name == "qmp_capabilities" else self._text(name)
+        return b'{"id": %b, "return": %b}\n' % (json.dumps(number).encode(), text)
+
+
 def _objects(client: socket.socket) -> Iterator[dict[str, Any]]:
     """The JSON objects that a client sends, with or without something between them."""
     decoder, text = json.JSONDecoder(), ""

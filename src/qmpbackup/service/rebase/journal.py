@@ -88,7 +88,10 @@ class Intent:
             size=reader.integer("size"),
             relink=reader.texts("relink"),
             remove=reader.texts("remove"),
-            record=tuple(manifest.decode(each.encode(), f"{name}: record") for each in records),
+            record=tuple(
+                manifest.decode(each.encode(errors="surrogatepass"), f"{name}: record")
+                for each in records
+            ),
             forget=reader.texts("forget"),
         )
         reader.end()
