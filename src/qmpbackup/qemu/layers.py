@@ -17,6 +17,7 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.qemu import heads
 from qmpbackup.qemu.qcow2 import HEAD, Header, parse_header
+from qmpbackup.qemu.times import Stamp, stamp
 
 _HINT = "The file was changed after the backup; put back an unharmed copy."
 _SECTOR = 512
@@ -32,7 +33,7 @@ class Layer:
     fd: int
     name: str
     head: bytes
-    seen: tuple[int, int, int]
+    seen: Stamp
 
     @classmethod
     def of(cls, fd: int, name: str) -> "Layer":
@@ -41,7 +42,7 @@ class Layer:
         Raises:
             OSError: it cannot be read.
         """
-        return cls(fd, name, os.pread(fd, HEAD, 0), _seen(fd))
+        return cls(fd, name, os.pread(fd, HEAD, 0), stamp(fd))
 
     @property
     def header(self) -> Header:
@@ -62,16 +63,11 @@ def require_unchanged(layers: Sequence[Layer]) -> None:
         StorageError: somebody has written to one since it was opened.
     """
     for layer in layers:
-        if _seen(layer.fd) != layer.seen:
+        if stamp(layer.fd) != layer.seen:
             raise StorageError(
                 f"{layer.name} was changed while it was read.",
                 "Somebody else writes there. Run again, and verify the target.",
             )
-
-
-def _seen(fd: int) -> tuple[int, int, int]:
-    state = os.fstat(fd)
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 Node = dict[str, object]
