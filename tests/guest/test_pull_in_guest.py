@@ -67,8 +67,8 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     found: dict[str, Read] = {}
     reading = threading.Thread(target=lambda: found.update(run.read()))
     reading.start()
-    if run.vm.has_iothreads and run.pull.way is Way.V1:
-        reading.join()  # QEMU 10.0 hangs as a whole if a job starts beside it
+    if run.pull.way is Way.V1:
+        reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
     sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
     copy.copy_all(run.monitor, images, sources, names, copy.CopyOptions())
     reading.join()
