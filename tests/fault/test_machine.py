@@ -28,6 +28,7 @@ from lab.disks import CLUSTER, MIB
 from lab.folder_world import FolderWorld
 from lab.proxy import When
 from lab.repository_world import RepositoryWorld
+from lab.rig import SHARED
 from lab.scene import WHERE, Where
 from lab.world import Accident, Damage, Meddling, World
 
@@ -146,6 +147,15 @@ class Machine(RuleBasedStateMachine):
         self._plug_or_unplug("vdc")
         self._then(then)
 
+    @rule(plug=st.booleans(), block=BLOCKS, blocks=LENGTHS, byte=BYTES, then=THEN)
+    def share(self, plug: bool, block: int, blocks: int, byte: int, then: str) -> None:
+        """A disk that another VM has, too, and writes to."""
+        if plug or SHARED not in self._world.disks:
+            self._plug_or_unplug(SHARED)
+        else:
+            self._world.write_from_elsewhere(block, blocks, byte)
+        self._then(then)
+
     def _plug_or_unplug(self, disk: str) -> None:
         if disk in self._world.disks:
             self._world.unplug(disk)
@@ -166,6 +176,14 @@ class Machine(RuleBasedStateMachine):
             self._world.snapshot(disk)
         else:
             self._world.commit(disk)
+        self._then(then)
+
+    @rule(disk=DISKS, byte=BYTES, then=THEN)
+    def exchange_base(self, disk: str, byte: int, then: str) -> None:
+        if disk not in self._world.overlaid:
+            self._world.snapshot(disk)
+            self._then(then)
+        self._world.exchange_base(disk, byte)
         self._then(then)
 
     # The target

@@ -4,7 +4,7 @@
 from typing import Any
 
 from lab.repositories import Repository, repository
-from lab.world import World
+from lab.world import Meddling, World
 
 
 class RepositoryWorld(World):
@@ -21,6 +21,10 @@ class RepositoryWorld(World):
     def target(self) -> Repository:
         """Where the points go."""
         return self._repository
+
+    def back_up(self, level: str, meddling: Meddling | None = None) -> None:
+        """Run a backup. Every point is complete in itself, so there are no differentials."""
+        super().back_up("inc" if level == "diff" else level, meddling)
 
     def _files(self) -> set[str]:
         return {each["id"] for each in self._repository.snapshots()}

@@ -184,7 +184,12 @@ class World(Rig, ABC):
         return result
 
     def _meddle(self, proxy: Proxy, at: Place, meddling: Meddling) -> None:
-        if proxy.killed or (at.number, at.when) != (meddling.number, meddling.when):
+        number = meddling.number
+        if meddling.what == "unmount the target":
+            # Before the run knows the target, it is just a folder without points.
+            known = proxy.log.index("stop") if "stop" in proxy.log else at.number + 1
+            number = max(number, known)
+        if proxy.killed or (at.number, at.when) != (number, meddling.when):
             return
         if meddling.what == "kill the tool":
             proxy.kill_client()
