@@ -209,6 +209,10 @@ class Machine(RuleBasedStateMachine):
         self._world.prune(last)
         self._then(then)
 
+    @rule(byte=BYTES)
+    def visit(self, byte: int) -> None:
+        self._world.visit(byte)
+
     @rule(number=st.integers(0, 50))
     def restore(self, number: int) -> None:
         # What is drawn must not depend on the world: which points there are is a matter of when

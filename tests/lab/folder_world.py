@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.aftermath import manifests
+from lab.cli import Result
 from lab.rig import Trust
 from lab.world import DAMAGED, DONE, USAGE, Damage, World
 
@@ -22,6 +22,10 @@ class FolderWorld(World):
         """Where the points go."""
         return self.storage.path
 
+    def _visited(self, result: Result, files: object) -> None:
+        result.check(USAGE)
+        assert self._files() == files, f"a refusal changed something: {result}"
+
     def _assert_only_named(self, points: list[dict[str, Any]]) -> None:
         named = {disk["file"] for point in points for disk in point["disks"]}
         named |= {f"points/{point['id']}.json" for point in points}
@@ -37,7 +41,7 @@ class FolderWorld(World):
 
     def _needed(self, point: str) -> set[Path]:
         """The files that a point is made of."""
-        disks = self._stored(manifests(self.target))
+        disks = self._stored(self.manifests())
         found = set()
         for each in [disk for known, disk in disks if known == point]:
             found |= {self.target / file for _, file in self._chain(disks, point, each)}
@@ -73,11 +77,7 @@ class FolderWorld(World):
             path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
 
     def _stored_files(self) -> set[Path]:
-        return {
-            self.target / disk["file"]
-            for point in manifests(self.target)
-            for disk in point["disks"]
-        }
+        return {self.target / disk["file"] for point in self.manifests() for disk in point["disks"]}
 
     def repair(self) -> None:
         """Put all damaged files back."""
@@ -87,7 +87,7 @@ class FolderWorld(World):
 
     def merge(self, disk: str, *, keep: bool) -> None:
         """Merge the newest chain of a disk, with or without its states."""
-        disks = self._stored(manifests(self.target))
+        disks = self._stored(self.manifests())
         chains = [
             known for known, each in disks.items() if known[1] == disk and not each.get("snapshot")
         ]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A world whose points lie in a repository, read with the real restic."""
 
+import os
 from typing import Any
 
+from lab.cli import Result
 from lab.repositories import Repository, repository
-from lab.world import Meddling, World
+from lab.world import ELSEWHERE, Meddling, World
 
 
 class RepositoryWorld(World):
@@ -26,8 +28,23 @@ class RepositoryWorld(World):
         """Run a backup. Every point is complete in itself, so there are no differentials."""
         super().back_up("inc" if level == "diff" else level, meddling)
 
+    def manifests(self) -> list[dict[str, Any]]:
+        """The points of this world's VM."""
+        return [each for each in super().manifests() if each["vm"].get("host") != ELSEWHERE]
+
+    @property
+    def _which(self) -> tuple[str, ...]:
+        return ("--vm", f"{os.uname().nodename}/world")
+
+    def _visited(self, result: Result, files: object) -> None:
+        result.check()
+        prune = ("prune", "--target", str(self.target), "--vm", f"{ELSEWHERE}/world")
+        self.run(*prune, "--keep-last", "1").check()
+        assert self._files() == files, "a point of this VM went with those of another"
+
     def _files(self) -> set[str]:
-        return {each["id"] for each in self._repository.snapshots()}
+        found = self._repository.snapshots()
+        return {each["id"] for each in found if each["hostname"] != ELSEWHERE}
 
     def _assert_only_named(self, points: list[dict[str, Any]]) -> None:
         assert len(points) == len(self._files())
