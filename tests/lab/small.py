@@ -99,6 +99,40 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
+@contextmanager
+def small_disk(path: Path, size: int) -> Iterator[Path]:
+    """A folder that is an ext4 file system of so many bytes, on a loop device."""
+    image = path.with_name(f"{path.name}.ext4")
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+    path.mkdir()
+    mount = ["mount", "-o", "loop", str(image), str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no loop device can be had here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        # Lazily: a QEMU that a failed test has left may hold files for a moment longer.
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+        image.unlink()
+
+
+def free(folder: Path) -> int:
+    """Bytes that everybody may still take there."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
+
+
+def fill_up_to(folder: Path, left: int) -> Path:
+    """Take room until so many bytes are left; the file that took it."""
+    filler = folder / "filler"
+    with filler.open("ab") as file:
+        os.posix_fallocate(file.fileno(), filler.stat().st_size, max(1, free(folder) - left))
+    return filler
+
+
 def require_fuse() -> None:
     """Skip the test where this machine has no FUSE."""
     if not os.access("/dev/fuse", os.W_OK) or not shutil.which("fusermount3"):

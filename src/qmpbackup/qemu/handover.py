@@ -3,7 +3,8 @@
 
 QEMU often runs as another user or confined. A descriptor carries our right to the open file, and
 what is at a path later on does not matter any more (QMP `add-fd`, file names `/dev/fdset/N`). Over
-TCP no descriptor can be passed; QEMU then opens the path itself.
+TCP no descriptor can be passed; QEMU then opens the path itself. Where QEMU would keep the descriptor
+and can open ours by itself, it does (`kept_descriptors`).
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.commands import Command
+from qmpbackup.qemu import kept_descriptors
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.reply import Reply
 from qmpbackup.undo import UndoStack
@@ -27,6 +29,8 @@ def hand_over(monitor: Monitor, fd: int, path: Path, name: str, undo: UndoStack)
     """
     if not monitor.passes_descriptors:
         return _absolute(path)
+    if kept_descriptors.are_kept(monitor) and kept_descriptors.are_open_to(monitor.peer_pid):
+        return kept_descriptors.name_of(fd)
     answer = monitor.send_descriptor(fd, Command("add-fd", {"opaque": name}))
     number = Reply(answer, "add-fd").integer("fdset-id")
     undo.push(

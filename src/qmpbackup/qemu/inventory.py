@@ -44,7 +44,17 @@ class Leftovers:
     exports: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return any((self.nodes, self.jobs, self.descriptor_sets, self.markers, self.exports))
+        return any((self.descriptor_sets, *self._of_a_dead_run))
+
+    @property
+    def tell_of_death(self) -> bool:
+        """Whether a run died. Descriptor sets alone do not say so: a QEMU that keeps those of a VM that
+        stands still shows them for a while once it runs again (`kept_descriptors`)."""
+        return any(self._of_a_dead_run)
+
+    @property
+    def _of_a_dead_run(self) -> tuple[tuple[str, ...], ...]:
+        return self.nodes, self.jobs, self.markers, self.exports
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +67,18 @@ class Inventory:
     @property
     def needs_recovery(self) -> bool:
         """Whether anything of an earlier run is left in the VM."""
-        temporary = (
+        return bool(self.leftovers) or self._has_temporary_bitmaps
+
+    @property
+    def run_died(self) -> bool:
+        """Whether that tells of a run that died."""
+        return self.leftovers.tell_of_death or self._has_temporary_bitmaps
+
+    @property
+    def _has_temporary_bitmaps(self) -> bool:
+        return any(
             bitmap.name.startswith(RUN_PREFIX) for disk in self.vm.disks for bitmap in disk.bitmaps
         )
-        return bool(self.leftovers) or any(temporary)
 
     @property
     def was_frozen(self) -> bool:
@@ -153,6 +171,15 @@ def take(monitor: Monitor, host: str = "") -> Inventory:
     return Inventory(vm, leftovers)
 
 
+def descriptor_sets(answer: object) -> tuple[int, ...]:
+    """The numbers of the descriptor sets of ours, from the answer to `query-fdsets`."""
+    return tuple(
+        each.integer("fdset-id")
+        for each in objects(answer, "query-fdsets")
+        if any(fd.text("opaque", "").startswith(RUN_PREFIX) for fd in each.objects("fds"))
+    )
+
+
 def _leftovers(
     nodes: Mapping[str, Reply], jobs: object, fdsets: object, exports: object, things: object
 ) -> Leftovers:
@@ -160,15 +187,10 @@ def _leftovers(
         texts = (reply.text(member, "") for reply in objects(value, where))
         return tuple(text for text in texts if text.startswith(RUN_PREFIX))
 
-    sets = tuple(
-        each.integer("fdset-id")
-        for each in objects(fdsets, "query-fdsets")
-        if any(fd.text("opaque", "").startswith(RUN_PREFIX) for fd in each.objects("fds"))
-    )
     return Leftovers(
         nodes=tuple(name for name in nodes if name.startswith(RUN_PREFIX)),
         jobs=ours(jobs, "query-jobs", "id"),
-        descriptor_sets=sets,
+        descriptor_sets=descriptor_sets(fdsets),
         markers=ours(things, "qom-list", "name"),
         exports=ours(exports, "query-block-exports", "id"),
     )

@@ -19,6 +19,7 @@ from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER, RUN_PREFIX, STOPPED_MARKER
+from qmpbackup.qemu import inventory as inventories
 from qmpbackup.qemu import jobs, overlays, serving, starved
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.qemu.monitor import Monitor
@@ -63,7 +64,7 @@ def _steps(monitor: Monitor, inventory: Inventory) -> Iterator[str]:
     _empty(monitor, files)
     yield from _remove_nodes(monitor, files)
     yield from _remove_files(scratches)
-    for number in left.descriptor_sets:
+    for number in _descriptor_sets(monitor) if inventory.run_died else left.descriptor_sets:
         monitor.execute(Command("remove-fd", {"fdset-id": number}))
         yield f"took back descriptor set {number}"
     for disk in inventory.vm.disks:
@@ -82,6 +83,11 @@ def _continue(monitor: Monitor, vm: Vm, markers: Iterable[str]) -> Iterator[str]
     if STOPPED_MARKER in markers and vm.status == "paused":
         monitor.execute(Command("cont"))
         yield "let the VM run again, which a run that died had stopped"
+
+
+def _descriptor_sets(monitor: Monitor) -> list[int]:
+    """All of ours, also those of a VM that stands still, which alone do not tell of a run that died."""
+    return list(inventories.descriptor_sets(monitor.execute(Command("query-fdsets"))))
 
 
 def _feed(monitor: Monitor, markers: Iterable[str]) -> Iterator[str]:

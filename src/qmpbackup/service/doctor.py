@@ -1,45 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at everything a backup needs, change nothing, and say what to do about what is not well."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError, StorageError
 from qmpbackup.model import Absence, Bitmap, Disk, Location, Place, Skipped, Vm
-from qmpbackup.plan.levels import SMALL, bitmap_obstacle, is_end_mark, last_point, obstacle_in_vm
+from qmpbackup.plan.levels import (
+    SMALL,
+    bitmap_obstacle,
+    is_end_mark,
+    last_point,
+    obstacle_in_vm,
+)
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.plan.vm_states import OBSTACLES
-from qmpbackup.qemu import copy, scratch
+from qmpbackup.qemu import copy, scratch, starved
 from qmpbackup.qemu.inventory import Leftovers
-from qmpbackup.service import session
+from qmpbackup.service import room_findings, session
+from qmpbackup.service.backup import rooms
+from qmpbackup.service.finding import Finding, Health
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.target.inventory import Inventory
+
+__all__ = ["Finding", "Health", "examine"]
 
 FIRST_WITHOUT_EXPORT_BUG = (8, 2)
 
 _ADVISED_FREE = 64 * 1024 * 1024
 """Bytes for a scratch below which it is said that a busy guest may need more."""
-
-
-class Health(StrEnum):
-    """How much a finding matters."""
-
-    FINE = "fine"
-    ADVICE = "advice"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at: what it is about, what was found, and what to do (or nothing)."""
-
-    about: str
-    health: Health
-    text: str
-    todo: str = ""
 
 
 def examine(
@@ -58,10 +48,18 @@ def examine(
     """
     with session.opened(address, lock_wait=lock_wait, look_only=True, host=host) as opened:
         vm, leftovers = opened.vm, opened.found.leftovers
-        dirty, pid = opened.found.needs_recovery, opened.monitor.peer_pid
+        dirty, died = opened.found.needs_recovery, opened.found.run_died
+        pid = opened.monitor.peer_pid
+        hungry = starved.find(opened.monitor) if vm.status == starved.STOPPED else None
+        files = rooms.files_of(opened.monitor, vm.disks)
     yield from _qemu(vm)
-    if dirty:
+    if hungry:
+        yield room_findings.of_hungry(hungry, leftovers)
+    if died:
         yield _left_behind(leftovers)
+    elif dirty:
+        text = "QEMU shows descriptors of runs that ended while the VM stood still"
+        yield Finding("leftovers", Health.FINE, f"{text}; the next backup takes them back")
     for disk in vm.disks:
         yield from _disk(disk)
         yield from _scratch(disk, scratch.folder_for(disk, scratch_dir, pid))
@@ -69,9 +67,11 @@ def examine(
         yield _skipped(skipped)
     yield _agent(agent_address)
     if isinstance(target, Location):
-        yield from _repository(vm, target, lock_wait, host)
-    elif target is not None:
-        yield from _folder(vm, target)
+        stored = yield from _repository(vm, target, lock_wait, host)
+    else:
+        stored = None if target is None else (yield from _folder(vm, target))
+    if target is not None and stored is not None:
+        yield from room_findings.of_next_backup(vm, files, target, stored, scratch_dir)
 
 
 def _qemu(vm: Vm) -> Iterator[Finding]:
@@ -223,19 +223,19 @@ def _agent(address: str) -> Finding:
     return Finding("guest agent", Health.FINE, "answers, file systems are not frozen")
 
 
-def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
+def _folder(vm: Vm, path: Path) -> Generator[Finding, None, Inventory | None]:
     from qmpbackup.target.directory import DirectoryTarget
 
     if path.exists() and not path.is_dir():
         todo = "Choose another path for the target."
         yield Finding("target", Health.PROBLEM, f"{path} is not a folder", todo)
-        return
+        return None
     try:
         target = DirectoryTarget.open(path)
     except NoSuchTarget:
         yield from _writing(path)
         yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
-        return
+        return Inventory()
     yield from _writing(path)
     for folder in interrupted(target):
         text = f"a merge in {folder} was interrupted, or is under way"
@@ -254,6 +254,7 @@ def _folder(vm: Vm, path: Path) -> Iterator[Finding]:
         f"{path} holds {len(stored.points)} points, {human(scratch.free_bytes(path))} free",
     )
     yield from _next_backup(vm, stored, str(path))
+    return stored
 
 
 def _writing(path: Path) -> Iterator[Finding]:
@@ -269,7 +270,9 @@ def _writing(path: Path) -> Iterator[Finding]:
         yield Finding("target", Health.PROBLEM, error.message, error.hint)
 
 
-def _repository(vm: Vm, place: Location, lock_wait: float, host: str) -> Iterator[Finding]:
+def _repository(
+    vm: Vm, place: Location, lock_wait: float, host: str
+) -> Generator[Finding, None, Inventory | None]:
     yield from _programs()
     from qmpbackup.qemu.pull import Way, method
     from qmpbackup.service import targets
@@ -292,13 +295,14 @@ def _repository(vm: Vm, place: Location, lock_wait: float, host: str) -> Iterato
                 target.require_known()
     except QmpBackupError as error:
         yield Finding("target", Health.PROBLEM, error.message, error.hint)
-        return
+        return None
     for damage in stored.damaged:
         todo = "Run `qmpbackup verify`; other points can be restored."
         yield Finding("target", Health.PROBLEM, f"{damage.path}: {damage.reason}", todo)
     count = len(stored.points)
     yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
     yield from _next_backup(vm, stored, target.name)
+    return stored
 
 
 def _programs() -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from qmpbackup import interrupt
 from qmpbackup.model import Location, Place, Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
-from qmpbackup.qemu import recovery
+from qmpbackup.qemu import recovery, starved
 from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
@@ -44,7 +44,7 @@ def recover(
     looking = session.opened(address, lock_wait=lock_wait, look_only=dry_run, host=host)
     with interrupt.held(), looking as vm:
         if dry_run:
-            return _left(vm.found) + _left_in(vm, target, lock_wait)
+            return _hungry(vm) + _left(vm.found) + _left_in(vm, target, lock_wait)
         done = recovery.recover(vm.monitor, vm.found)
         if vm.found.was_frozen:
             done += Guest(vm.monitor, agent_address, Quiesce.TRY).heal()
@@ -53,6 +53,14 @@ def recover(
         elif target is not None:
             done += _recover_folder(vm, DirectoryTarget.open(target), lock_wait)
         return done
+
+
+def _hungry(vm: Session) -> list[str]:
+    """A VM that a run which died has left without room."""
+    devices = starved.devices_of(vm.found.leftovers.markers)
+    if not devices or starved.find(vm.monitor, devices) is None:
+        return []
+    return ["would let the VM run again, which had found no room"]
 
 
 def _left(found: Inventory) -> list[str]:

@@ -75,8 +75,11 @@ def opened(
         if recover and found.needs_recovery:
             from qmpbackup.qemu import recovery
 
+            words, level = "after a run that died", logging.WARNING
+            if not found.run_died:
+                words, level = "after runs that ended while the VM stood still", logging.INFO
             for done in recovery.recover(monitor, found):
-                log.warning("Cleaned up after a run that died: %s.", done)
+                log.log(level, "Cleaned up %s: %s.", words, done)
             found = take()
         yield Session(monitor, found, take)
 

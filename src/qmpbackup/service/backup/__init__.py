@@ -154,7 +154,8 @@ def _plan(request: Request, session_: session.Session, destination: Destination)
         )
     points: tuple[Point, ...] = destination.stored.points
     plans = plan_disks(chosen, request.level, points, destination.obstacle, vm.config.process)
-    needs = rooms.needs(request, session_.monitor, vm, plans, destination)
+    files = rooms.files_of(session_.monitor, chosen)
+    needs = rooms.needs(files, vm, plans, destination, request.scratch)
     room.require(needs, request.reserve, rooms.HINT)
     now = datetime.now(UTC)
     point_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"

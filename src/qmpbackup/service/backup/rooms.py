@@ -6,9 +6,10 @@ run again once everything has been given back: by the run, or, if that died, by 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from qmpbackup.errors import Interrupted, JobError, QmpBackupError, StorageError, VmError
 from qmpbackup.model import Disk, Vm
@@ -17,11 +18,10 @@ from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.room import Need, Space
 from qmpbackup.qemu import host_files, scratch, starved
+from qmpbackup.qemu.host_files import HostFile
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.starved import Starved
 from qmpbackup.service import room
-from qmpbackup.service.backup.request import Request
-from qmpbackup.service.backup.way import Destination
 
 log = logging.getLogger(__name__)
 
@@ -31,29 +31,46 @@ HINT = (
 )
 
 
-def needs(
-    request: Request,
-    monitor: Monitor,
-    vm: Vm,
-    plans: Sequence[DiskPlan],
-    destination: Destination,
-) -> list[tuple[Path, Need]]:
-    """What a run needs, each with a folder on the file system where it needs it.
+Files = Mapping[str, Sequence[HostFile]]
+"""The files below each disk, by its format node."""
+
+
+class Taker(Protocol):
+    """What of a destination says how much room it takes."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies, if that is a file system of this machine."""
+
+    @property
+    def stores_plain(self) -> bool:
+        """Whether it takes as much room as what is copied."""
+
+    def stages(self, vm: Vm) -> bool:
+        """Whether what is copied goes into a local image beside the scratch first."""
+
+
+def files_of(monitor: Monitor, disks: Sequence[Disk]) -> Files:
+    """The files below disks.
 
     Raises:
         VmError: QEMU cannot be asked.
     """
-    files = host_files.below(monitor, [plan.disk.format_node for plan in plans])
+    return host_files.below(monitor, [disk.format_node for disk in disks])
+
+
+def needs(
+    files: Files, vm: Vm, plans: Sequence[DiskPlan], destination: Taker, chosen: Path | None
+) -> list[tuple[Path, Need]]:
+    """What a run needs, each with a folder on the file system where it needs it; `chosen` is where the
+    user wants scratches."""
     certain = {
         plan.disk.id: budget.certain_bytes(
             plan.bytes_to_copy, _held(plan.disk, files[plan.disk.format_node])
         )
         for plan in plans
     }
-    folders = {
-        plan.disk.id: scratch.folder_for(plan.disk, request.scratch, monitor.peer_pid)
-        for plan in plans
-    }
+    folders = {plan.disk.id: scratch.folder_for(plan.disk, chosen, vm.pid) for plan in plans}
     found: list[tuple[Path, Need]] = []
     for folder in dict.fromkeys(folders.values()):
         most = [plan.bytes_to_copy for plan in plans if folders[plan.disk.id] == folder]
@@ -68,7 +85,7 @@ def needs(
     return found
 
 
-def _held(disk: Disk, files: Sequence[host_files.HostFile]) -> int | None:
+def _held(disk: Disk, files: Sequence[HostFile]) -> int | None:
     """What the files below a disk hold; of a raw device everything counts."""
     if disk.format == "raw" and files and all(each.driver == "host_device" for each in files):
         return disk.size

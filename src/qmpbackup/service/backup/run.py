@@ -13,7 +13,7 @@ from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import scratch
+from qmpbackup.qemu import kept_descriptors, scratch
 from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.qemu.view import Instant, Seat, View, require_present, status_of
 from qmpbackup.qemu.watchdog import Watchdog
@@ -135,6 +135,9 @@ class Run:
         """Take the views down; leftovers degrade the run and are the next run's to remove."""
         self._await_scratches()
         self._degraded += self._teardown.run()
+        with suppress(VmError):
+            if kept_descriptors.are_left(self._monitor):
+                log.warning("%s", kept_descriptors.SAID)
 
     def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
         stored = self._destination.stored.points

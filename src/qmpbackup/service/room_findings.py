@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What doctor finds about room: whether the next backup fits, and a VM that stands still for want of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.model import Level, Location, Place, Vm
+from qmpbackup.plan import room as plan_room
+from qmpbackup.plan.levels import plan_disks
+from qmpbackup.qemu import starved
+from qmpbackup.qemu.inventory import Leftovers
+from qmpbackup.service import room
+from qmpbackup.service.backup import rooms
+from qmpbackup.service.finding import Finding, Health
+from qmpbackup.target.inventory import Inventory
+
+
+def of_hungry(hungry: starved.Starved, leftovers: Leftovers) -> Finding:
+    """A VM that stands still for want of room, and whose doing that is."""
+    over = starved.devices_of(leftovers.markers)
+    todo = starved.advice(hungry)
+    if over:
+        todo = "A run that died had taken room: `qmpbackup recover` gives it back, and lets the VM run."
+    return Finding("VM", Health.PROBLEM, str(hungry), todo)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taker:
+    """What the next backup takes room for."""
+
+    place: Place
+
+    @property
+    def folder(self) -> Path | None:
+        return None if isinstance(self.place, Location) else self.place
+
+    @property
+    def stores_plain(self) -> bool:
+        return not isinstance(self.place, Location)
+
+    def stages(self, vm: Vm) -> bool:
+        from qmpbackup.qemu.pull import Way, method
+
+        return isinstance(self.place, Location) and method(vm) is Way.STAGED
+
+
+def of_next_backup(
+    vm: Vm, files: rooms.Files, place: Place, stored: Inventory, scratch_dir: Path | None
+) -> Iterator[Finding]:
+    """Whether the next backup fits beside the images of running VMs."""
+    plans = plan_disks(
+        vm.disks, Level.AUTO, stored.points, lambda _point, _disk: "", vm.config.process
+    )
+    for space, here in room.by_space(rooms.needs(files, vm, plans, _Taker(place), scratch_dir)):
+        missing = plan_room.shortage(space, here, None)
+        if missing:
+            yield Finding("room", Health.PROBLEM, missing, f"{rooms.HINT}.")
