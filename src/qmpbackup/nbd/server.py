@@ -18,56 +18,20 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import Interrupted, QmpBackupError
-from qmpbackup.nbd import protocol
-from qmpbackup.nbd.protocol import Answer, Failure, Kind, Option, ProtocolError, Request
+from qmpbackup.errors import Interrupted
+from qmpbackup.nbd.session import Export, Session
 
 log = logging.getLogger(__name__)
 
 THREADS: Final = 16
-_PIECE: Final = 1024 * 1024
-"""Bytes that are read and answered at a time, at most; aligned."""
 _CLIENTS: Final = 64
-_UNDER_WAY: Final = 64
-"""Requests of one client that are not answered yet."""
-_HANDSHAKE_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.2
-_SEND_BUFFER: Final = 4 << 20
-_MOST_EXTENTS: Final = 1024
-_CONTEXT: Final = 1
-
-Buffer = bytes | bytearray | memoryview
-
-
-class Run(NamedTuple):
-    """Neighbouring bytes of an export, and whether they are zeros."""
-
-    offset: int
-    length: int
-    zero: bool
-
-
-class Export(Protocol):
-    """What is served under a name, read from many threads."""
-
-    @property
-    def size(self) -> int:
-        """Its length in bytes."""
-
-    def extents(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Neighbouring areas: offset, length, and whether they are zeros."""
-
-    def read(self, offset: int, length: int) -> bytes | memoryview:
-        """Bytes; a `QmpBackupError` becomes an I/O error of the client's."""
-
-    def peek(self, offset: int, length: int) -> bytes | memoryview | None:
-        """The same, if nothing has to be waited for."""
 
 
 class Server:
@@ -85,13 +49,13 @@ class Server:
         let_go: Callable[[], None] = lambda: None,
         threads: int = THREADS,
     ) -> None:
-        self.exports = dict(exports)
+        self.exports = exports
         self.allocation = allocation
         self.pool = ThreadPoolExecutor(threads, "nbd")
         self._listener = listener
         self._let_go = let_go
         self._lock = threading.Lock()
-        self._clients: set[_Client] = set()
+        self._clients: set[Session] = set()
         self._last_seen = time.monotonic()
         self._interrupted: Interrupted | None = None
 
@@ -117,12 +81,12 @@ class Server:
     def withdraw(self, name: str) -> None:
         """Serve an export no more, and cut off those who use it."""
         with self._lock:
-            self.exports.pop(name, None)
+            self.exports = {key: each for key, each in self.exports.items() if key != name}
             using = [client for client in self._clients if client.export_name in {name, ""}]
         for client in using:
             client.hang_up()
 
-    def left(self, client: "_Client") -> None:
+    def left(self, client: "Session") -> None:
         """A client has gone."""
         with self._lock:
             self._clients.discard(client)
@@ -146,7 +110,7 @@ class Server:
                     log.warning("There are %d clients already; one more was sent away.", _CLIENTS)
                     connection.close()
                     return
-                client = _Client(self, connection)
+                client = Session(self, connection)
                 self._clients.add(client)
             client.start()
 
@@ -159,271 +123,3 @@ class Server:
         for client in clients:
             client.join()
         self.pool.shutdown(cancel_futures=True)
-
-
-class _Client(threading.Thread):
-    """One connection."""
-
-    def __init__(self, server: Server, connection: socket.socket) -> None:
-        super().__init__(name="nbd-client", daemon=True)
-        self.export_name = ""
-        self._server = server
-        self._socket = connection
-        self._sending = threading.Lock()
-        self._room = threading.Semaphore(_UNDER_WAY)
-        self._structured = False
-        self._allocation = False
-        connection.settimeout(_HANDSHAKE_SECONDS)
-        with suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-
-    def hang_up(self) -> None:
-        """End it, from any thread."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def run(self) -> None:
-        """Shake hands, then answer."""
-        try:
-            export = self._negotiate()
-            if export is not None:
-                self._socket.settimeout(None)
-                self._transmit(export)
-        except (OSError, EOFError):
-            pass
-        except ProtocolError as error:
-            log.info("A client was cut off, as it sent %s.", error)
-        finally:
-            self.hang_up()
-            # Answers under way hold the socket; they fail at once now.
-            for _ in range(_UNDER_WAY):
-                self._room.acquire()
-            self._socket.close()
-            self._server.left(self)
-
-    # The handshake
-
-    def _negotiate(self) -> Export | None:
-        self._socket.sendall(protocol.GREETING)
-        flags = int.from_bytes(self._receive(4), "big")
-        while True:
-            option, length = protocol.parse_option(self._receive(protocol.OPTION.size))
-            if length > protocol.MOST_OPTION:
-                raise ProtocolError("an option without end")
-            data = self._receive(length)
-            if option == Option.ABORT:
-                self._answer(option, Answer.ACK)
-                return None
-            if option == Option.EXPORT_NAME:
-                return self._old_way(data, flags)
-            export = self._option(option, data)
-            if export is not None:
-                return export
-
-    def _receive(self, length: int) -> bytes:
-        found = bytearray()
-        while len(found) < length:
-            data = self._socket.recv(length - len(found))
-            if not data:
-                raise EOFError
-            found += data
-        return bytes(found)
-
-    def _answer(self, option: int, answer: Answer, data: bytes = b"") -> None:
-        self._socket.sendall(protocol.option_reply(option, answer, data))
-
-    def _old_way(self, data: bytes, flags: int) -> Export | None:
-        name = data.decode(errors="replace")
-        export = self._server.exports.get(name)
-        if export is not None:  # else the protocol knows but to hang up
-            self.export_name = name
-            self._socket.sendall(protocol.old_export_info(export.size, flags))
-        return export
-
-    def _option(self, option: int, data: bytes) -> Export | None:
-        """Answer an option; the export, once that is chosen."""
-        try:
-            if option in {Option.INFO, Option.GO}:
-                return self._info(option, data)
-            if option == Option.LIST and not data:
-                for name in self._server.exports:
-                    self._answer(option, Answer.SERVER, protocol.named(name))
-                self._answer(option, Answer.ACK)
-            elif option == Option.STRUCTURED_REPLY and not data:
-                self._structured = True
-                self._answer(option, Answer.ACK)
-            elif option in {Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT}:
-                self._contexts(option, data)
-            else:
-                self._answer(option, Answer.UNSUPPORTED)
-        except ProtocolError:
-            self._answer(option, Answer.INVALID)
-        return None
-
-    def _info(self, option: int, data: bytes) -> Export | None:
-        name, _wanted = protocol.parse_name(data)
-        export = self._server.exports.get(name)
-        if export is None:
-            self._answer(option, Answer.UNKNOWN)
-            return None
-        self._answer(option, Answer.INFO, protocol.export_info(export.size))
-        self._answer(option, Answer.INFO, protocol.block_sizes())
-        self._answer(option, Answer.ACK)
-        if option == Option.INFO:
-            return None
-        self.export_name = name
-        return export
-
-    def _contexts(self, option: int, data: bytes) -> None:
-        name, queries = protocol.parse_contexts(data)
-        if name not in self._server.exports:
-            self._answer(option, Answer.UNKNOWN)
-            return
-        setting = option == Option.SET_META_CONTEXT
-        found = self._server.allocation and protocol.wants_allocation(queries, listing=not setting)
-        if setting:
-            self._allocation = found and self._structured
-        if found:
-            self._socket.sendall(protocol.context_reply(option, _CONTEXT if setting else 0))
-        self._answer(option, Answer.ACK)
-
-    # Transmission
-
-    def _transmit(self, export: Export) -> None:
-        size = protocol.REQUEST.size
-        pending = bytearray()
-        while True:
-            data = self._socket.recv(64 * 1024)
-            if not data:
-                return
-            pending += data
-            whole = len(pending) // size * size
-            for at in range(0, whole, size):
-                request = protocol.parse_request(bytes(pending[at : at + size]))
-                if request.kind == Kind.DISCONNECT:
-                    return
-                self._take(export, request)
-            del pending[:whole]
-
-    def _take(self, export: Export, request: Request) -> None:
-        """Answer a request, or have it answered."""
-        failure = self._refusal(export, request)
-        if failure:
-            self._fail(request, failure)
-        elif request.kind in {Kind.FLUSH, Kind.CACHE}:
-            self._send(self._nothing(request))
-        elif not self._answered_at_once(export, request):
-            self._room.acquire()
-            self._server.pool.submit(self._work, export, request)
-
-    def _refusal(self, export: Export, request: Request) -> Failure | None:
-        if request.kind == Kind.FLUSH:
-            return None
-        if request.kind not in {Kind.READ, Kind.CACHE, Kind.BLOCK_STATUS}:
-            # A write brings its bytes along, which cannot be told from requests any more.
-            if request.kind == 1:
-                raise ProtocolError("a write to a read-only export")
-            return Failure.NOT_PERMITTED
-        if request.kind == Kind.BLOCK_STATUS and not self._allocation:
-            return Failure.INVALID
-        if not request.length or request.offset + request.length > export.size:
-            return Failure.INVALID
-        if request.kind == Kind.READ and request.length > protocol.MOST_READ:
-            return Failure.TOO_LARGE
-        return None
-
-    def _answered_at_once(self, export: Export, request: Request) -> bool:
-        if request.kind != Kind.READ or request.length > _PIECE:
-            return False
-        data = export.peek(request.offset, request.length)
-        if data is None:
-            return False
-        self._send(self._head(request, request.offset, len(data), done=True), data)
-        return True
-
-    def _work(self, export: Export, request: Request) -> None:
-        """Answer a request, in a thread of the pool."""
-        try:
-            if request.kind == Kind.READ:
-                self._read(export, request)
-            else:
-                self._status(export, request)
-        except OSError:
-            self.hang_up()
-        except QmpBackupError as error:
-            log.warning("%s: %s", self.export_name or "The export", error.message)
-            self._fail_late(request)
-        except Interrupted as signal:
-            self._server.interrupted(signal)
-            self.hang_up()
-        except Exception:
-            log.exception("A request of a client could not be answered.")
-            self.hang_up()
-        finally:
-            self._room.release()
-
-    def _read(self, export: Export, request: Request) -> None:
-        """Read and answer, piece by piece; in one, where the client wants that."""
-        end = request.offset + request.length
-        if not self._structured or request.flags & protocol.UNFRAGMENTED:
-            data = export.read(request.offset, request.length)
-            self._send(self._head(request, request.offset, len(data), done=True), data)
-            return
-        for offset, length, zero in _pieces(export, request.offset, end):
-            done = offset + length == end
-            if zero:
-                self._send(protocol.hole(request.cookie, offset, length, done=done))
-            else:
-                data = export.read(offset, length)
-                self._send(self._head(request, offset, length, done=done), data)
-
-    def _status(self, export: Export, request: Request) -> None:
-        most = 1 if request.flags & protocol.ONE_EXTENT else _MOST_EXTENTS
-        found: list[tuple[int, bool]] = []
-        for _, length, zero in export.extents(request.offset, request.offset + request.length):
-            found.append((length, zero))
-            if len(found) == most:
-                break
-        self._send(protocol.status(request.cookie, _CONTEXT, found))
-
-    def _head(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        if self._structured:
-            return protocol.data_head(request.cookie, offset, length, done=done)
-        return protocol.simple_reply(request.cookie)
-
-    def _nothing(self, request: Request) -> bytes:
-        return (protocol.nothing if self._structured else protocol.simple_reply)(request.cookie)
-
-    def _fail(self, request: Request, failure: Failure) -> None:
-        if self._structured:
-            self._send(protocol.error(request.cookie, failure))
-        else:
-            self._send(protocol.simple_reply(request.cookie, failure))
-
-    def _fail_late(self, request: Request) -> None:
-        with suppress(OSError):
-            self._fail(request, Failure.IO)
-
-    def _send(self, head: bytes, data: Buffer = b"") -> None:
-        """Send an answer whole, before anybody else's."""
-        parts: Sequence[Buffer] = (head, data)
-        with self._sending:
-            sent = self._socket.sendmsg(parts)
-            if sent < len(head):
-                self._socket.sendall(head[sent:])
-                sent = len(head)
-            if sent < len(head) + len(data):
-                self._socket.sendall(memoryview(data)[sent - len(head) :])
-
-
-def _pieces(export: Export, start: int, end: int) -> Iterator[Run]:
-    """A range in pieces that are zeros, or are read at a time."""
-    for offset, length, zero in export.extents(start, end):
-        if zero:
-            yield Run(offset, length, zero=True)
-            continue
-        at = offset
-        while at < offset + length:
-            size = min(offset + length, (at // _PIECE + 1) * _PIECE) - at
-            yield Run(at, size, zero=False)
-            at += size
