@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from qmpbackup.errors import Exhausted, StorageError, lack_of
 
@@ -64,6 +65,19 @@ def sync_folder(fd: int) -> None:
     except OSError as error:
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder, and those above it that are missing; nobody else may write into them, whatever the
+    umask.
+
+    Raises:
+        OSError: it could not be made, or something else is there.
+    """
+    for each in reversed(path.parents):
+        if not each.exists():
+            each.mkdir(mode=0o755, exist_ok=True)
+    path.mkdir(mode=0o755, exist_ok=True)
 
 
 @contextmanager

@@ -32,6 +32,21 @@ def test_a_new_target_is_readable_by_its_owner_alone(stored: Stored) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
 
 
+@pytest.mark.parametrize("umask", ["000", "022", "077"])
+def test_nobody_else_may_write_into_what_is_made(tmp_path: Path, umask: str) -> None:
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from qmpbackup.model import VmIdentity\n"
+        "from qmpbackup.target.directory import DirectoryTarget\n"
+        "os.umask(int(sys.argv[1], 8))\n"
+        "DirectoryTarget.open_or_create(Path(sys.argv[2]), VmIdentity(name='vm'))\n"
+    )
+    place = tmp_path / "one" / "two" / "target"
+    subprocess.run([sys.executable, "-c", program, umask, str(place)], check=True)
+    for path in (place.parent.parent, place.parent, place, *place.iterdir()):
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
+
+
 def test_the_id_stays(stored: Stored) -> None:
     again = DirectoryTarget.open_or_create(stored.path, VM)
     assert again.id == stored.target.id == DirectoryTarget.open(stored.path).id
@@ -55,6 +70,11 @@ def test_the_user_may_choose_the_id_of_a_new_target(tmp_path: Path) -> None:
         (VM, VmIdentity(VM.uuid.upper(), "renamed", "/other"), True),
         (VM, VmIdentity("11111111-1111-1111-1111-111111111111", "vm", VM.address), False),
         (VM, VmIdentity("", "vm", "/other"), True),
+        (VM, VmIdentity(VM.uuid, "vm", "/other", "another"), True),
+        (VmIdentity("", "vm", "/vm", "one"), VmIdentity("", "vm", "/vm", "two"), False),
+        (VmIdentity("", "", "/vm", "one"), VmIdentity("", "", "/vm", "two"), False),
+        (VmIdentity("", "vm", "/vm", "one"), VmIdentity("", "vm", "/vm", "one"), True),
+        (VmIdentity("", "vm", "/vm"), VmIdentity("", "vm", "/vm", "one"), True),
         (VM, VmIdentity("", "other", VM.address), False),
         (VM, VmIdentity("", "", VM.address), True),
         (VM, VmIdentity("", "", "/other"), False),

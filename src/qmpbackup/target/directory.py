@@ -461,7 +461,7 @@ def _make_folder(path: Path) -> Path:
         # mkdir(2) says no more than that something is there already.
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folders(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
         parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

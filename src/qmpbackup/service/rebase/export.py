@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup import durable, interrupt
-from qmpbackup.durable import storage_errors
+from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.ownership import refuse_planted_links
 from qmpbackup.plan.merge import PARTIAL
@@ -86,7 +86,7 @@ def _new_file(output: Path) -> Iterator[int]:
     """A file that gets its name at the end of the block, and is gone if that fails."""
     with ExitStack() as stack:
         with storage_errors(f"write to {output.parent}"):
-            output.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(output.parent)
             folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, folder)
             temporary = output.name + PARTIAL

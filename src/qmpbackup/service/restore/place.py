@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup import durable, interrupt
-from qmpbackup.durable import storage_errors
+from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import (
     DamagedError,
     Interrupted,
@@ -154,7 +154,7 @@ def partial_file(path: Path, wait: float) -> Iterator[Partial]:
 def _make_folder(path: Path, stack: ExitStack) -> None:
     """Make the folder where it is missing; it goes again at the end if nothing is in it."""
     if not path.exists():
-        path.mkdir(parents=True, exist_ok=True)
+        make_folders(path)
 
         def remove_if_empty() -> None:
             with suppress(OSError):
