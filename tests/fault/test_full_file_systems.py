@@ -192,7 +192,7 @@ class TestGivenUp:
             assert leftovers(guest) == []
             (folder / "filler").unlink()
             assert free(folder) > before - 30 * MIB
-            back_up(guest, target)
+            back_up(guest, target, "auto", "--scratch", tmp_path)
 
     @pytest.mark.parametrize("where", WHERE)
     def test_somebody_else_fills_it(self, folder: Path, tmp_path: Path, where: Where) -> None:
