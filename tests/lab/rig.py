@@ -184,8 +184,9 @@ class Rig:
         self.vm.qmp.poll(lambda: self._job("commit") == "ready")
         self.vm.qmp("job-complete", id="commit")
         self.vm.qmp.poll(lambda: self._job("commit") == "")
-        with suppress(QmpError):  # only one that was on the command line stays
-            self.vm.qmp("blockdev-del", node_name=top)
+        for node in {top, self.disks[disk].node} - {self._active(disk)}:
+            with suppress(QmpError):  # only one that was on the command line has stayed
+                self.vm.qmp("blockdev-del", node_name=node)
         self.disks[disk] = self._bottoms.pop(disk)
         self._trust[disk] = Trust()
         # A lower image that is larger keeps its size, and what it has at its end.
