@@ -145,6 +145,7 @@ def test_images_that_a_vm_has_open_are_refused(
         (("--vm", "x", "--image", "vda=/nowhere.qcow2,format=qcow2"), "not there"),
         (("--vm", "x", "--image", "vda={image}"), "format"),
         (("--vm", "x", "--image", "{image}"), "ID=PATH"),
+        (("--vm", "x", *("--image", "vda={image},format=qcow2") * 2), "each disk once"),
         (("--quiesce",), "agent"),
     ],
 )

@@ -103,6 +103,27 @@ def test_an_image_that_was_plugged_in_without_locks(tmp_path: Path, start_qemu: 
     assert levels(back_up(vm, tmp_path / "target")) == {"vda": "inc", "vdb": "full"}
 
 
+def test_a_folder_of_the_host_that_is_shown_as_a_disk_is_whole_each_time(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    """QEMU reads the files when the guest does, so what the host writes to them is on the disk, too."""
+    folder = tmp_path / "shown"
+    folder.mkdir()
+    file = folder / "a.txt"
+    file.write_bytes(b"A" * MIB)
+    node = {"driver": "vvfat", "dir": str(folder), "rw": True, "floppy": True}
+    options = json.dumps({"driver": "raw", "node-name": "fat", "file": node})
+    device = "virtio-blk-pci,drive=fat,id=shown"
+    vm = start_qemu([plain(tmp_path)], args=["-blockdev", options, "-device", device])
+    back_up(vm, tmp_path / "target")
+    with Monitor.connect(str(vm.socket)) as it:
+        found = inventory.take(it).vm.disks
+    assert {disk.id: "vvfat" in disk.other_writers for disk in found} == {
+        "vda": False,
+        "shown": True,
+    }
+
+
 def test_what_shares_only_what_its_bitmap_sees_goes_on_incrementally(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:

@@ -28,6 +28,10 @@ pass by every node as commands, and a filter below them would make the guest's c
 _LOCAL = frozenset({"file", "host_device"})
 """Drivers that lock what they open."""
 
+_FOLDER = "vvfat"
+"""The driver that makes a file system up from a folder of the host, and reads the files there when it is
+read itself (block/vvfat.c)."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Device:
@@ -156,11 +160,19 @@ def _other_writers(disk: Disk, device: _Device, around: Surroundings) -> str:
         return ""
     if device.passes_commands:
         return "the guest may send commands to the host's device (scsi=on)"
+    if _lies_on(disk.format_node, _FOLDER, around):
+        return "it shows a folder of the host (vvfat), where anybody may write"
     if is_shared(around.graph, disk.format_node):
         return "others may write to it (share-rw=on)"
     if around.locks.missing(_files(disk.format_node, around)):
         return "QEMU does not lock its image, so others may write to it (locking=off)"
     return ""
+
+
+def _lies_on(format_node: str, driver: str, around: Surroundings) -> bool:
+    """Whether a node of this driver is below a format node."""
+    found = map(around.nodes.get, around.graph.under(format_node))
+    return any(reply is not None and reply.text("drv") == driver for reply in found)
 
 
 def _files(format_node: str, around: Surroundings) -> Iterator[str]:

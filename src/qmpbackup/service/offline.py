@@ -7,6 +7,7 @@ backup of that is an incremental, and so is this one where the image can store b
 """
 
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,6 +102,9 @@ def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:
         NamedImage(disk.id, Path(disk.source_file), disk.source_format)
         for disk in recorded.values()
     ]
+    twice = [disk_id for disk_id, times in Counter(each.id for each in named).items() if times > 1]
+    if twice:
+        raise UsageError(f"Two images are said to be disk {twice[0]}.", "Name each disk once.")
     known = {disk_id: disk.source_format for disk_id, disk in recorded.items()}
     return [_image(each, each.format or known.get(each.id, "")) for each in named]
 
