@@ -194,10 +194,12 @@ _MORE_FILES: Final = "Raise the limit (ulimit -n, or LimitNOFILE= of the unit), 
 _MORE_MEMORY: Final = (
     "Give this process more (ulimit -v, or MemoryMax= of the unit), or free some, and run again."
 )
+_LONGER_FILES: Final = "Raise the limit (ulimit -f, or LimitFSIZE= of the unit), and run again."
 _LACKING: Final = {
     errno.EMFILE: Exhausted("This process may not open any more files.", _MORE_FILES),
     errno.ENFILE: Exhausted("This machine has too many files open.", "See which program has."),
     errno.ENOMEM: Exhausted("There is not enough memory.", _MORE_MEMORY),
+    errno.EFBIG: Exhausted("This process may not write any longer files.", _LONGER_FILES),
 }
 _SIGNS: Final = {
     "too many open files": errno.EMFILE,
@@ -219,11 +221,19 @@ def lack_of(error: BaseException) -> Exhausted | None:
         return error
     if isinstance(error, MemoryError):
         return _LACKING[errno.ENOMEM]
+    if isinstance(error, OSError) and error.errno == errno.EFBIG and not _files_are_limited():
+        return None  # but the file system
     if isinstance(error, OSError) and error.errno in _LACKING:
         return _LACKING[error.errno]
     if isinstance(error, ImportError | RuntimeError) or type(error).__name__ == "PanicException":
         return lack_in(str(error))
     return None
+
+
+def _files_are_limited() -> bool:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def lack_in(text: str) -> Exhausted | None:

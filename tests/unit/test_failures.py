@@ -4,6 +4,7 @@
 import errno
 import logging
 import os
+import resource
 import sys
 
 import pytest
@@ -80,3 +81,16 @@ def test_a_traceback_is_printed_so_that_no_terminal_obeys_it() -> None:
     assert "Traceback" in text
     assert all(line.isprintable() for line in text.splitlines())
     assert "\\x1b[2J" in text
+
+
+def test_files_that_end_at_a_limit_of_this_process_are_no_fault_of_the_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = os_error(errno.EFBIG)
+    assert explained(error)[1] == StorageError.exit_code
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, resource.RLIM_INFINITY))
+    sentences, code = explained(error)
+    assert code == Exhausted.exit_code
+    assert "ulimit -f" in sentences[1]
+    with pytest.raises(Exhausted), storage_errors("write it"):
+        raise error

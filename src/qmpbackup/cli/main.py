@@ -61,6 +61,8 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
     arguments = _parsed(parser, argv)
     if arguments is None:
         return 1
+    from qmpbackup.cli.failures import explained  # while there are descriptors for it
+
     debug = bool(getattr(arguments, "debug", False))
     for number in interrupt.heeded():
         signal.signal(number, _interrupt)
@@ -75,8 +77,6 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> i
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001 - one sentence instead of a traceback
-        from qmpbackup.cli.failures import explained
-
         return _report(*explained(error), debug, error)
     return code
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import StorageError
+from qmpbackup.errors import StorageError, lack_of
 from qmpbackup.model import Disk
 from qmpbackup.plan.names import RUN_PREFIX
 from qmpbackup.plan.sizes import human
@@ -82,6 +82,9 @@ def require_possible(folder: Path, size: int) -> None:
 
 
 def _failure(folder: Path, size: int, error: OSError) -> StorageError:
+    lacking = lack_of(error)
+    if lacking is not None:
+        raise lacking from error
     if error.errno == errno.EFBIG:
         return StorageError(
             f"The file system of {folder} has no files of {human(size)}, which the scratch of so large "
