@@ -8,7 +8,7 @@ The one that is there first is held up in the middle of its work, by a `qemu-img
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,27 @@ class Command:
 class Held:
     """A command that stands still in the middle of its work, until `release`."""
 
-    def __init__(self, running: cli.Running, go: Path) -> None:
+    def __init__(self, running: cli.Running, gate: Path) -> None:
         self._running = running
-        self._go = go
+        self._gate = gate
+        self._end = -1
+
+    def waits(self) -> bool:
+        """Whether it has come to the gate: somebody opens that to read."""
+        with suppress(OSError):
+            self._end = os.open(self._gate, os.O_WRONLY | os.O_NONBLOCK)
+        return self._end >= 0
+
+    def open(self) -> None:
+        """Let it go on."""
+        self._gate.unlink(missing_ok=True)
+        if self._end >= 0:
+            os.close(self._end)
+            self._end = -1
 
     def release(self) -> cli.Result:
         """Let it go on; how it ended."""
-        self._go.touch()
+        self.open()
         return self._running.wait()
 
 
@@ -79,17 +93,20 @@ def held(stage: Scene, command: Command, folder: Path) -> Iterator[Held]:
     slow = folder / "slow"
     slow.mkdir()
     program = slow / "qemu-img"
+    gate = slow / "gate"
+    os.mkfifo(gate)
+    # It may write to nothing but what it was given, so it waits by reading.
     program.write_text(
-        f"#!/bin/sh\ntouch {slow}/here\nwhile [ ! -e {slow}/go ]; do sleep 0.02; done\n"
-        f'exec {shutil.which("qemu-img")} "$@"\n'
+        f'#!/bin/sh\n[ ! -p {gate} ] || read -r _ <{gate}\nexec {shutil.which("qemu-img")} "$@"\n'
     )
     program.chmod(0o755)
     with command.start(path=f"{slow}:{os.environ['PATH']}") as running:
+        first = Held(running, gate)
         try:
-            stage.vm.qmp.poll((slow / "here").exists)
-            yield Held(running, slow / "go")
+            stage.vm.qmp.poll(first.waits)
+            yield first
         finally:
-            (slow / "go").touch()
+            first.open()
 
 
 @pytest.mark.parametrize("merge", ["rebase", "snapshotrebase"])
