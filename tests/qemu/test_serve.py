@@ -176,6 +176,21 @@ def test_a_damaged_file_withdraws_its_disk(tmp_path: Path) -> None:
     assert "damaged" in cli.run("list", "--target", point.target).check(DAMAGED).err.lower()
 
 
+def test_a_file_that_is_damaged_once_it_was_proved_withdraws_its_disk(tmp_path: Path) -> None:
+    point = Point(tmp_path, "folder")
+    with point.served() as (running, _):
+        assert running.process.stderr is not None
+        said = iter(running.process.stderr)
+        assert any("is proved" in line for line in said)
+        os.utime(point.file)  # which changes nothing in it
+        assert any("is proved" in line for line in said)
+        with point.file.open("r+b") as opened:
+            opened.seek(point.file.stat().st_size - 1000)
+            opened.write(b"damage")
+        assert any("served no more" in line for line in said)
+        ended(running).check(DAMAGED)
+
+
 def test_a_point_that_is_served_is_not_removed(point: Point) -> None:
     with point.served():
         arguments = ("prune", "--target", point.target, "--keep-last", "1")

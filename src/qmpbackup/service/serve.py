@@ -5,7 +5,8 @@
 
 The target is held for reading for as long. Out of a repository every chunk is proved as it is read. The
 digest of a file in a folder is that of all of it, so there the files are read whole while they are served
-already; a disk with a damaged file is withdrawn, and the run ends with that.
+already, and again when somebody has written to them; a disk with a damaged file is withdrawn, and the run
+ends with that.
 """
 
 import logging
@@ -20,10 +21,18 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, Interrupted, Locked, QmpBackupError, UsageError
+from qmpbackup.errors import (
+    DamagedError,
+    Interrupted,
+    Locked,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+)
 from qmpbackup.filelock import runtime_folder
 from qmpbackup.model import Place, Point, StoredDisk
 from qmpbackup.nbd.server import Server
+from qmpbackup.qemu.times import Stamp
 from qmpbackup.service import targets
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.service.stored import OpenDisks, opened
@@ -33,6 +42,9 @@ log = logging.getLogger(__name__)
 
 _LONGEST_PATH = 107
 """Bytes of the path of a socket (unix(7))."""
+
+_LOOK_SECONDS = 2.0
+"""How often is looked whether somebody writes to files that are served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,33 +104,64 @@ def serve(request: Request, announce: Callable[[Served], None]) -> None:
 
 
 class _Proof(threading.Thread):
-    """Reads the files of disks that are being served, and withdraws a disk whose files are damaged."""
+    """Reads the files of disks that are being served, and again those that somebody writes to; withdraws
+    a disk whose files are damaged."""
 
     def __init__(self, stored: OpenDisks, server: Server) -> None:
         super().__init__(name="proof", daemon=True)
-        self.damage: DamagedError | None = None
+        self.damage: QmpBackupError | None = None
         self._stored = stored
         self._server = server
         self._ended = threading.Event()
+        self._proved: dict[str, tuple[Stamp, ...]] = {}
 
     def run(self) -> None:
-        """Prove one disk after the other."""
-        for disk_id in self._stored.files:
-            try:
+        """Prove one disk after the other, until the end."""
+        left = list(self._stored.files)
+        try:
+            while left:
+                left = [disk_id for disk_id in left if self._is_served(disk_id)]
+                if self._ended.wait(_LOOK_SECONDS):
+                    self._look_back()
+                    return
+        except Interrupted as signal:
+            self._server.interrupted(signal)
+        except _EndedError:
+            return
+
+    def _is_served(self, disk_id: str) -> bool:
+        """Whether a disk is to be served on, as its files are proved or cannot be."""
+        try:
+            stamps = self._stored.stamps(disk_id)  # what is written from here on makes others
+            if self._proved.get(disk_id) != stamps:
                 self._stored.prove(disk_id, self._go_on)
-            except DamagedError as error:
-                log.error("Disk %s is served no more: %s", disk_id, error.message)  # noqa: TRY400
-                self.damage = error
-                self._server.withdraw(disk_id)
-            except QmpBackupError as error:
-                log.warning("Disk %s could not be proved: %s", disk_id, error.message)
-            except Interrupted as signal:
-                self._server.interrupted(signal)
-                return
-            except _EndedError:
-                return
-            else:
+                self._proved[disk_id] = stamps
                 log.info("Disk %s is proved: its files are what the manifests say.", disk_id)
+        except DamagedError as error:
+            log.error("Disk %s is served no more: %s", disk_id, error.message)  # noqa: TRY400
+            self.damage = error
+            self._server.withdraw(disk_id)
+            self._proved.pop(disk_id, None)
+            return False
+        except QmpBackupError as error:
+            log.warning("Disk %s could not be proved: %s", disk_id, error.message)
+            return self._proved.pop(disk_id, None) is not None
+        return True
+
+    def _look_back(self) -> None:
+        """See whether what was proved has been written to since."""
+        try:
+            changed = [
+                each for each, then in self._proved.items() if self._stored.stamps(each) != then
+            ]
+        except StorageError as error:
+            self.damage = self.damage or error
+            return
+        if changed:
+            self.damage = self.damage or StorageError(
+                f"Somebody wrote to the files of disk {changed[0]} while it was served.",
+                "What was read last may be wrong. Verify the target.",
+            )
 
     def _go_on(self) -> None:
         if self._ended.is_set():

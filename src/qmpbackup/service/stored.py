@@ -12,7 +12,7 @@ from qmpbackup import process
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point, StoredDisk
-from qmpbackup.qemu.layers import require_unchanged
+from qmpbackup.qemu.times import Stamp, stamp
 from qmpbackup.service import chains
 from qmpbackup.service.chains import OpenFile
 from qmpbackup.target.digest import digest
@@ -49,10 +49,9 @@ class OpenDisks:
 
         Raises:
             DamagedError: one is not what its manifest says; it has been marked so.
-            StorageError: one cannot be read, or was changed meanwhile.
+            StorageError: one cannot be read.
         """
-        files = self.files.get(disk_id, ())
-        for file in files:
+        for file in self.files.get(disk_id, ()):
             disk = file.link.disk
             with self.marking(disk), storage_errors(f"read {disk.file}"):
                 found = digest(file.layer.fd, each, file.layer.head)
@@ -61,7 +60,15 @@ class OpenDisks:
                         f"{disk.file} is not what it was when it was written: its digest differs.",
                         "Put back an unharmed copy of it, or use a point that does not need it.",
                     )
-        require_unchanged([file.layer for file in files])
+
+    def stamps(self, disk_id: str) -> tuple[Stamp, ...]:
+        """What changes when somebody writes to the files of a disk.
+
+        Raises:
+            StorageError: one cannot be looked at.
+        """
+        with storage_errors(f"look at the files of disk {disk_id}"):
+            return tuple(stamp(file.layer.fd) for file in self.files.get(disk_id, ()))
 
 
 @contextmanager
