@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at everything a backup needs, change nothing, and say what to do about what is not well."""
 
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -117,7 +118,30 @@ def _skipped(skipped: Skipped) -> Finding:
     )
 
 
+_NETWORK = re.compile(
+    r"(?:nbd|rbd|iscsi|ssh|gluster|nfs|https?|sheepdog)(?:\+\w+)?:|json:.*\"driver\": "
+    r"\"(?:nbd|rbd|iscsi|ssh|gluster|nfs|https?)\""
+)
+"""How QEMU names an image that it reaches over a network itself."""
+
+
+def is_reached_over_a_network(filename: str) -> bool:
+    """Whether an image lies behind a server that may have other clients, of which QEMU knows nothing."""
+    return _NETWORK.match(filename) is not None
+
+
+def _network(disk: Disk) -> Iterator[Finding]:
+    if is_reached_over_a_network(disk.filename):
+        yield Finding(
+            disk.id,
+            Health.ADVICE,
+            "on a server; whether other clients write there, nobody here can tell",
+            "If any do, use --level full: their writes are in no change bitmap.",
+        )
+
+
 def _disk(disk: Disk) -> Iterator[Finding]:
+    yield from _network(disk)
     label = f"libvirt's {disk.label}, " if disk.label else ""
     shown = f"{label}{disk.format}, {human(disk.size)}, {disk.filename}"
     if disk.size <= SMALL:
