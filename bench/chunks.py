@@ -32,8 +32,8 @@ SIZES = (256 * KIB, 512 * KIB, MIB, 2 * MIB, 4 * MIB)
 # The size is a constant of the product, whose other modules take it from there.
 _PROGRAM = """
 import sys
-from qmpbackup.target import repository
-repository.CHUNK = int(sys.argv.pop(1))
+from qmpbackup.targets.repository import target
+target.CHUNK = int(sys.argv.pop(1))
 from qmpbackup.cli.main import qmpbackup
 qmpbackup()
 """

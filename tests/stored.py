@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from qmpbackup.model import Consistency, Level, Point, StoredDisk, VmConfig, VmIdentity
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 MIB = 1024 * 1024
 VM = VmIdentity(uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp")

@@ -14,7 +14,7 @@ from qmpbackup.model import Consistency, Level, Location, Point, StoredDisk, VmC
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.writer import Writer
-from qmpbackup.target.repository import CHUNK, Contents, RepositoryTarget, disk_file
+from qmpbackup.targets.repository.target import CHUNK, Contents, RepositoryTarget, disk_file
 
 VM = VmIdentity(
     uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp", host="hv1"

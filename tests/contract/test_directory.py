@@ -12,7 +12,7 @@ import pytest
 
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.model import Level, VmIdentity
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 from stored import MIB, VM, Stored, Write
 
 NOW = datetime(2026, 11, 2, 3, 4, 5, tzinfo=UTC)
@@ -37,7 +37,7 @@ def test_nobody_else_may_write_into_what_is_made(tmp_path: Path, umask: str) -> 
     program = (
         "import os, sys; from pathlib import Path\n"
         "from qmpbackup.model import VmIdentity\n"
-        "from qmpbackup.target.directory import DirectoryTarget\n"
+        "from qmpbackup.targets.folder.target import DirectoryTarget\n"
         "os.umask(int(sys.argv[1], 8))\n"
         "DirectoryTarget.open_or_create(Path(sys.argv[2]), VmIdentity(name='vm'))\n"
     )
@@ -219,7 +219,7 @@ class TestLocks:
     def test_a_lock_ends_with_its_process(self, stored: Stored) -> None:
         code = (
             "import os, sys\nfrom pathlib import Path\n"
-            "from qmpbackup.target.directory import DirectoryTarget\n"
+            "from qmpbackup.targets.folder.target import DirectoryTarget\n"
             "with DirectoryTarget.open(Path(sys.argv[1])).lock(write=True):\n"
             "    os.kill(os.getpid(), 9)\n"
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lab import repositories
 from lab.disks import MIB, create
-from qmpbackup.qemu import exports, nbd
-from qmpbackup.qemu.layers import Layer
+from qmpbackup.images import qemu_nbd
+from qmpbackup.images.layers import Layer
+from qmpbackup.nbd import client
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200
@@ -36,7 +37,7 @@ def served(folder: Path, size: int) -> Iterator[str]:
     """An export of zeroes; gives its socket."""
     with (
         create(folder / "image", size).open("rb") as image,
-        exports.serving(
+        qemu_nbd.serving(
             [Layer.of(image.fileno(), "image")], ["--export-name=disk"], "open it"
         ) as socket,
     ):
@@ -47,9 +48,9 @@ def test_reading_disks_leaves_no_memory_taken(tmp_path: Path) -> None:
     chunks = 1000
 
     def read() -> None:
-        with nbd.connect(socket, "disk") as connection:
+        with client.connect(socket, "disk") as connection:
             every = bytearray(b"\1") * chunks
-            for chunk in nbd.Reader([connection], MIB, every, every, nbd.Flow()).chunks():
+            for chunk in client.Reader([connection], MIB, every, every, client.Flow()).chunks():
                 chunk.release()
 
     with served(tmp_path, chunks * MIB - 512) as socket:

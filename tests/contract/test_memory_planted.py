@@ -21,9 +21,9 @@ from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.tree import Node, encode
 from qmpbackup.restic.writer import Writer
-from qmpbackup.target import manifest
-from qmpbackup.target.catalog import tags_of
-from qmpbackup.target.repository import CHUNK, Contents
+from qmpbackup.targets import manifest
+from qmpbackup.targets.repository.catalog import tags_of
+from qmpbackup.targets.repository.target import CHUNK, Contents
 from stored_repository import START, StoredRepository
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.interface import File, Kind, Temporary
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.storage.wrappers import Retrying
-from qmpbackup.target.repository import RepositoryTarget
+from qmpbackup.targets.repository.target import RepositoryTarget
 from qmpbackup.undo import UndoStack
 from stored_repository import VM, StoredRepository
 

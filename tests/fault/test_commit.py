@@ -14,7 +14,7 @@ import pytest
 
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Level
-from qmpbackup.target.directory import DirectoryTarget, Pending
+from qmpbackup.targets.folder.target import DirectoryTarget, Pending
 from stored import MIB, VM, Stored, Write
 
 SELF = Path(__file__)

@@ -16,7 +16,7 @@ from lab.disks import CLUSTER, MIB
 from lab.proxy import Place, Proxy
 from lab.scene import Scene, scene
 from lab.small import fill, needs_root, small_folder
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 STORAGE, LOCKED, VM = 7, 11, 6
 

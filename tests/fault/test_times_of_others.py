@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lab import cli
 from lab.small import fuse_folder
+from qmpbackup.images.layers import Layer, require_unchanged
 from qmpbackup.model import Level
-from qmpbackup.qemu.layers import Layer, require_unchanged
 from stored import MIB, Stored, Write
 
 

@@ -17,10 +17,10 @@ from lab.disks import Disk, create
 from lab.qemu import Qemu
 from lab.scripted import RenderedMonitor, ScriptedServer
 from qmpbackup.errors import QuiesceError, VmError
+from qmpbackup.machine import inventory
+from qmpbackup.machine.agent import Agent
+from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu import inventory
-from qmpbackup.qemu.agent import Agent
-from qmpbackup.qemu.monitor import Monitor
 
 EXAMPLES = int(os.environ.get("QMPBACKUP_FUZZ", "40"))
 fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -23,10 +23,11 @@ from lab.disks import MIB, create
 from parsers import PARSERS
 from qmpbackup import bounded_json
 from qmpbackup.errors import QmpBackupError
+from qmpbackup.images import qcow2, qemu_img
+from qmpbackup.machine import command_line
 from qmpbackup.model import Consistency, Level, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan import names, retention, sizes
 from qmpbackup.process import Result
-from qmpbackup.qemu import command_line, images, qcow2
 from qmpbackup.restic import (
     config,
     index,
@@ -42,11 +43,11 @@ from qmpbackup.restic.crypto import Key, seal
 from qmpbackup.restic.storage import listing, location
 from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.service.rebase.journal import Intent, Phase
-from qmpbackup.target import manifest
-from qmpbackup.target.directory import Owner
-from qmpbackup.target.marks import Mark
-from qmpbackup.target.names import parse_file
-from qmpbackup.target.pending import Journal
+from qmpbackup.targets import manifest
+from qmpbackup.targets.folder.marks import Mark
+from qmpbackup.targets.folder.pending import Journal
+from qmpbackup.targets.folder.target import Owner
+from qmpbackup.targets.names import parse_file
 
 EXAMPLES = int(os.environ.get("QMPBACKUP_FUZZ", "40"))
 MOST_MEMORY = 128 * MIB
@@ -160,7 +161,7 @@ JSON: dict[str, tuple[Any, Callable[[bytes], object]]] = {
     ),
     "what qemu-img says": (
         {"virtual-size": 5, "format": "qcow2", "snapshots": [{"id": "1"}]},
-        lambda data: images._parse(Result("qemu-img", 0, data, "")),
+        lambda data: qemu_img._parse(Result("qemu-img", 0, data, "")),
     ),
 }  # fmt: skip
 

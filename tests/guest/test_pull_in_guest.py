@@ -13,9 +13,9 @@ from lab.backups import leftovers
 from lab.disks import MIB, Disk, contents, create, first_difference
 from lab.guest import Guest
 from lab.pulling import CHUNK, Puller, Read
+from qmpbackup.machine import push
+from qmpbackup.machine.pull import Way
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import copy
-from qmpbackup.qemu.pull import Way
 from qmpbackup.undo import UndoStack
 
 pytestmark = pytest.mark.guest
@@ -61,8 +61,8 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
         path = folder / f"copy-{seat.disk.id}"
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        images.append(copy.Image(seat.number, seat.disk.id, fd, path, seat.disk.size))
-    copy.create_images(run.monitor, images, names, copy.CopyOptions(), undo)
+        images.append(push.Image(seat.number, seat.disk.id, fd, path, seat.disk.size))
+    push.create_images(run.monitor, images, names, push.CopyOptions(), undo)
     run.take()
     found: dict[str, Read] = {}
     reading = threading.Thread(target=lambda: found.update(run.read()))
@@ -70,7 +70,7 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     if run.pull.way is Way.V1:
         reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
     sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
-    copy.copy_all(run.monitor, images, sources, names, copy.CopyOptions())
+    push.copy_all(run.monitor, images, sources, names, push.CopyOptions())
     reading.join()
     run.pull.finish()
     assert undo.run() == []

@@ -95,9 +95,9 @@ def _answer(verb: str, arguments: Sequence[Any], parts: dict[str, Any]) -> Any:
 def main() -> None:
     """Connect, start the watchdog, print its process id, obey."""
     from qmpbackup.errors import QmpBackupError
-    from qmpbackup.qemu.agent import Agent
-    from qmpbackup.qemu.monitor import Monitor
-    from qmpbackup.qemu.watchdog import Watchdog
+    from qmpbackup.machine.agent import Agent
+    from qmpbackup.machine.monitor import Monitor
+    from qmpbackup.machine.watchdog import Watchdog
 
     monitor = Monitor.connect(sys.argv[1]) if sys.argv[1] else None
     agent = Agent.connect(sys.argv[2]) if sys.argv[2] else None

@@ -18,14 +18,14 @@ from typing import Self
 
 from lab.patience import PATIENCE
 from lab.qemu import Qemu
+from qmpbackup.machine import inventory, scratch
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
+from qmpbackup.machine.view import Instant, Seat, View
+from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Disk, Vm
+from qmpbackup.nbd.client import Flow
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import inventory, scratch
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.nbd import Flow
-from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
-from qmpbackup.qemu.view import Instant, Seat, View
-from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.undo import UndoStack
 
 CHUNK = 1024 * 1024

@@ -15,8 +15,8 @@ import pytest
 from lab.disks import MIB, Disk, create
 from lab.proxy import Place, Proxy
 from lab.qemu import Qemu
-from qmpbackup.qemu import scratch
-from qmpbackup.qemu.beside import is_image_folder
+from qmpbackup.machine import scratch
+from qmpbackup.machine.beside import is_image_folder
 from qmpbackup.service import session
 
 

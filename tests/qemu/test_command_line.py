@@ -17,8 +17,8 @@ from lab.disks import MIB, Disk, contents, create
 from lab.ports import free_port
 from lab.qemu import Qemu
 from lab.repositories import repository
+from qmpbackup.machine.view import CBW_TIMEOUT_SECONDS
 from qmpbackup.model import Level
-from qmpbackup.qemu.view import CBW_TIMEOUT_SECONDS
 from stored import Stored, Write
 
 StartQemu = Callable[..., Qemu]

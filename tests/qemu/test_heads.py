@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qmpbackup.errors import DamagedError, StorageError
-from qmpbackup.qemu import images, relink
-from qmpbackup.qemu.layers import Layer, opened, require_unchanged
+from qmpbackup.images import qemu_img, relink
+from qmpbackup.images.layers import Layer, opened, require_unchanged
 from stored import run
 
 SIZE = 4 * 1024 * 1024
@@ -47,7 +47,7 @@ def converted(paths: Sequence[Path], output: Path) -> bytes:
         ]
         with (
             output.open("w+b") as written,
-            images.converting(layers, written.fileno(), "raw") as child,
+            qemu_img.converting(layers, written.fileno(), "raw") as child,
         ):
             result = child.wait()
         assert result.code == 0, result.messages
@@ -66,7 +66,7 @@ def test_a_chain_is_read_by_our_heads_as_by_its_own(tmp_path: Path, kind: str) -
     run("qemu-img", "convert", "-O", "raw", str(inc), str(tmp_path / "expected"))
     assert converted([full, inc], tmp_path / "out") == (tmp_path / "expected").read_bytes()
     with inc.open("rb") as file:
-        found = images.check(Layer.of(file.fileno(), "inc"))
+        found = qemu_img.check(Layer.of(file.fileno(), "inc"))
         assert (found.errors, found.leaks) == (0, 0)
 
 
@@ -93,7 +93,7 @@ def test_what_the_file_itself_says_meanwhile_is_not_read(tmp_path: Path) -> None
         os.pwrite(file.fileno(), forged, 0)
         with (
             (tmp_path / "out").open("w+b") as output,
-            images.converting([layer], output.fileno(), "raw") as child,
+            qemu_img.converting([layer], output.fileno(), "raw") as child,
         ):
             assert child.wait().code == 0
         assert (tmp_path / "out").read_bytes() == b"\5" * SIZE

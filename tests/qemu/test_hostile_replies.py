@@ -15,9 +15,9 @@ from lab.disks import Disk, create
 from lab.qemu import Qemu
 from lab.scripted import FakeMonitor, ScriptedServer
 from qmpbackup.errors import VmError
+from qmpbackup.machine import inventory
+from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu import inventory
-from qmpbackup.qemu.monitor import Monitor
 
 SPOILT: tuple[Any, ...] = (None, 7, -1, 1.5, True, "", "x\0y", "x\ny", [], [[]], {}, {"x": 1})
 GRAPH = Command("x-debug-query-block-graph")

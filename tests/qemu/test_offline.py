@@ -192,7 +192,7 @@ _STUBBORN = (
 )
 _DIES = """
 import os, subprocess, sys, time
-from qmpbackup.qemu.launching import never_left_behind
+from qmpbackup.machine.launching import never_left_behind
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
 child.stdout.read(1)
 with never_left_behind(child.pid, 0.1):

@@ -21,11 +21,11 @@ from lab.disks import MIB, Disk, create, pattern
 from lab.qemu import Qemu
 from lab.repositories import Target, repository
 from lab.scripted import FakeMonitor, ScriptedServer
+from qmpbackup.machine import inventory
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.sharing import Locks
+from qmpbackup.machine.underlays import Files
 from qmpbackup.model import Absence
-from qmpbackup.qemu import inventory
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.sharing import Locks
-from qmpbackup.qemu.underlays import Files
 
 SIZE = 10 * MIB
 StartQemu = Callable[..., Qemu]

@@ -17,11 +17,11 @@ from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
 from lab.qemu import Qemu
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
+from qmpbackup.images import qemu_img
+from qmpbackup.images.layers import Layer, stand_in
 from qmpbackup.model import Level
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
-from qmpbackup.qemu import images
-from qmpbackup.qemu.layers import Layer, stand_in
 from qmpbackup.service.prune import Outcome, Request, prune
 from qmpbackup.service.rebase.merge import merge_part
 from qmpbackup.service.rebase.place import Place
@@ -29,7 +29,7 @@ from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 from stored import MIB, Stored, Write, contents, run
 
 DISK, OTHER = "hd0", "b"
@@ -143,7 +143,7 @@ def test_zeros_are_told_from_nothing(tmp_path: Path) -> None:
         )
         run("qemu-io", "-c", command, "json:" + over_nothing(path))
         with path.open("rb") as file, stand_in(2 * MIB) as ground:
-            held[name] = images.held_ranges([Layer.of(file.fileno(), name)], ground, 2 * MIB)
+            held[name] = qemu_img.held_ranges([Layer.of(file.fileno(), name)], ground, 2 * MIB)
     assert held == {"zeros": [(MIB, MIB + 128 * 1024)], "nothing": []}
 
 

@@ -11,8 +11,8 @@ from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB, Disk, create, first_difference, pattern
 from lab.pulling import CHUNK, Puller
 from lab.qemu import Qemu
-from qmpbackup.qemu.nbd import Flow
-from qmpbackup.qemu.pull import Way
+from qmpbackup.machine.pull import Way
+from qmpbackup.nbd.client import Flow
 
 StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB

@@ -17,8 +17,8 @@ from lab.pulling import CHUNK, Puller, collect
 from lab.qemu import Qemu
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
-from qmpbackup.qemu.nbd import Flow
-from qmpbackup.qemu.pull import Way
+from qmpbackup.machine.pull import Way
+from qmpbackup.nbd.client import Flow
 
 StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB

@@ -14,7 +14,7 @@ from lab.proxy import Place, Proxy
 from lab.pulling import Puller, command
 from lab.qemu import Qemu
 from lab.qmp import QmpError
-from qmpbackup.qemu.pull import Way
+from qmpbackup.machine.pull import Way
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512}
 DELICATE = {"getfd", "nbd-server-start", "nbd-server-stop"}

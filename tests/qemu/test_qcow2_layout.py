@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpbackup.qemu.qcow2_layout import CLUSTER, Layout
+from qmpbackup.images.qcow2_layout import CLUSTER, Layout
 from stored import MIB, run
 
 GIB = 1024 * MIB

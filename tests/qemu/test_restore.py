@@ -22,9 +22,9 @@ from qmpbackup.errors import (
     StorageError,
     UsageError,
 )
+from qmpbackup.images.digest import digest
 from qmpbackup.model import Level
 from qmpbackup.service.restore import Request, restore
-from qmpbackup.target.digest import digest
 from stored import MIB, Stored, Write, contents, run
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

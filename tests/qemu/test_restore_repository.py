@@ -31,7 +31,7 @@ from qmpbackup.errors import (
     WrongPassword,
 )
 from qmpbackup.service.restore import Request, restore
-from qmpbackup.target.names import folder_name
+from qmpbackup.targets.names import folder_name
 from stored import MIB, contents, run
 from stored_repository import VM, StoredRepository
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qmpbackup.errors import Locked, NoSuchTarget
+from qmpbackup.images.digest import digest
 from qmpbackup.model import Level, StoredDisk
 from qmpbackup.service.verify import Report, Request, verify
-from qmpbackup.target.digest import digest
 from stored import MIB, Stored, Write, run
 
 

@@ -15,7 +15,7 @@ from lab.patience import PATIENCE
 from lab.scripted import FakeAgent, ScriptedServer
 from qmpbackup import interrupt
 from qmpbackup.errors import GuestStateUnknown, Interrupted, QuiesceError, UsageError
-from qmpbackup.qemu.agent import Agent
+from qmpbackup.machine.agent import Agent
 
 
 @pytest.fixture

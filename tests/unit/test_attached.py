@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qmpbackup.errors import CommandError
+from qmpbackup.machine.attached import Ask, holding_data
 from qmpbackup.model import Absence
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu.attached import Ask, holding_data
 
 PERIPHERAL, ANONYMOUS = "/machine/peripheral", "/machine/peripheral-anon"
 Devices = Mapping[str, tuple[str, Mapping[str, object]]]

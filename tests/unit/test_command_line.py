@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qmpbackup.qemu.command_line import masked, of_process
+from qmpbackup.machine.command_line import masked, of_process
 
 WHOLE = {
     "-object": [

@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError, StorageError
-from qmpbackup.qemu import heads, relink
-from qmpbackup.qemu.qcow2 import HEAD, parse_header
-from qmpbackup.qemu.qcow2_layout import CLUSTER, header
+from qmpbackup.images import heads, relink
+from qmpbackup.images.qcow2 import HEAD, parse_header
+from qmpbackup.images.qcow2_layout import CLUSTER, header
 
 LINK = 'json:{"driver":"null-co"}'
 BITMAPS, DATA_FILE = 0x23852875, 0x44415441

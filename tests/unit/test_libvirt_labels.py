@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qmpbackup.machine.libvirt import labels, with_labels
 from qmpbackup.model import Disk
-from qmpbackup.qemu.libvirt import labels, with_labels
 
 PID = os.getpid()
 STATUS = """<!-- a comment -->

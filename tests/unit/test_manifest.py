@@ -23,8 +23,8 @@ from qmpbackup.model import (
     VmConfig,
     VmIdentity,
 )
-from qmpbackup.target.manifest import decode, encode
-from qmpbackup.target.names import folder_name
+from qmpbackup.targets.manifest import decode, encode
+from qmpbackup.targets.names import folder_name
 
 made = st.sampled_from([level for level in Level if level is not Level.AUTO])
 sizes = st.integers(0, 2**63 - 1)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError, NoSuchTarget, StorageError, UsageError
+from qmpbackup.images.relink import relinked
 from qmpbackup.model import Consistency, Level, Merged, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.lineage import Bond, Image, candidates, lineage, time_of
@@ -23,7 +24,6 @@ from qmpbackup.plan.merge import (
     rewrite,
     tags_for,
 )
-from qmpbackup.qemu.relink import relinked
 from qmpbackup.service.rebase.journal import Intent, Phase
 
 START = datetime(2026, 11, 2, 3, 4, 5, tzinfo=UTC)

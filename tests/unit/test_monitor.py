@@ -22,8 +22,8 @@ from qmpbackup.errors import (
     UsageError,
     VmError,
 )
+from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu.monitor import Monitor
 
 ASK = Command("query-status")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Waiting for a monitor that does not answer any more."""
 
-from qmpbackup.qemu.patience import Patience
+from qmpbackup.machine.patience import Patience
 
 
 def test_all_commands_after_one_that_was_not_answered_share_a_time() -> None:

@@ -3,7 +3,7 @@
 
 import pytest
 
-from qmpbackup.qemu.presence import among
+from qmpbackup.machine.presence import among
 
 OWN = "qmpbackup-living-00112233aabb-41-host.example"
 OVER_TCP = "qmpbackup-living-00112233aabb.40001.40002-41-host"

@@ -3,9 +3,9 @@
 
 import pytest
 
+from qmpbackup.machine.pull import Way, method
 from qmpbackup.model import Vm, VmConfig, VmIdentity
-from qmpbackup.qemu.nbd import runs
-from qmpbackup.qemu.pull import Way, method
+from qmpbackup.nbd.client import runs
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from qmpbackup import bounded_json
 from qmpbackup.errors import MonitorProtocolError
-from qmpbackup.qemu.reply import Reply
+from qmpbackup.machine.reply import Reply
 
 
 @pytest.mark.parametrize("value", [2**63, 10**400, -1, 1.5, float("inf"), True, None, "1"])

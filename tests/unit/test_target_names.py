@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpbackup.target.names import (
+from qmpbackup.targets.names import (
     folder_name,
     is_folder_name,
     is_point_id,

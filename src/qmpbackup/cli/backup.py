@@ -195,7 +195,7 @@ _REFUSED = {
 """Those that ask for what would put backups at risk."""
 
 _CBW_TIMEOUT = "45"
-"""Seconds; the original's default is what `qemu.view` uses."""
+"""Seconds; the original's default is what `machine.view` uses."""
 
 
 def _add_options_of_the_original(parser: argparse.ArgumentParser) -> None:
@@ -336,7 +336,7 @@ def _count(disks: "Sequence[StoredDisk]") -> str:
 
 
 def _outcome_json(outcome: "Outcome") -> str:
-    from qmpbackup.target.manifest import point_to_json
+    from qmpbackup.targets.manifest import point_to_json
 
     return json.dumps(
         {

@@ -14,7 +14,7 @@ from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.model import Point
-    from qmpbackup.target.inventory import Damage
+    from qmpbackup.targets.inventory import Damage
 
 _HEAD = ("ID", "TIME (UTC)", "LEVEL", "DISKS", "CONSISTENCY", "SIZE", "PARENT", "VM", "HOST")
 _RIGHT = {"SIZE"}
@@ -77,7 +77,7 @@ def warn(damaged: "Sequence[Damage]") -> int:
 
 
 def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
-    from qmpbackup.target.manifest import time_to_json
+    from qmpbackup.targets.manifest import time_to_json
 
     return json.dumps(
         {

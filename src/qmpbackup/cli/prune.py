@@ -143,7 +143,7 @@ def _freed(freed: int | None, *, dry_run: bool) -> str:
 
 
 def _json_lines(outcome: "Outcome", *, dry_run: bool) -> Iterable[str]:
-    from qmpbackup.target.manifest import time_to_json
+    from qmpbackup.targets.manifest import time_to_json
 
     for each in reversed(outcome.verdicts):
         yield json.dumps(

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.target, arguments.point, arguments.lock_wait, arguments.vm
     )
     if arguments.json:
-        from qmpbackup.target.manifest import point_to_json
+        from qmpbackup.targets.manifest import point_to_json
 
         say(json.dumps({**point_to_json(point), "type": "point", "size": point.size}))
         return 0

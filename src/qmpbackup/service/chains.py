@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.images.digest import digest
+from qmpbackup.images.layers import Layer, check_link
+from qmpbackup.images.qcow2 import Header
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
-from qmpbackup.qemu.layers import Layer, check_link
-from qmpbackup.qemu.qcow2 import Header
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
-from qmpbackup.target.digest import digest
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 SMALL = 64 * 1024 * 1024
 """Bytes of a file that is read whole before a backup builds on it: below a second from most disks."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from qmpbackup.errors import DamagedError
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.storage.interface import Kind
-from qmpbackup.target.repository import CHUNK, ID, Contents, RepositoryTarget
+from qmpbackup.targets.repository.target import CHUNK, ID, Contents, RepositoryTarget
 
 HINT = 'Run "restic check --read-data" and see restic\'s manual on repairing repositories.'
 

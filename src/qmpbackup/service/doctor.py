@@ -6,6 +6,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError, StorageError
+from qmpbackup.machine import push, scratch, starved
+from qmpbackup.machine.inventory import Leftovers
 from qmpbackup.model import Absence, Bitmap, Disk, Location, Place, Skipped, Vm
 from qmpbackup.plan.levels import (
     SMALL,
@@ -17,13 +19,11 @@ from qmpbackup.plan.levels import (
 from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.plan.sizes import human
 from qmpbackup.plan.vm_states import OBSTACLES
-from qmpbackup.qemu import copy, scratch, starved
-from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import room_findings, session
 from qmpbackup.service.backup import rooms
 from qmpbackup.service.finding import Finding, Health
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.inventory import Inventory
 
 __all__ = ["Finding", "Health", "examine"]
 
@@ -80,7 +80,7 @@ def _qemu(vm: Vm) -> Iterator[Finding]:
     obstacle = OBSTACLES.get(vm.status)
     if obstacle is not None:
         yield Finding("VM", Health.PROBLEM, obstacle.reason, obstacle.todo)
-    if vm.version[:2] < copy.FIRST_RIGHT_SNAPSHOT_ACCESS:
+    if vm.version[:2] < push.FIRST_RIGHT_SNAPSHOT_ACCESS:
         yield Finding(
             "QEMU",
             Health.ADVICE,
@@ -227,7 +227,7 @@ def _agent(address: str) -> Finding:
             "not asked, as no --agent-socket was given",
             "With it, --quiesce makes points that need no file system repair.",
         )
-    from qmpbackup.qemu.agent import Agent
+    from qmpbackup.machine.agent import Agent
 
     try:
         agent = Agent.connect(address)
@@ -248,7 +248,7 @@ def _agent(address: str) -> Finding:
 
 
 def _folder(vm: Vm, path: Path) -> Generator[Finding, None, Inventory | None]:
-    from qmpbackup.target.directory import DirectoryTarget
+    from qmpbackup.targets.folder.target import DirectoryTarget
 
     if path.exists() and not path.is_dir():
         todo = "Choose another path for the target."
@@ -284,7 +284,7 @@ def _folder(vm: Vm, path: Path) -> Generator[Finding, None, Inventory | None]:
 def _writing(path: Path) -> Iterator[Finding]:
     """Whether backups can be written there, tried with a file that has no name."""
     from qmpbackup.durable import storage_errors
-    from qmpbackup.target.folder import Folder
+    from qmpbackup.folder import Folder
 
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     try:
@@ -298,9 +298,9 @@ def _repository(
     vm: Vm, place: Location, lock_wait: float, host: str
 ) -> Generator[Finding, None, Inventory | None]:
     yield from _programs()
-    from qmpbackup.qemu.pull import Way, method
+    from qmpbackup.machine.pull import Way, method
     from qmpbackup.service import targets
-    from qmpbackup.target.repository import RepositoryTarget
+    from qmpbackup.targets.repository.target import RepositoryTarget
 
     if method(vm) is Way.STAGED:
         yield Finding(

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.machine import inventory, launching
+from qmpbackup.machine.inventory import Inventory
+from qmpbackup.machine.launching import Image
+from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Location, Place, Point, VmConfig, VmIdentity
-from qmpbackup.qemu import inventory, launching
-from qmpbackup.qemu.inventory import Inventory
-from qmpbackup.qemu.launching import Image
-from qmpbackup.qemu.monitor import Monitor
 from qmpbackup.service.session import Session
 
 

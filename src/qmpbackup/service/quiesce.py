@@ -18,12 +18,12 @@ from qmpbackup.errors import (
     QuiesceError,
     UsageError,
 )
+from qmpbackup.machine.agent import ANSWER_SECONDS, Agent
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Quiesce
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import FROZEN_MARKER
-from qmpbackup.qemu.agent import ANSWER_SECONDS, Agent
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qmpbackup import interrupt
+from qmpbackup.machine import recovery, starved
+from qmpbackup.machine.inventory import Inventory
 from qmpbackup.model import Location, Place, Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
-from qmpbackup.qemu import recovery, starved
-from qmpbackup.qemu.inventory import Inventory
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
 from qmpbackup.service.rebase.settle import interrupted, settle
 from qmpbackup.service.session import Session
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.inventory import Inventory as Stored
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.inventory import Inventory as Stored
 
 if TYPE_CHECKING:
-    from qmpbackup.target.repository import RepositoryTarget
+    from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _recover_repository(vm: Session, place: Location, lock_wait: float) -> list[
 @contextmanager
 def _repository(vm: Session, place: Location) -> "Iterator[RepositoryTarget]":
     from qmpbackup.service import targets
-    from qmpbackup.target.repository import RepositoryTarget
+    from qmpbackup.targets.repository.target import RepositoryTarget
 
     with targets.repository(place) as repository:
         yield RepositoryTarget(repository, vm.vm.config.identity)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError
+from qmpbackup.machine.host_files import HostFile
 from qmpbackup.plan import room
 from qmpbackup.plan.room import Need, Space
-from qmpbackup.qemu.host_files import HostFile
 
 LOOK_SECONDS = 0.05
 """Between two looks of the thread. With the tenth of a second in which a run is told, and what it takes

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpbackup.machine import starved
+from qmpbackup.machine.inventory import Leftovers
 from qmpbackup.model import Level, Location, Place, Vm
 from qmpbackup.plan import room as plan_room
 from qmpbackup.plan.levels import plan_disks
-from qmpbackup.qemu import starved
-from qmpbackup.qemu.inventory import Leftovers
 from qmpbackup.service import room
 from qmpbackup.service.backup import rooms
 from qmpbackup.service.finding import Finding, Health
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.inventory import Inventory
 
 
 def of_hungry(hungry: starved.Starved, leftovers: Leftovers) -> Finding:
@@ -40,7 +40,7 @@ class _Taker:
         return not isinstance(self.place, Location)
 
     def stages(self, vm: Vm) -> bool:
-        from qmpbackup.qemu.pull import Way, method
+        from qmpbackup.machine.pull import Way, method
 
         return isinstance(self.place, Location) and method(vm) is Way.STAGED
 

@@ -30,9 +30,9 @@ from qmpbackup.errors import (
     UsageError,
 )
 from qmpbackup.filelock import runtime_folder
+from qmpbackup.images.times import Stamp
 from qmpbackup.model import Place, Point, StoredDisk
 from qmpbackup.nbd.server import Server
-from qmpbackup.qemu.times import Stamp
 from qmpbackup.service import targets
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.service.stored import OpenDisks, opened

@@ -11,11 +11,11 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, MonitorBusy, VmError
 from qmpbackup.filelock import vm_lock
+from qmpbackup.machine import inventory, presence
+from qmpbackup.machine.inventory import Inventory
+from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Vm
 from qmpbackup.plan.commands import Command
-from qmpbackup.qemu import inventory, presence
-from qmpbackup.qemu.inventory import Inventory
-from qmpbackup.qemu.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def opened(
 
         found = _look(monitor, lock_wait, take) if look_only else take()
         if recover and found.needs_recovery:
-            from qmpbackup.qemu import recovery
+            from qmpbackup.machine import recovery
 
             words, level = "after a run that died", logging.WARNING
             if not found.run_died:

@@ -11,8 +11,8 @@ from qmpbackup.plan.chain import LATEST, chain, find
 from qmpbackup.plan.missing import Missing, missing
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.service.targets import Target, opened
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.inventory import Inventory
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from qmpbackup import process
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError
+from qmpbackup.images.digest import digest
+from qmpbackup.images.times import Stamp, stamp
 from qmpbackup.model import Point, StoredDisk
-from qmpbackup.qemu.times import Stamp, stamp
 from qmpbackup.service import chains
 from qmpbackup.service.chains import OpenFile
-from qmpbackup.target.digest import digest
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.repository import RepositoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 from qmpbackup.targets.interface import StoredImage
+from qmpbackup.targets.repository.target import RepositoryTarget
 
 
 def _nothing() -> None:

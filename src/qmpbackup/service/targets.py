@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from qmpbackup.errors import UsageError
 from qmpbackup.model import Location, Place
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.inventory import Inventory
 
 if TYPE_CHECKING:
     from qmpbackup.restic.repository import Repository
-    from qmpbackup.target.directory import DirectoryTarget
-    from qmpbackup.target.repository import RepositoryTarget
+    from qmpbackup.targets.folder.target import DirectoryTarget
+    from qmpbackup.targets.repository.target import RepositoryTarget
 
 
 class Target(Protocol):
@@ -48,12 +48,12 @@ def opened(
         WrongPassword: it does not open the repository.
     """
     if isinstance(place, Location):
-        from qmpbackup.target.repository import RepositoryTarget
+        from qmpbackup.targets.repository.target import RepositoryTarget
 
         with repository(place, secret) as found:
             yield RepositoryTarget.only(found, vm)
         return
-    from qmpbackup.target.directory import DirectoryTarget
+    from qmpbackup.targets.folder.target import DirectoryTarget
 
     if vm:
         raise UsageError("A folder holds the points of one VM.", "Leave --vm out.")

@@ -27,11 +27,11 @@ from datetime import UTC, datetime
 
 from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
+from qmpbackup.machine.view import View, require_present
 from qmpbackup.model import Absence, Level, Location, Point, Quiesce, Skipped
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu.view import View, require_present
 from qmpbackup.service import offline, room, session
 from qmpbackup.service.backup import directory, rooms
 from qmpbackup.service.backup.request import Outcome, Plan, Request

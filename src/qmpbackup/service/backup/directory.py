@@ -10,15 +10,15 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import VmError
+from qmpbackup.machine import push
+from qmpbackup.machine.view import View
 from qmpbackup.model import Point, Vm
 from qmpbackup.plan.levels import DiskPlan
-from qmpbackup.qemu import copy
-from qmpbackup.qemu.view import View
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Destination, Frame, Stored
 from qmpbackup.service.rebase.settle import settle
-from qmpbackup.target.directory import DirectoryTarget, Pending
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.folder.target import DirectoryTarget, Pending
+from qmpbackup.targets.inventory import Inventory
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ class IntoDirectory:
 
     def __init__(self, frame: Frame, target: DirectoryTarget) -> None:
         self._frame = frame
-        self._options = copy.CopyOptions(frame.request.compress, frame.request.speed)
-        self._images: list[copy.Image] = []
+        self._options = push.CopyOptions(frame.request.compress, frame.request.speed)
+        self._images: list[push.Image] = []
         self._images_open = UndoStack()
         wanted = [(plan.disk.id, plan.level) for plan in frame.plan.disks]
         self._pending: Pending = target.begin(frame.plan.point_id, wanted, datetime.now(UTC))
@@ -135,16 +135,16 @@ class IntoDirectory:
         """Images in the files, and scratch images, all of them opened in QEMU."""
         frame = self._frame
         self._images += [self._image(*each) for each in enumerate(frame.plan.disks)]
-        copy.create_images(
+        push.create_images(
             frame.monitor, self._images, frame.names, self._options, self._images_open
         )
         self.view.prepare(scratches)
 
-    def _image(self, number: int, plan: DiskPlan) -> copy.Image:
+    def _image(self, number: int, plan: DiskPlan) -> push.Image:
         file = self._pending.files[plan.disk.id]
         base = plan.stored_base
         backing = base.file.rpartition("/")[2] if base else ""
-        return copy.Image(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
+        return push.Image(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
 
     def copy(self) -> None:
         """Have QEMU copy all views."""
@@ -152,7 +152,7 @@ class IntoDirectory:
         sources = [
             (self.view.snapshot_node(seat), self.view.copy_bitmap(seat)) for seat in frame.seats
         ]
-        copy.copy_all(frame.monitor, self._images, sources, frame.names, self._options, frame.watch)
+        push.copy_all(frame.monitor, self._images, sources, frame.names, self._options, frame.watch)
 
     def _close_images(self) -> None:
         failures = self._images_open.run()

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges, UsageError
+from qmpbackup.machine.jobs import Progress
+from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
+from qmpbackup.machine.view import Seat, View
 from qmpbackup.model import Level, Location, Point, Vm
+from qmpbackup.nbd.client import Chunk, Flow
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.sizes import human
-from qmpbackup.qemu.jobs import Progress
-from qmpbackup.qemu.nbd import Chunk, Flow
-from qmpbackup.qemu.pull import Pull, PulledDisk, Way, method
-from qmpbackup.qemu.view import Seat, View
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository as OpenRepository
 from qmpbackup.restic.storage.location import is_remote
@@ -31,8 +31,8 @@ from qmpbackup.restic.writer import Writer
 from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Destination, Frame, Stored
-from qmpbackup.target.inventory import Inventory
-from qmpbackup.target.repository import (
+from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.repository.target import (
     CHUNK,
     ID,
     MOST_BYTES,

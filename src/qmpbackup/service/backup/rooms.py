@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Protocol
 
 from qmpbackup.errors import Interrupted, JobError, QmpBackupError, StorageError, VmError
+from qmpbackup.machine import host_files, scratch, starved
+from qmpbackup.machine.host_files import HostFile
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.starved import Starved
 from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import room as budget
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.room import Need, Space
-from qmpbackup.qemu import host_files, scratch, starved
-from qmpbackup.qemu.host_files import HostFile
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.starved import Starved
 from qmpbackup.service import room
 
 log = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
+from qmpbackup.machine import kept_descriptors, scratch
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.view import Instant, Seat, View, require_present, status_of
+from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import kept_descriptors, scratch
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.view import Instant, Seat, View, require_present, status_of
-from qmpbackup.qemu.watchdog import Watchdog
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
 from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way, seats

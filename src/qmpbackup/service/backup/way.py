@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qmpbackup.machine import jobs, scratch
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.view import Seat, View
 from qmpbackup.model import Point, Vm
 from qmpbackup.plan.levels import DiskPlan, change_bitmap_name, end_mark_name
 from qmpbackup.plan.names import RunNames
-from qmpbackup.qemu import jobs, scratch
-from qmpbackup.qemu.monitor import Monitor
-from qmpbackup.qemu.view import Seat, View
 from qmpbackup.service.backup.request import Plan, Request
-from qmpbackup.target.inventory import Inventory
+from qmpbackup.targets.inventory import Inventory
 from qmpbackup.undo import UndoStack
 
 Watch = jobs.Watch

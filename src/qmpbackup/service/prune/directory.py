@@ -18,6 +18,7 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
+from qmpbackup.folder import Folder
 from qmpbackup.model import Point
 from qmpbackup.plan import pruning
 from qmpbackup.plan.chain import chain
@@ -27,9 +28,8 @@ from qmpbackup.service.prune import Observer, Outcome, Request
 from qmpbackup.service.rebase import journal, merge, source
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.settle import interrupted
-from qmpbackup.target.directory import DirectoryTarget, Inventory
-from qmpbackup.target.folder import Folder
-from qmpbackup.target.names import POINTS, folder_name
+from qmpbackup.targets.folder.target import DirectoryTarget, Inventory
+from qmpbackup.targets.names import POINTS, folder_name
 
 log = logging.getLogger(__name__)
 

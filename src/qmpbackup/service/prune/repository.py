@@ -32,8 +32,8 @@ from qmpbackup.restic import password
 from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.service import targets
 from qmpbackup.service.prune import Outcome, Request
-from qmpbackup.target.inventory import Inventory
-from qmpbackup.target.repository import RepositoryTarget
+from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.folder import Folder
+from qmpbackup.images import merging, qemu_img, qemu_nbd
+from qmpbackup.images.digest import digest
+from qmpbackup.images.layers import Layer, opened, raw, require_unchanged, stand_in
 from qmpbackup.plan.merge import MERGED, PARTIAL, Contents, MergePlan, Tag
 from qmpbackup.plan.sizes import human
-from qmpbackup.qemu import exports, images, merging
-from qmpbackup.qemu.layers import Layer, opened, raw, require_unchanged, stand_in
-from qmpbackup.target.digest import digest
-from qmpbackup.target.folder import Folder
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ def needed_bytes(plan: MergePlan, layers: Sequence[Layer]) -> int:
         full = os.fstat(layers[0].fd).st_size
         pack = plan.below is not None and any(compressed([layer]) for layer in layers)
         packed = sum(os.fstat(layer.fd).st_size for layer in layers) if pack else 0
-    return full + packed + sum(images.needed_bytes([layer]) for layer in layers[1:]) + _SPARE
+    return full + packed + sum(qemu_img.needed_bytes([layer]) for layer in layers[1:]) + _SPARE
 
 
 def flat_bytes(layers: Sequence[Layer]) -> int:
     """The most that a new image with the contents of a chain can take, in bytes."""
-    needed = images.needed_bytes(layers)
+    needed = qemu_img.needed_bytes(layers)
     if compressed(layers):
         # What is compressed again takes about what it took; never more than without.
         needed = min(needed, sum(os.fstat(layer.fd).st_size for layer in layers) * 5 // 4)
@@ -72,7 +72,7 @@ def flat_bytes(layers: Sequence[Layer]) -> int:
 
 def compressed(layers: Sequence[Layer]) -> bool:
     """Whether the full is compressed, so that what takes its place should be."""
-    return images.check(layers[0]).compressed > 0
+    return qemu_img.check(layers[0]).compressed > 0
 
 
 def build(
@@ -122,10 +122,10 @@ def flatten(layers: Sequence[Layer], output: int, rate: int) -> None:
         QmpBackupError: it failed.
     """
     pack = compressed(layers)
-    with images.converting(layers, output, "qcow2", compress=pack, rate=rate) as child:
+    with qemu_img.converting(layers, output, "qcow2", compress=pack, rate=rate) as child:
         result = child.wait()
     if result.code:
-        raise images.failure(result, f"merge {layers[-1].name}")
+        raise qemu_img.failure(result, f"merge {layers[-1].name}")
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
         DamagedError: it is not.
     """
     log.info("Proving %s", new.name)
-    found = images.check(new)
+    found = qemu_img.check(new)
     if found.errors:
         raise _unproved(f"qemu-img check finds errors in {new.name}", found.message)
     if new.header.size != layers[-1].header.size:
@@ -261,12 +261,12 @@ def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:
         raise _unproved(f"{new.name} does not hold the state of {layers[-1].name}")
     for tag in plan.tags:
         index = plan.chain.index(tag.file)
-        with exports.snapshot(new, tag.name) as one, opened(layers[: index + 1]) as other:
-            if not images.same_contents(one, other):
+        with qemu_nbd.snapshot(new, tag.name) as one, opened(layers[: index + 1]) as other:
+            if not qemu_img.same_contents(one, other):
                 raise _unproved(f"snapshot {tag.name} does not hold the state of {tag.file}")
     for carried in plan.carried:
-        with exports.snapshot(new, carried) as one, exports.snapshot(layers[0], carried) as other:
-            if not images.same_contents(one, other):
+        with qemu_nbd.snapshot(new, carried) as one, qemu_nbd.snapshot(layers[0], carried) as other:
+            if not qemu_img.same_contents(one, other):
                 raise _unproved(f"snapshot {carried} has changed")
 
 
@@ -278,17 +278,17 @@ def _prove_above(new: Layer, below: int, layers: Sequence[Layer]) -> None:
     """
     with stand_in(below) as ground:
         with opened([new], raw(ground)) as one, opened(layers, raw(ground)) as other:
-            same = images.same_contents(one, other)
+            same = qemu_img.same_contents(one, other)
         if not same:
             raise _unproved(f"{new.name} does not hold the changes up to {layers[-1].name}")
-        found = images.held_ranges([new], ground, below)
-        if found != images.held_ranges(layers, ground, below):
+        found = qemu_img.held_ranges([new], ground, below)
+        if found != qemu_img.held_ranges(layers, ground, below):
             raise _unproved(f"{new.name} does not hold the same parts as up to {layers[-1].name}")
 
 
 def _same_as_chain(new: Layer, layers: Sequence[Layer]) -> bool:
     with opened([new]) as one, opened(layers) as other:
-        return images.same_contents(one, other)
+        return qemu_img.same_contents(one, other)
 
 
 def _unproved(what: str, detail: str = "") -> DamagedError:

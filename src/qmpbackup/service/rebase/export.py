@@ -10,9 +10,9 @@ from pathlib import Path
 from qmpbackup import durable, interrupt
 from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.images.layers import require_unchanged
 from qmpbackup.ownership import refuse_planted_links
 from qmpbackup.plan.merge import PARTIAL
-from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service.rebase import build
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import refuse_unfinished

@@ -20,16 +20,16 @@ from enum import StrEnum
 
 from qmpbackup.durable import TEMPORARY, storage_errors
 from qmpbackup.errors import DamagedError
+from qmpbackup.folder import Folder
+from qmpbackup.images import relink
 from qmpbackup.model import Point
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL, SYMLINK
-from qmpbackup.qemu import relink
 from qmpbackup.service.rebase.build import Observer
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.settle import SUFFIX, interrupted
-from qmpbackup.target import manifest
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.folder import Folder
-from qmpbackup.target.names import POINTS, is_point_id
+from qmpbackup.targets import manifest
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.names import POINTS, is_point_id
 
 _LARGEST = 1024 * 1024 * 1024
 

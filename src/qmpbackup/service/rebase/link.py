@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import UsageError
+from qmpbackup.folder import Folder
 from qmpbackup.plan.lineage import Bond
 from qmpbackup.plan.merge import SYMLINK
 from qmpbackup.service.rebase import journal
@@ -18,7 +19,6 @@ from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import clear_up, refuse_unfinished
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import Request, Source
-from qmpbackup.target.folder import Folder
 
 log = logging.getLogger(__name__)
 

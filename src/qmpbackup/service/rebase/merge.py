@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError, StorageError, UsageError
+from qmpbackup.folder import Folder
+from qmpbackup.images import qemu_img, relink
+from qmpbackup.images.digest import digest
+from qmpbackup.images.layers import Layer, check_link
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link
 from qmpbackup.plan.merge import (
@@ -27,16 +31,12 @@ from qmpbackup.plan.merge import (
     rewrite,
     tags_for,
 )
-from qmpbackup.qemu import images, relink
-from qmpbackup.qemu.layers import Layer, check_link
 from qmpbackup.service.rebase import build, journal
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.build import Observer
 from qmpbackup.service.rebase.journal import Intent, Phase
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
-from qmpbackup.target.digest import digest
-from qmpbackup.target.folder import Folder
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _plan(source: Source, layers: list[Layer], operation: Operation) -> MergePla
     relinked = check_siblings(source.names, source.children, source.strays)
     if len(layers) == 1:
         return MergePlan(operation, source.names)
-    carried = images.snapshot_names(layers[0])
+    carried = qemu_img.snapshot_names(layers[0])
     keeps = operation is Operation.SNAPSHOTS
     ids = tuple(link.point.id for link in source.links) or source.names
     return MergePlan(

@@ -13,10 +13,10 @@ from pathlib import Path
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.filelock import locked
+from qmpbackup.folder import Folder
 from qmpbackup.model import Point
-from qmpbackup.target.directory import DirectoryTarget, Inventory
-from qmpbackup.target.folder import Folder
-from qmpbackup.target.names import POINTS, is_folder_name
+from qmpbackup.targets.folder.target import DirectoryTarget, Inventory
+from qmpbackup.targets.names import POINTS, is_folder_name
 
 _NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL})
 

@@ -7,9 +7,9 @@ Light, as every backup asks: what a merge needs is imported only where one was i
 import logging
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.folder import Folder
-from qmpbackup.target.names import POINTS, is_folder_name
+from qmpbackup.folder import Folder
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.names import POINTS, is_folder_name
 
 log = logging.getLogger(__name__)
 

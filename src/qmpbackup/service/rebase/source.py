@@ -15,18 +15,18 @@ from pathlib import Path
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.folder import Folder
+from qmpbackup.images import qemu_img
+from qmpbackup.images.layers import Layer, check_link
+from qmpbackup.images.qcow2 import read_header
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan import chain, levels, lineage
 from qmpbackup.plan.chain import Link
 from qmpbackup.plan.lineage import Bond, Image
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
-from qmpbackup.qemu import images
-from qmpbackup.qemu.layers import Layer, check_link
-from qmpbackup.qemu.qcow2 import read_header
 from qmpbackup.service import chains
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.folder import Folder
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def verify(source: Source, layers: Sequence[Layer]) -> None:
         return
     for layer in layers:
         log.info("Checking %s", layer.name)
-        found = images.check(layer)
+        found = qemu_img.check(layer)
         if found.errors:
             said = found.message or f"{found.errors} errors"
             raise DamagedError(

@@ -23,7 +23,7 @@ from qmpbackup.service import targets
 from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
 from qmpbackup.service.show import chosen_disks, find_point
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 __all__ = ["FORMATS", "Outcome", "Request", "Restored", "restore"]
 

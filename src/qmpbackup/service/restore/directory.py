@@ -14,17 +14,17 @@ from dataclasses import dataclass
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, StorageError
+from qmpbackup.images import merging, qemu_img
+from qmpbackup.images.layers import require_unchanged
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.process import Child
-from qmpbackup.qemu import images, merging
-from qmpbackup.qemu.layers import require_unchanged
 from qmpbackup.service import chains
 from qmpbackup.service.chains import OpenFile
 from qmpbackup.service.restore import place
 from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _needed(source: _Source) -> int:
     """Bytes that a disk takes where it goes, as far as that can be measured."""
     if not source.disk.snapshot:
         with suppress(DamagedError):  # the copy says better what is wrong
-            return images.needed_bytes([file.layer for file in source.files])
+            return qemu_img.needed_bytes([file.layer for file in source.files])
     return 0
 
 
@@ -78,7 +78,7 @@ def _fill(target: DirectoryTarget, source: _Source, partial: Partial, format_: s
     disk = source.disk
     log.info("Restoring disk %s to %s", disk.id, partial.path)
     layers = [file.layer for file in source.files]
-    running = images.converting(layers, partial.fd, format_, snapshot=disk.snapshot)
+    running = qemu_img.converting(layers, partial.fd, format_, snapshot=disk.snapshot)
     with running as child:
         _verify(target, source, child)
         _finish(child, source, f"restore disk {disk.id}")
@@ -100,7 +100,7 @@ def _stop_with(child: Child | None) -> Callable[[], None] | None:
 
     def check() -> None:
         if child.failed:
-            error = images.failure(child.wait(), "restore")
+            error = qemu_img.failure(child.wait(), "restore")
             if isinstance(error, StorageError):
                 raise error
 
@@ -112,7 +112,7 @@ def _finish(child: Child, source: _Source, action: str) -> None:
     result = child.wait()
     require_unchanged([file.layer for file in source.files])
     if result.code:
-        raise images.failure(result, action)
+        raise qemu_img.failure(result, action)
 
 
 def _fit(fd: int, format_: str, disk: StoredDisk) -> None:
@@ -133,6 +133,6 @@ def _to_device(target: DirectoryTarget, source: _Source, output: Output, request
         _verify(target, source)
         layers = [file.layer for file in source.files]
         with place.overwriting(output.path, fd, disk):
-            running = images.converting(layers, fd, "raw", snapshot=disk.snapshot, existing=True)
+            running = qemu_img.converting(layers, fd, "raw", snapshot=disk.snapshot, existing=True)
             with running as child:
                 _finish(child, source, f"restore disk {disk.id} to {output.path}")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import StorageError, UsageError
+from qmpbackup.images import qemu_img
 from qmpbackup.model import StoredDisk
 from qmpbackup.ownership import refuse_planted_links
-from qmpbackup.qemu import images
 from qmpbackup.restic.storage.local import is_repository
 from qmpbackup.service.restore.request import Request
 from qmpbackup.service.targets import Target
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.names import folder_name
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.names import folder_name
 
 _ANOTHER = "Choose another place."
 
@@ -120,7 +120,7 @@ def _refuse_harm(target: Target, path: Path) -> None:
         raise UsageError(f"{path} lies in the target itself, where only backups go.", _ANOTHER)
     if any(map(is_repository, above)):
         raise UsageError(f"{path} lies in a restic repository, where only backups go.", _ANOTHER)
-    if images.in_use(path):
+    if qemu_img.in_use(path):
         raise UsageError(
             f"{path} is in use, most likely by a VM that runs.",
             "Shut that VM down first, or choose another place.",

@@ -25,13 +25,13 @@ from qmpbackup.errors import (
     UsageError,
 )
 from qmpbackup.filelock import locked
+from qmpbackup.images.qcow2 import read_header
 from qmpbackup.model import StoredDisk
 from qmpbackup.plan.room import Need
-from qmpbackup.qemu.qcow2 import read_header
 from qmpbackup.service import room
 from qmpbackup.service.restore.outputs import Output, require_replaceable
 from qmpbackup.service.restore.request import Request
-from qmpbackup.target.names import PARTIAL
+from qmpbackup.targets.names import PARTIAL
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from typing import Final
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError
+from qmpbackup.images.qcow2_layout import Layout
 from qmpbackup.model import Point, StoredDisk
-from qmpbackup.qemu.nbd import runs
-from qmpbackup.qemu.qcow2_layout import Layout
+from qmpbackup.nbd.client import runs
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import read_blobs
 from qmpbackup.service import chunks
@@ -31,7 +31,7 @@ from qmpbackup.service.restore import blocks, place
 from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
-from qmpbackup.target.repository import CHUNK, Contents, RepositoryTarget
+from qmpbackup.targets.repository.target import CHUNK, Contents, RepositoryTarget
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ repository   every chunk of every point is there; all packs, or some of them, ar
 from qmpbackup import interrupt
 from qmpbackup.service import targets
 from qmpbackup.service.verify.report import Report, Request, Verdict
-from qmpbackup.target.directory import DirectoryTarget
+from qmpbackup.targets.folder.target import DirectoryTarget
 
 __all__ = ["Report", "Request", "Verdict", "verify"]
 

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, QmpBackupError
+from qmpbackup.images import qemu_img
+from qmpbackup.images.layers import Layer, check_link, require_unchanged
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import chain
-from qmpbackup.qemu import images
-from qmpbackup.qemu.layers import Layer, check_link, require_unchanged
 from qmpbackup.service import chains
 from qmpbackup.service.show import find_point
 from qmpbackup.service.verify.report import Report, Request, Verdict
-from qmpbackup.target.directory import DirectoryTarget
-from qmpbackup.target.names import epoch_of
+from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.names import epoch_of
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Verification:
             layer = Layer.of(fd, disk.file.rpartition("/")[2])
         chains.check_digest(self._target, disk, layer)
         check_link(layer, parent)
-        result = images.check(layer)
+        result = qemu_img.check(layer)
         require_unchanged([layer])
         if result.errors:
             said = result.message or f"{result.errors} errors"
@@ -156,7 +156,7 @@ class _Verification:
 
 def _state_fault(layer: Layer, disk: StoredDisk) -> str:
     if disk.snapshot:
-        names = images.snapshot_names(layer)
+        names = qemu_img.snapshot_names(layer)
         return "" if disk.snapshot in names else f"{disk.file} has no snapshot {disk.snapshot!r}."
     size = layer.header.size
     return "" if size == disk.size else f"{disk.file} is of {size} bytes instead of {disk.size}."

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from qmpbackup.model import Place, Point
-from qmpbackup.target.inventory import Damage
+from qmpbackup.targets.inventory import Damage
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from qmpbackup.restic.reader import Problem, check_packs, find_structure_problem
 from qmpbackup.restic.storage.interface import Kind, Missing
 from qmpbackup.service.show import find_point
 from qmpbackup.service.verify.report import Report, Request, Verdict
-from qmpbackup.target.inventory import Damage
-from qmpbackup.target.repository import CHUNK, ID, Contents, RepositoryTarget
+from qmpbackup.targets.inventory import Damage
+from qmpbackup.targets.repository.target import CHUNK, ID, Contents, RepositoryTarget
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk in a folder, read at any offset: QEMU's own reader of chains, in a process of its own.
 
-The files are open descriptors and their heads were checked (`qemu.layers`). What a digest says is that
+The files are open descriptors and their heads were checked (`images.layers`). What a digest says is that
 of whole files, so what is read here is not proved before those were read: see `service.serve`.
 """
 
@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from qmpbackup.errors import StorageError
-from qmpbackup.qemu import exports, nbd
-from qmpbackup.qemu.layers import Layer
-from qmpbackup.qemu.nbd import Connection, NbdError
+from qmpbackup.images import qemu_nbd
+from qmpbackup.images.layers import Layer
+from qmpbackup.nbd import client
+from qmpbackup.nbd.client import Connection, NbdError
 from qmpbackup.targets.interface import Extent
 
 _CONNECTIONS: Final = 8
@@ -30,8 +31,8 @@ def opened(
         QmpBackupError: qemu-nbd or libnbd is not installed, or the image cannot be opened.
     """
     with ExitStack() as stack:
-        options = exports.of_snapshot(snapshot) if snapshot else []
-        socket = stack.enter_context(exports.serving(layers, options, f"open {name}"))
+        options = qemu_nbd.of_snapshot(snapshot) if snapshot else []
+        socket = stack.enter_context(qemu_nbd.serving(layers, options, f"open {name}"))
         image = FolderImage(socket, size, name)
         stack.callback(image.close)
         yield image
@@ -74,7 +75,7 @@ class FolderImage:
                 try:
                     connection = self._idle.pop()
                 except IndexError:
-                    connection = nbd.connect(self._socket, "", [nbd.ALLOCATION])
+                    connection = client.connect(self._socket, "", [client.ALLOCATION])
                 yield connection
             except NbdError as error:
                 raise StorageError(f"{self._name} cannot be read: {error}.") from error

@@ -7,8 +7,8 @@ from typing import Final
 
 from qmpbackup.errors import DamagedError
 from qmpbackup.restic.chunk_cache import ChunkCache
-from qmpbackup.target.repository import CHUNK, ID, Contents
 from qmpbackup.targets.interface import Extent
+from qmpbackup.targets.repository.target import CHUNK, ID, Contents
 
 _FARTHEST: Final = 8
 """Chunks that are read ahead of somebody who reads on and on."""

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The push copy: QEMU itself writes a view into qcow2 files that we opened.
+
+The images are created by QEMU as well (`blockdev-create`), inside the files that were handed over,
+so no other program and no path is involved.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.errors import (
+    CommandError,
+    Interrupted,
+    JobError,
+    QmpBackupError,
+    StorageError,
+    VmError,
+)
+from qmpbackup.machine import jobs
+from qmpbackup.machine.handover import hand_over
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.reply import objects
+from qmpbackup.machine.steps import Step, carry_out
+from qmpbackup.plan import commands
+from qmpbackup.plan.commands import Command, Json
+from qmpbackup.plan.names import RunNames
+from qmpbackup.undo import UndoStack
+
+FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
+"""Before 8.0 a read of a view that crosses from an overwritten cluster into an untouched one returns
+live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
+
+CLUSTER = 65536
+"""Bytes of a cluster of target and filter. Larger ones make the guest's first writes slower."""
+
+_CANCELLED = os.strerror(errno.ECANCELED)
+"""How a job ends that was whole until another one failed."""
+
+_VIEW_BROKEN = frozenset(map(os.strerror, (errno.EACCES, errno.EINVAL)))
+"""What QEMU says of a view whose scratch has failed (block/copy-before-write.c)."""
+
+NO_FLUSH: dict[str, Json] = {"no-flush": True}
+"""QEMU need not flush the target: we do that once, through our own descriptor, before the commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A qcow2 file to be filled: open descriptor, path, and what it is to be.
+
+    `backing` is the relative name of the file it builds on (empty: none); QEMU only records it.
+    """
+
+    number: int
+    disk_id: str
+    fd: int
+    path: Path
+    size: int
+    backing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """How to copy: compression with zstd, and a limit in bytes a second for each disk (0: none)."""
+
+    compress: bool = False
+    speed: int = 0
+
+
+def create_images(
+    monitor: Monitor,
+    images: Sequence[Image],
+    names: RunNames,
+    options: CopyOptions,
+    undo: UndoStack,
+) -> None:
+    """Make every file an empty qcow2 image and open it in QEMU as a target.
+
+    Raises:
+        StorageError: an image could not be created.
+    """
+    filenames = [
+        hand_over(monitor, image.fd, image.path, names.of("file", image.number), undo)
+        for image in images
+    ]
+    carry_out(monitor, [_file(*each, names) for each in zip(images, filenames, strict=True)], undo)
+    _create(monitor, images, names, options, undo)
+    carry_out(monitor, [_image(image, names) for image in images], undo)
+    _require_own_data(monitor, images, names)
+
+
+def _require_own_data(monitor: Monitor, images: Sequence[Image], names: RunNames) -> None:
+    """QEMU parses the head of a file when it opens it, and what is behind the target may have exchanged
+    that since the image was made (NFS, CIFS): then it has another file open now, for the guest's data.
+
+    Raises:
+        StorageError: it is so; nothing was written there.
+    """
+    ours = {names.of("image", image.number): image for image in images}
+    what = "query-named-block-nodes"
+    for node in objects(monitor.execute(Command(what, {"flat": True})), what):
+        image = ours.get(node.text("node-name"))
+        details = node.nested("image").optional("format-specific") if image else None
+        if image and details and "data-file" in details.nested("data"):
+            raise StorageError(
+                f"{image.path} was changed while QEMU opened it, and names another file for its data.",
+                "Somebody else writes to the target: look at its storage.",
+            )
+
+
+def copy_all(
+    monitor: Monitor,
+    images: Sequence[Image],
+    sources: Sequence[tuple[str, str]],
+    names: RunNames,
+    options: CopyOptions,
+    watch: jobs.Watch | None = None,
+) -> None:
+    """Copy every view into its image; `sources` are (snapshot node, bitmap or empty).
+
+    Raises:
+        StorageError: a target could not be written.
+        JobError: a view broke, or its disk could not be read.
+        VmError: QEMU did not begin a copy, as when a disk has just been resized.
+        Interrupted, OutcomeUnknown: jobs may still be there.
+    """
+    started = [names.of("job", image.number) for image in images]
+    try:
+        answers = monitor.execute_each(
+            [
+                _backup(monitor, names, image, *source, options)
+                for image, source in zip(images, sources, strict=True)
+            ]
+        )
+        for image, answer in zip(images, answers, strict=True):
+            if isinstance(answer, CommandError):
+                raise _refused(image.disk_id, answer)
+        ends = jobs.wait(monitor, started, watch)
+    except (QmpBackupError, Interrupted):
+        jobs.sweep(monitor, started)
+        raise
+    failed = [each for each in zip(images, ends, strict=True) if each[1].error]
+    if failed:
+        raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
+
+
+def _refused(disk_id: str, error: CommandError) -> VmError:
+    """The error for a copy that QEMU does not begin."""
+    if "different sizes" not in error.description:  # block/backup.c
+        return error
+    return VmError(
+        f"Disk {disk_id} was resized while the backup began.", "Run again; nothing was lost."
+    )
+
+
+def _file(image: Image, filename: str, names: RunNames) -> Step:
+    name = names.of("file", image.number)
+    add = commands.blockdev_add(name, "file", filename=filename, discard="unmap", cache=NO_FLUSH)
+    return Step(add, f"close {image.path}", commands.blockdev_del(name))
+
+
+def _image(image: Image, names: RunNames) -> Step:
+    name, file = names.of("image", image.number), names.of("file", image.number)
+    add = commands.blockdev_add(
+        name, "qcow2", file=file, backing=None, discard="unmap", cache=NO_FLUSH
+    )
+    return Step(add, f"close image {image.path}", commands.blockdev_del(name))
+
+
+def _create(
+    monitor: Monitor,
+    images: Sequence[Image],
+    names: RunNames,
+    options: CopyOptions,
+    undo: UndoStack,
+) -> None:
+    created = [names.of("create", image.number) for image in images]
+    undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
+    monitor.execute_all(
+        [
+            Command(
+                "blockdev-create",
+                {"job-id": job, "options": _create_options(image, names, options)},
+            )
+            for image, job in zip(images, created, strict=True)
+        ]
+    )
+    ends = jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS)
+    for image, end in zip(images, ends, strict=True):
+        if end.error:
+            raise StorageError(
+                f"QEMU could not create {image.path}: {end.error}.",
+                "Check free space and rights on the target.",
+            )
+
+
+def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict[str, Json]:
+    created: dict[str, Json] = {
+        "driver": "qcow2",
+        "file": names.of("file", image.number),
+        "size": image.size,
+        "cluster-size": CLUSTER,
+    }
+    if image.backing:
+        created |= {"backing-file": image.backing, "backing-fmt": "qcow2"}
+    if options.compress:
+        created["compression-type"] = "zstd"
+    return created
+
+
+def _backup(
+    monitor: Monitor, names: RunNames, image: Image, node: str, bitmap: str, options: CopyOptions
+) -> Command:
+    arguments: dict[str, Json] = {
+        "job-id": names.of("job", image.number),
+        "device": node,
+        "target": names.of("image", image.number),
+        "auto-dismiss": False,
+        "on-source-error": "report",
+        "on-target-error": "report",
+        **_options(options, bitmap),
+    }
+    arguments["x-perf"] = _sizes(monitor.version, options.speed)
+    return Command("blockdev-backup", arguments)
+
+
+def _sizes(version: tuple[int, int, int], speed: int) -> dict[str, Json]:
+    """Size and number of requests: few large ones are fastest, where large ones are right.
+
+    With a limit a job reads something in each second, down to one cluster: a view that broke is seen
+    when the job reads.
+    """
+    if version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS:
+        chunk, workers = CLUSTER, 16
+    else:
+        chunk, workers = 16 * CLUSTER, 4
+    if speed:
+        chunk = max(CLUSTER, min(chunk, speed // CLUSTER * CLUSTER))
+        workers = max(1, min(workers, speed // chunk))
+    return {"max-chunk": chunk, "max-workers": workers}
+
+
+def _options(options: CopyOptions, bitmap: str) -> dict[str, Json]:
+    # "never" leaves the bitmap as it is in every outcome: a failed job must cost nothing.
+    sync: dict[str, Json] = {"sync": "full"}
+    if bitmap:
+        sync = {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
+    if options.compress:
+        sync["compress"] = True
+    if options.speed:
+        sync["speed"] = options.speed
+    return sync
+
+
+def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
+    if end.operation == "write":
+        return StorageError(
+            f"The backup of disk {image.disk_id} could not be written to {image.path.parent}: "
+            f"{end.error}.",
+            "Make room or repair the target, then run again; nothing was lost.",
+        )
+    # Once a view is broken, already the question what there is to read fails, without an event.
+    if end.operation == "read" or end.error in _VIEW_BROKEN:
+        return view_broke(image.disk_id, end.error)
+    return JobError(
+        f"The backup of disk {image.disk_id} failed: {end.error}.",
+        "Run again; nothing was lost.",
+    )
+
+
+def view_broke(disk_id: str, reason: str) -> JobError:
+    """The error of a view that can be read no more."""
+    return JobError(
+        f"The view of disk {disk_id} broke while it was copied: {reason}.",
+        "Its scratch image was full, failing or too slow (or the disk has read errors): make "
+        "room there or choose another place with --scratch, then run again; nothing was lost.",
+    )

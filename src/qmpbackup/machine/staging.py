@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A view copied into a local image first, for QEMUs over whose NBD server it must not be read.
+
+QEMU copies what is wanted into a qcow2 file of ours and stores the ledger's bitmaps in it as well.
+Then a qemu-nbd of ours shows that file: no client of QEMU is left that could do it harm.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup.errors import VmError
+from qmpbackup.images import qemu_nbd
+from qmpbackup.images.layers import Layer
+from qmpbackup.machine import jobs, push, scratch
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.view import Seat, View
+from qmpbackup.plan import commands
+from qmpbackup.plan.names import LEDGER, RunNames
+from qmpbackup.undo import UndoStack
+
+EXPORT = "staged"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The local image of a disk: an open descriptor and its path, which may have no name any more."""
+
+    seat: Seat
+    fd: int
+    path: Path
+
+
+class Staging:
+    """The local images of one run."""
+
+    def __init__(
+        self, monitor: Monitor, view: View, stages: Sequence[Stage], names: RunNames
+    ) -> None:
+        self._monitor = monitor
+        self._view = view
+        self._stages = {stage.seat.number: stage for stage in stages}
+        self._names = names
+        self._open = UndoStack()
+
+    def prepare(self, undo: UndoStack) -> None:
+        """Make the files qcow2 images that are open in QEMU.
+
+        Raises:
+            StorageError: an image could not be created.
+            VmError: QEMU refused.
+        """
+        undo.push("close the staged images", self._let_go)
+        options = push.CopyOptions()
+        push.create_images(self._monitor, self._images(), self._names, options, self._open)
+
+    def fill(self, speed: int, watch: jobs.Watch | None) -> None:
+        """Copy the views, at most `speed` bytes a second for each disk (0: no limit).
+
+        Raises:
+            StorageError: a file could not be written.
+            JobError: a view broke, or its disk could not be read.
+            VmError: QEMU refused.
+        """
+        seats = [stage.seat for stage in self._stages.values()]
+        self._store_marks([seat for seat in seats if seat.shows_marks])
+        sources = [(self._view.snapshot_node(seat), self._view.copy_bitmap(seat)) for seat in seats]
+        options = push.CopyOptions(speed=speed)
+        push.copy_all(self._monitor, self._images(), sources, self._names, options, watch)
+        self._close()
+
+    def served(self, seat: Seat) -> AbstractContextManager[str]:
+        """Serve the image of a disk for the block; gives the socket. The export is `EXPORT`.
+
+        Raises:
+            QmpBackupError: qemu-nbd cannot be run.
+        """
+        layer = Layer.of(self._stages[seat.number].fd, seat.disk.id)
+        bitmaps = (self._view.changed_bitmap(seat), self._view.read_bitmap(seat))
+        options = [f"--export-name={EXPORT}", *(f"--bitmap={each}" for each in bitmaps if each)]
+        return qemu_nbd.serving([layer], options, f"open the staged image of {seat.disk.id}")
+
+    def _images(self) -> list[push.Image]:
+        return [
+            push.Image(number, stage.seat.disk.id, stage.fd, stage.path, stage.seat.disk.size)
+            for number, stage in self._stages.items()
+        ]
+
+    def _store_marks(self, seats: Sequence[Seat]) -> None:
+        """Put the bitmaps of ledgers into the images, which QEMU stores when it closes them."""
+        actions = []
+        for seat in seats:
+            image, ledger = (self._names.of(what, seat.number) for what in ("image", LEDGER))
+            for bitmap in (self._view.changed_bitmap(seat), self._view.read_bitmap(seat)):
+                add = commands.bitmap_add(
+                    image, bitmap, persistent=True, disabled=True, granularity=seat.chunk
+                )
+                actions += [add, commands.bitmap_merge(image, bitmap, ledger, bitmap)]
+        if actions:
+            self._monitor.execute(commands.transaction(actions))
+
+    def _let_go(self) -> None:
+        self._close()
+        for stage in self._stages.values():
+            scratch.empty(stage.fd)
+
+    def _close(self) -> None:
+        failures = self._open.run()
+        if failures:
+            raise VmError(failures[0], "Run again; nothing was lost.")

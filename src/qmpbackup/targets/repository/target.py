@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restic repository as a target: one snapshot is one point of one VM.
+
+    snapshot   tags qmpbackup, vm=<vm>, uuid=<uuid>, point=<id>
+      /<vm>/<disk>.raw       the whole disk: a list of chunks of fixed size, most of them the parent's
+      /<vm>/manifest.json    the point, as in a directory
+
+Every point is complete in itself: any may be forgotten. A repository may hold many VMs, of many hosts;
+this is the view of one of them. Which snapshots are its points, `catalog` finds out. Knows manifests and the repository format; must not know QEMU.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Self
+
+from qmpbackup import __version__
+from qmpbackup.errors import DamagedError, QmpBackupError, UsageError
+from qmpbackup.model import Point, StoredDisk, VmIdentity
+from qmpbackup.plan.chain import ordered
+from qmpbackup.restic.pack import BlobType
+from qmpbackup.restic.repository import Repository
+from qmpbackup.restic.snapshot import Snapshot
+from qmpbackup.restic.tree import Node
+from qmpbackup.restic.tree import encode as encode_tree
+from qmpbackup.restic.writer import Writer
+from qmpbackup.targets import manifest
+from qmpbackup.targets.inventory import Inventory, describe
+from qmpbackup.targets.names import folder_name
+from qmpbackup.targets.repository import catalog
+from qmpbackup.targets.repository.catalog import MANIFEST, RAW
+from qmpbackup.targets.repository.whose import Known, choose, namesakes, vm_name
+
+CHUNK = 1024 * 1024
+"""Bytes of a chunk, aligned. docs/explanation/restic.md says why, with the measurements."""
+
+ID = 32
+"""Bytes of a chunk's id."""
+
+MOST_BYTES = 30 << 40
+"""Bytes of all disks of a point: the lists of their chunks make up one tree, which ends at 2 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A disk in a repository: its size, and the ids of its chunks one after the other."""
+
+    size: int
+    chunks: bytes
+
+    @property
+    def digest(self) -> str:
+        """What a manifest says of it: the hash of its list of chunks."""
+        from blake3 import blake3
+
+        return f"blake3:{blake3(self.chunks).hexdigest()}"
+
+
+def count_chunks(size: int) -> int:
+    """How many chunks a disk of so many bytes has; the last may be short."""
+    return -(-size // CHUNK)
+
+
+class RepositoryTarget:
+    """The points of one VM in an open repository."""
+
+    def __init__(self, repository: Repository, identity: VmIdentity) -> None:
+        self.repository = repository
+        self.identity = identity
+        self._snapshots: dict[str, list[Snapshot]] = {}
+        self._contents: dict[str, tuple[str, Contents]] = {}
+        self._namesakes: tuple[Known, ...] = ()
+
+    @classmethod
+    def only(cls, repository: Repository, vm: str = "") -> Self:
+        """The target of the named VM, or of the only one there is.
+
+        Raises:
+            NoSuchTarget: there is no point of it, or of any VM.
+            UsageError: there are several, and none was named, or the name may mean several.
+            DamagedError: a snapshot is damaged, and nothing else is there.
+        """
+        found = catalog.read(repository)
+        if found.damaged and not found.vms:
+            raise DamagedError(f"{found.damaged[0][1].path}: {found.damaged[0][1].reason}")
+        return cls(repository, choose(found.vms, vm, repository.storage.name).identity)
+
+    @property
+    def vm(self) -> str:
+        """What the VM is called in paths and tags."""
+        return vm_name(self.identity)
+
+    @property
+    def id(self) -> str:
+        """The target's id, part of the names of its change bitmaps."""
+        return self.repository.config.id[:16]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.repository.storage.name
+
+    def elsewhere(self) -> str:
+        """Where points are that this target does not hold itself: nowhere."""
+        return ""
+
+    def namesakes(self) -> str:
+        """Others that have points here and are called like this VM, which has none, as a sentence."""
+        if self._snapshots or not self._namesakes:
+            return ""
+        return (
+            f"{self.name} holds no point of this VM ({describe(self.identity)}), but of others called "
+            f"like it: {', '.join(map(str, self._namesakes))}."
+        )
+
+    def require_known(self) -> None:
+        """Refuse a VM without a UUID that may be the one of its name whose points are here, on a host
+        that was renamed, or another on another host: only its owner knows.
+
+        Raises:
+            UsageError: it is such a VM.
+        """
+        hosts = [each.identity.host for each in self._namesakes if not each.identity.uuid]
+        if (others := self.namesakes()) and hosts and not self.identity.uuid:
+            raise UsageError(
+                others,
+                "Without a UUID (-uuid) a VM is known by its host and name. If this is the same VM, "
+                f"whose host was renamed: --host {hosts[0]}. If it is another: --host "
+                f"{self.identity.host}, this once.",
+            )
+
+    def load(self) -> Inventory:
+        """Read all manifests; what cannot be read is listed as damage and left out.
+
+        Raises:
+            StorageError: the repository cannot be read.
+        """
+        found = catalog.read(self.repository, self.identity)
+        points: dict[str, Point] = {}
+        self._snapshots = {}
+        for entry in found.entries:
+            if entry.point is not None:
+                self._take(points, entry.snapshot, entry.point)
+        self._namesakes = namesakes(found.vms, self.identity)
+        return Inventory(ordered(points.values()), found.damage_of(self.identity))
+
+    def _take(self, points: dict[str, Point], snapshot: Snapshot, point: Point) -> None:
+        """Enter a point. restic may have made several snapshots of one: the fullest counts."""
+        others = self._snapshots.setdefault(point.id, [])
+        fuller = point.id not in points or len(point.disks) > len(points[point.id].disks)
+        others.insert(0 if fuller else len(others), snapshot)
+        if fuller:
+            points[point.id] = point
+
+    def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
+        folder = catalog.folder_id(self.repository, snapshot)
+        return {node.name: node for node in self.repository.load_tree(folder)}
+
+    def description(self, point: Point) -> list[tuple[BlobType, bytes]]:
+        """Types and ids of the blobs that describe a point: its trees, which are read for it, and the
+        chunks of its manifest.
+
+        Raises:
+            DamagedError: a tree is damaged, or they hold no manifest.
+        """
+        snapshot = self.snapshot_of(point)
+        folder = catalog.folder_id(self.repository, snapshot)
+        chunks = catalog.manifest_chunks(self.repository, self._nodes(snapshot), snapshot)
+        trees = [(BlobType.TREE, snapshot.tree), (BlobType.TREE, folder)]
+        return [*trees, *((BlobType.DATA, each) for each in chunks)]
+
+    def snapshot_of(self, point: Point) -> Snapshot:
+        """The snapshot that holds a point which `load` has found."""
+        return self._snapshots[point.id][0]
+
+    def snapshots_of(self, point: Point) -> tuple[Snapshot, ...]:
+        """All snapshots that hold this point, or what restic has left of it."""
+        return tuple(self._snapshots[point.id])
+
+    def contents(self, point: Point, disk: StoredDisk) -> Contents:
+        """The list of chunks of a disk of a point.
+
+        Raises:
+            DamagedError: it is missing, or not what the manifest says.
+        """
+        kept = self._contents.get(disk.id)
+        if kept is None or kept[0] != point.id:
+            snapshot = self.snapshot_of(point)
+            node = self._nodes(snapshot).get(disk.file.rpartition("/")[2])
+            what = f"Disk {disk.id} of point {point.id}"
+            if node is None:
+                raise DamagedError(f"{what} is missing in snapshot {snapshot.id[:8]}.")
+            found = Contents(node.size, node.content)
+            whole = len(node.content) == ID * count_chunks(node.size)
+            if node.size != disk.size or not whole or found.digest != disk.digest:
+                raise DamagedError(f"{what} is not what its manifest says.")
+            # One list of each disk is kept and no more: a terabyte's takes 32 MiB.
+            self._contents[disk.id] = kept = (point.id, found)
+        return kept[1]
+
+    def forget_contents(self) -> None:
+        """Drop the lists that `contents` keeps for being asked again."""
+        self._contents.clear()
+
+    def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
+        """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
+        del points  # each stands for itself
+        disk = point.disk(disk_id)
+        if disk is None:
+            return "it does not hold the disk"
+        try:
+            missing = self.missing_chunks(self.contents(point, disk))
+        except QmpBackupError as error:
+            return error.message
+        return f"{missing} of its chunks are missing in the repository" if missing else ""
+
+    def missing_chunks(self, contents: Contents) -> int:
+        """How many different chunks of a disk no index names."""
+        chunks = contents.chunks
+        wanted = (chunks[at : at + ID] for at in range(0, len(chunks), ID))
+        return len(set(self.repository.index.missing(BlobType.DATA, wanted)))
+
+    def commit(self, writer: Writer, point: Point, disks: Mapping[str, Contents]) -> Point:
+        """Make a point appear: trees, packs, indexes, and last of all its snapshot.
+
+        Raises:
+            QmpBackupError: there is no such point, and nothing refers to what was written.
+        """
+        parent = next(iter(self._snapshots.get(point.parent or "", ())), None)
+        data = manifest.encode(point)
+        manifest_id = writer.add_now(BlobType.DATA, data)
+        nodes = [_file(MANIFEST, len(data), manifest_id, point.time)]
+        for disk in point.disks:
+            contents = disks[disk.id]
+            name = disk.file.rpartition("/")[2]
+            nodes.append(_file(name, contents.size, contents.chunks, point.time))
+        folder = writer.add_large(BlobType.TREE, lambda: encode_tree(nodes))
+        top = [_folder(self.vm, folder, point.time)]
+        root = writer.add_large(BlobType.TREE, lambda: encode_tree(top))
+        writer.flush()
+        self.repository.save_snapshot(
+            Snapshot(
+                time=point.time.astimezone(),  # restic counts days by it
+                tree=root,
+                paths=(f"/{self.vm}",),
+                hostname=self.identity.host,
+                username=_user(),
+                uid=os.geteuid(),
+                gid=os.getegid(),
+                tags=catalog.tags_of(self.identity, point.id),
+                parent=parent.id if parent else None,
+                program_version=f"qmpbackup {__version__}",
+                summary=_summary(point, disks, writer, is_first=parent is None),
+            )
+        )
+        self.repository.cache(f"point-{root.hex()}", data)
+        return point
+
+    @contextmanager
+    def lock(
+        self, *, write: bool = False, remove: bool = False, wait: float = 0.0
+    ) -> Iterator[None]:
+        """Hold the repository for the block, as restic does: removers alone, all others together.
+
+        Raises:
+            Locked: somebody else held it for all of `wait` seconds.
+        """
+        del write
+        with self.repository.lock(exclusive=remove, wait=wait):
+            yield
+
+
+def disk_file(vm: str, disk_id: str) -> str:
+    """Where a snapshot has a disk: `<vm>/<disk>.raw`."""
+    return f"{vm}/{folder_name(disk_id)}{RAW}"
+
+
+def _file(name: str, size: int, content: bytes, time: datetime) -> Node:
+    return replace(_node(name, time), type="file", mode=0o600, size=size, content=content)
+
+
+def _folder(name: str, subtree: bytes, time: datetime) -> Node:
+    # Go's os.FileMode has the bit of folders at the top (io/fs, ModeDir).
+    return replace(_node(name, time), type="dir", mode=(1 << 31) | 0o700, subtree=subtree)
+
+
+def _node(name: str, time: datetime) -> Node:
+    return Node(
+        name=name,
+        type="file",
+        mode=0o600,
+        mtime=time,
+        atime=time,
+        ctime=time,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        user=_user(),
+        group="",
+        inode=0,
+        device_id=0,
+        links=1,
+        size=0,
+        content=b"",
+        subtree=None,
+    )
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
+
+
+def _summary(
+    point: Point, disks: Mapping[str, Contents], writer: Writer, *, is_first: bool
+) -> dict[str, object]:
+    """What restic 0.17 and later show of a snapshot (doc/design.rst, "Snapshots")."""
+    files = len(disks) + 1
+    return {
+        "backup_start": point.time,
+        "backup_end": datetime.now(point.time.tzinfo),
+        "files_new": files if is_first else 0,
+        "files_changed": 0 if is_first else files,
+        "files_unmodified": 0,
+        "dirs_new": 1 if is_first else 0,
+        "dirs_changed": 0 if is_first else 1,
+        "dirs_unmodified": 0,
+        "data_blobs": writer.new_blobs,
+        "tree_blobs": 2,
+        "data_added": writer.new_bytes,
+        "data_added_packed": writer.stored,
+        "total_files_processed": files,
+        "total_bytes_processed": sum(each.size for each in disks.values()),
+    }
