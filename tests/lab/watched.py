@@ -20,14 +20,20 @@ _NET = 4 << 30
 machine."""
 
 _PROGRAM = f"""
-import resource, runpy, sys
+import os, resource, runpy, sys
 from pathlib import Path
 note, *sys.argv = sys.argv[1:]
+def look():
+    Path(note).write_text(Path("/proc/self/status").read_text())
+def leave(code, end=os._exit):
+    look()
+    end(code)
+os._exit = leave
 resource.setrlimit(resource.RLIMIT_AS, ({_NET}, {_NET}))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    Path(note).write_text(Path("/proc/self/status").read_text())
+    look()
 """
 
 

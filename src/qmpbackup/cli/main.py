@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
@@ -38,7 +39,22 @@ examples:
 
 def qmpbackup() -> NoReturn:
     """Entry point of `qmpbackup`."""
-    sys.exit(run(lambda: _parser(sys.argv[1:]), sys.argv[1:]))
+    _leave(run(lambda: _parser(sys.argv[1:]), sys.argv[1:]))
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process.
+
+    Threads of obstore may still be at work for a server that was given up; where one of them comes to
+    ask for Python while that ends, the whole process is aborted in place of its exit code.
+    """
+    if "obstore" in sys.modules:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def qmprebase() -> NoReturn:
