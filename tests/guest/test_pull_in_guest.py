@@ -70,7 +70,7 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     if run.pull.way is Way.V1:
         reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
     sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
-    push.copy_all(run.monitor, images, sources, names, push.CopyOptions(), undo)
+    push.copy_all(run.monitor, images, sources, names, push.CopyOptions())
     reading.join()
     run.pull.finish()
     assert undo.run() == []

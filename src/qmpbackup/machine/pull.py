@@ -192,7 +192,7 @@ class Pull:
             VmError: QEMU refused.
         """
         if self._staging:
-            self._staging.fill(speed, watch, self._undo)
+            self._staging.fill(speed, watch)
         elif self._server:
             self._server.export(list(self._exports()))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qmpbackup.errors import (
     CommandError,
+    Interrupted,
     JobError,
     QmpBackupError,
     StorageError,
@@ -34,6 +35,9 @@ live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
 
 CLUSTER = 65536
 """Bytes of a cluster of target and filter. Larger ones make the guest's first writes slower."""
+
+_CANCELLED = os.strerror(errno.ECANCELED)
+"""How a job ends that was whole until another one failed."""
 
 _VIEW_BROKEN = frozenset(map(os.strerror, (errno.EACCES, errno.EINVAL)))
 """What QEMU says of a view whose scratch has failed (block/copy-before-write.c)."""
@@ -112,39 +116,34 @@ def copy_all(
     sources: Sequence[tuple[str, str]],
     names: RunNames,
     options: CopyOptions,
-    undo: UndoStack,
     watch: jobs.Watch | None = None,
 ) -> None:
     """Copy every view into its image; `sources` are (snapshot node, bitmap or empty).
-
-    However it goes, the jobs are there until `undo` ends them: see `jobs`.
 
     Raises:
         StorageError: a target could not be written.
         JobError: a view broke, or its disk could not be read.
         VmError: QEMU did not begin a copy, as when a disk has just been resized.
-        Interrupted, OutcomeUnknown: see `Monitor`.
+        Interrupted, OutcomeUnknown: jobs may still be there.
     """
-    started = job_names(images, names)
-    undo.push("end the copying", lambda: jobs.sweep(monitor, started))
-    answers = monitor.execute_each(
-        [
-            _backup(monitor, names, image, *source, options)
-            for image, source in zip(images, sources, strict=True)
-        ]
-    )
-    for image, answer in zip(images, answers, strict=True):
-        if isinstance(answer, CommandError):
-            raise _refused(image.disk_id, answer)
-    ends = jobs.wait_until_still(monitor, started, watch)
-    for image, end in zip(images, ends, strict=True):
-        if end.error:
-            raise _failure(image, end)
-
-
-def job_names(images: Sequence[Image], names: RunNames) -> list[str]:
-    """The jobs that fill images."""
-    return [names.of("job", image.number) for image in images]
+    started = [names.of("job", image.number) for image in images]
+    try:
+        answers = monitor.execute_each(
+            [
+                _backup(monitor, names, image, *source, options)
+                for image, source in zip(images, sources, strict=True)
+            ]
+        )
+        for image, answer in zip(images, answers, strict=True):
+            if isinstance(answer, CommandError):
+                raise _refused(image.disk_id, answer)
+        ends = jobs.wait(monitor, started, watch)
+    except (QmpBackupError, Interrupted):
+        jobs.sweep(monitor, started)
+        raise
+    failed = [each for each in zip(images, ends, strict=True) if each[1].error]
+    if failed:
+        raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
 
 
 def _refused(disk_id: str, error: CommandError) -> VmError:
@@ -219,8 +218,7 @@ def _backup(
         "device": node,
         "target": names.of("image", image.number),
         "auto-dismiss": False,
-        "auto-finalize": False,
-        "on-source-error": "stop",
+        "on-source-error": "report",
         "on-target-error": "report",
         **_options(options, bitmap),
     }

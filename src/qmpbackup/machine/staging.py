@@ -55,9 +55,8 @@ class Staging:
         options = push.CopyOptions()
         push.create_images(self._monitor, self._images(), self._names, options, self._open)
 
-    def fill(self, speed: int, watch: jobs.Watch | None, undo: UndoStack) -> None:
-        """Copy the views, at most `speed` bytes a second for each disk (0: no limit). Where that fails,
-        `undo` ends it.
+    def fill(self, speed: int, watch: jobs.Watch | None) -> None:
+        """Copy the views, at most `speed` bytes a second for each disk (0: no limit).
 
         Raises:
             StorageError: a file could not be written.
@@ -68,8 +67,7 @@ class Staging:
         self._store_marks([seat for seat in seats if seat.shows_marks])
         sources = [(self._view.snapshot_node(seat), self._view.copy_bitmap(seat)) for seat in seats]
         options = push.CopyOptions(speed=speed)
-        push.copy_all(self._monitor, self._images(), sources, self._names, options, undo, watch)
-        jobs.sweep(self._monitor, push.job_names(self._images(), self._names))
+        push.copy_all(self._monitor, self._images(), sources, self._names, options, watch)
         self._close()
 
     def served(self, seat: Seat) -> AbstractContextManager[str]:

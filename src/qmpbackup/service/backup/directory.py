@@ -152,15 +152,7 @@ class IntoDirectory:
         sources = [
             (self.view.snapshot_node(seat), self.view.copy_bitmap(seat)) for seat in frame.seats
         ]
-        push.copy_all(
-            frame.monitor,
-            self._images,
-            sources,
-            frame.names,
-            self._options,
-            frame.teardown,
-            frame.watch,
-        )
+        push.copy_all(frame.monitor, self._images, sources, frame.names, self._options, frame.watch)
 
     def _close_images(self) -> None:
         failures = self._images_open.run()
