@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from qmpbackup.errors import Interrupted, QmpBackupError
 from qmpbackup.nbd import protocol
@@ -29,14 +29,6 @@ _MOST_EXTENTS: Final = 1024
 _CONTEXT: Final = 1
 
 Buffer = bytes | bytearray | memoryview
-
-
-class Run(NamedTuple):
-    """Neighbouring bytes of an export, and whether they are zeros."""
-
-    offset: int
-    length: int
-    zero: bool
 
 
 class Export(Protocol):
@@ -325,14 +317,14 @@ class Session(threading.Thread):
                 self._socket.sendall(memoryview(data)[sent - len(head) :])
 
 
-def _pieces(export: Export, start: int, end: int) -> Iterator[Run]:
+def _pieces(export: Export, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
     """A range in pieces that are zeros, or are read at a time."""
     for offset, length, zero in export.extents(start, end):
         if zero:
-            yield Run(offset, length, zero=True)
+            yield offset, length, True
             continue
         at = offset
         while at < offset + length:
             size = min(offset + length, (at // _PIECE + 1) * _PIECE) - at
-            yield Run(at, size, zero=False)
+            yield at, size, False
             at += size
