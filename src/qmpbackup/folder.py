@@ -117,7 +117,9 @@ class Folder:
             fd = self.create_file(name)
         try:
             try:
-                for offset in (_PROBE_BYTES, 0):
+                # In order at first: rclone creates a file into which nothing was written only
+                # after it was closed, which may be after it was removed.
+                for offset in (0, 2 * _PROBE_BYTES, _PROBE_BYTES):
                     os.pwrite(fd, bytes(_PROBE_BYTES), offset)
                 os.pread(fd, _PROBE_BYTES, _PROBE_BYTES)
                 os.ftruncate(fd, _PROBE_BYTES)

@@ -104,7 +104,7 @@ def test_a_vm_that_is_migrated_away_during_the_copy(tmp_path: Path, start_qemu: 
     target = tmp_path / "target"
     arguments = ("backup", "--level", "full", "--target", target, "--speed-limit", "8M")
     with cli.start("--socket", vm.socket, *arguments) as running:
-        vm.qmp.poll(lambda: is_copying(vm))
+        vm.qmp.poll(running.unless_over(lambda: is_copying(vm)))
         migrate(vm)
         result = running.wait().check(VM)
     assert "migrated away" in result.err

@@ -150,7 +150,7 @@ def long_read(stage: Scene) -> cli.Running:
         stage.vm.write("vda", block * MIB, CLUSTER, 3)
     arguments = stage.arguments("inc", stage.vm.socket)
     running = cli.start(*arguments, "--speed-limit", "10000", env=stage.environment)
-    stage.vm.qmp.poll(lambda: bool(stage.vm.qmp("query-block-exports")))
+    stage.vm.qmp.poll(running.unless_over(lambda: bool(stage.vm.qmp("query-block-exports"))))
     return running
 
 

@@ -118,7 +118,7 @@ def test_a_run_beyond_lives_and_dies(stage: Scene, border: str) -> None:
     for block in range(64):
         stage.vm.write("vda", block * 65536, 65536, 3)
     with beyond(border, *stage.arguments("inc", stage.vm.socket), "--speed-limit", "10000") as run:
-        stage.vm.qmp.poll(lambda: is_copying(stage.vm))
+        stage.vm.qmp.poll(run.unless_over(lambda: is_copying(stage.vm)))
         stage.vm.qmp.close()
         for command in (
             *changing(stage.vm._test_socket, stage.target),
@@ -162,7 +162,7 @@ def test_over_tcp(stage: Scene) -> None:
         stage.vm.write("vda", block * 65536, 65536, 3)
     arguments = ("--socket", address, *stage.arguments("inc", stage.vm.socket)[2:])
     with cli.start(*arguments, "--speed-limit", "10000") as running:
-        stage.vm.qmp.poll(lambda: is_copying(stage.vm))
+        stage.vm.qmp.poll(running.unless_over(lambda: is_copying(stage.vm)))
         for command in (*changing(stage.vm.socket, stage.target), *looking(stage.vm.socket)):
             with beyond("mounts", *command) as second:
                 assert "chardev-remove" in second.wait(60).check(LOCKED).err

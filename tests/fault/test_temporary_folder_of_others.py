@@ -42,7 +42,7 @@ def killed_while_it_reads(stage: Scene, temporary: Path, over: str) -> str:
     arguments = ("--socket", address(stage, over), *stage.arguments("inc", stage.vm.socket)[2:])
     env = {**stage.environment, "TMPDIR": str(temporary)}
     with cli.start(*arguments, "--speed-limit", "10000", env=env) as running:
-        stage.vm.qmp.poll(lambda: bool(stage.vm.qmp("query-block-exports")))
+        stage.vm.qmp.poll(running.unless_over(lambda: bool(stage.vm.qmp("query-block-exports"))))
         names = [item["name"] for item in stage.vm.qmp("qom-list", path="/objects")]
         (run,) = (found[0] for name in names if (found := re.match("qmpbackup-[0-9a-f]{6}-", name)))
         running.signal(signal.SIGKILL)
@@ -54,7 +54,7 @@ def killed_while_it_reads(stage: Scene, temporary: Path, over: str) -> str:
 def test_what_others_have_put_there_under_our_names(
     stage: Scene, tmp_path: Path, over: str
 ) -> None:
-    temporary, theirs = tmp_path / "tmp", tmp_path / "theirs"
+    temporary, theirs = stage.vm.folder / "tmp", tmp_path / "theirs"
     temporary.mkdir()
     theirs.mkdir()
     for name in ("nbd", "qmpbackup-nbd"):
@@ -75,6 +75,19 @@ def test_what_others_have_put_there_under_our_names(
     assert len(list(theirs.iterdir())) == 2
     assert stage.vm.qmp("nbd-server-start", addr=unix(stage.vm.folder / "free")) == {}
     stage.vm.qmp("nbd-server-stop")
+    stage.make_good("inc")
+
+
+def test_a_path_too_long_for_the_socket_that_qemu_makes(stage: Scene, tmp_path: Path) -> None:
+    temporary = tmp_path / ("long" * 40)
+    temporary.mkdir()
+    arguments = ("--socket", address(stage, "tcp"), *stage.arguments("inc", stage.vm.socket)[2:])
+    env = {**stage.environment, "TMPDIR": str(temporary)}
+    refused = cli.run(*arguments, env=env).check(6)
+    assert "its path is too long" in refused.err
+    assert "TMPDIR" in refused.err
+    assert list(temporary.iterdir()) == []
+    assert leftovers(stage.vm) == []
     stage.make_good("inc")
 
 

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from lab.patience import PATIENCE
 
+T = TypeVar("T")
 Argument = str | Path | int
 
 
@@ -81,6 +82,15 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
+
+    def unless_over(self, question: Callable[[], T]) -> Callable[[], T]:
+        """A question to ask again and again, which fails at once, showing why, where this has ended."""
+
+        def ask() -> T:
+            assert self.process.poll() is None, str(self.wait())
+            return question()
+
+        return ask
 
     def wait(self, timeout: float = PATIENCE) -> Result:
         """Wait for the end.

@@ -98,7 +98,7 @@ class Scene:
         with cli.start(
             *arguments, "--speed-limit", "10000", *more, env=self.environment
         ) as running:
-            self.vm.qmp.poll(lambda: is_copying(self.vm))
+            self.vm.qmp.poll(running.unless_over(lambda: is_copying(self.vm)))
             yield running
 
     def make_good(self, kind: str) -> None:

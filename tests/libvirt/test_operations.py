@@ -32,8 +32,7 @@ def copying(vm: Managed, target: Path) -> Iterator[cli.Running]:
         vm.write(vm.disks[0].id, offset, CLUSTER, 3)
     arguments = ("backup", "--level", "inc", "--speed-limit", "10000", "--target", target)
     with cli.start("--socket", vm.socket, *arguments, "--json") as running:
-        vm.qmp.poll(lambda: is_copying(vm) or running.process.poll() is not None)
-        assert running.process.poll() is None, str(running.wait())
+        vm.qmp.poll(running.unless_over(lambda: is_copying(vm)))
         yield running
 
 

@@ -102,10 +102,17 @@ def named(prefix: str) -> str:
         VmError: there is no folder for it, or its path is too long.
     """
     try:
-        path = f"{tempfile.mkdtemp(prefix=prefix)}/{_NAME}"
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
     except OSError as error:
         raise no_socket(error) from error
-    return path
+    path = folder / _NAME
+    if len(os.fsencode(path)) > _LONGEST:
+        folder.rmdir()
+        raise VmError(
+            f"Cannot have QEMU make a socket in {folder.parent}: its path is too long.",
+            f"Set TMPDIR to a folder with a shorter path: a socket's may have {_LONGEST} bytes.",
+        )
+    return str(path)
 
 
 def remove(prefix: str) -> None:
