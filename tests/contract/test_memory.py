@@ -14,6 +14,7 @@ from lab.disks import MIB, create
 from qmpbackup.images import qemu_nbd
 from qmpbackup.images.layers import Layer
 from qmpbackup.nbd import client
+from qmpbackup.nbd.reader import Flow, Reader
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200
@@ -50,7 +51,7 @@ def test_reading_disks_leaves_no_memory_taken(tmp_path: Path) -> None:
     def read() -> None:
         with client.connect(socket, "disk") as connection:
             every = bytearray(b"\1") * chunks
-            for chunk in client.Reader([connection], MIB, every, every, client.Flow()).chunks():
+            for chunk in Reader([connection], MIB, every, every, Flow()).chunks():
                 chunk.release()
 
     with served(tmp_path, chunks * MIB - 512) as socket:

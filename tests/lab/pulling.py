@@ -24,7 +24,7 @@ from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
 from qmpbackup.machine.view import Instant, Seat, View
 from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Disk, Vm
-from qmpbackup.nbd.client import Flow
+from qmpbackup.nbd.reader import Flow
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
 

@@ -12,7 +12,7 @@ from lab.disks import CLUSTER, MIB, Disk, create, first_difference, pattern
 from lab.pulling import CHUNK, Puller
 from lab.qemu import Qemu
 from qmpbackup.machine.pull import Way
-from qmpbackup.nbd.client import Flow
+from qmpbackup.nbd.reader import Flow
 
 StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB

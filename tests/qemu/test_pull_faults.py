@@ -18,7 +18,7 @@ from lab.qemu import Qemu
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
 from qmpbackup.machine.pull import Way
-from qmpbackup.nbd.client import Flow
+from qmpbackup.nbd.reader import Flow
 
 StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB

@@ -5,7 +5,7 @@ import pytest
 
 from qmpbackup.machine.pull import Way, method
 from qmpbackup.model import Vm, VmConfig, VmIdentity
-from qmpbackup.nbd.client import runs
+from qmpbackup.plan.chunk_map import runs
 
 
 @pytest.mark.parametrize(

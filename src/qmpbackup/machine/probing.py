@@ -15,7 +15,7 @@ from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.push import view_broke
 from qmpbackup.machine.view import Seat
 from qmpbackup.nbd import client
-from qmpbackup.nbd.client import NbdError
+from qmpbackup.nbd.library import NbdError
 from qmpbackup.plan.commands import Command
 
 _SECTOR = 512

@@ -24,7 +24,7 @@ that the view protects them like the others, and are as right as these.
         for seat in seats:
             with pull.open(seat, Flow(speed=…)) as disk:
                 disk.changed                             # one byte a chunk: 1 where something changed
-                for chunk in disk.chunks():              # `nbd.Chunk`, each wanted one once
+                for chunk in disk.chunks():              # `nbd.reader.Chunk`, each wanted one once
                     …                                    # chunk.data is None: `count` chunks of zeroes
                     chunk.release()
     pull.finish()                                        # only now is what was read known to be right
@@ -51,7 +51,8 @@ from qmpbackup.machine.staging import Stage, Staging
 from qmpbackup.machine.view import Seat, View
 from qmpbackup.model import Vm
 from qmpbackup.nbd import client
-from qmpbackup.nbd.client import Chunk, Flow
+from qmpbackup.nbd.library import libnbd
+from qmpbackup.nbd.reader import Chunk, Flow, Reader
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.names import LEDGER, SAMPLES, RunNames
@@ -94,7 +95,7 @@ class PulledDisk:
         seat: Seat,
         changed: bytes | bytearray,
         wanted: bytes | bytearray,
-        reader: client.Reader,
+        reader: Reader,
     ) -> None:
         self.seat = seat
         self.changed = changed
@@ -151,7 +152,7 @@ class Pull:
             QmpBackupError: libnbd is not installed.
             VmError: QEMU refused.
         """
-        client.require()
+        libnbd()
         try:
             self._server = Server(self._monitor, self._names, self._undo)
         except nbd_server.ServerTaken:
@@ -225,7 +226,7 @@ class Pull:
             if first.shares:
                 connections.append(stack.enter_context(client.connect(place.path, place.export)))
             data = first.with_data(wanted, seat.chunk)
-            reader = client.Reader(connections, seat.chunk, wanted, data, flow or Flow())
+            reader = Reader(connections, seat.chunk, wanted, data, flow or Flow())
             yield PulledDisk(seat, changed, wanted, reader)
 
     @contextmanager

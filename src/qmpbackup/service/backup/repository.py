@@ -21,7 +21,7 @@ from qmpbackup.machine.jobs import Progress
 from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
 from qmpbackup.machine.view import Seat, View
 from qmpbackup.model import Level, Location, Point, Vm
-from qmpbackup.nbd.client import Chunk, Flow
+from qmpbackup.nbd.reader import Chunk, Flow
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.sizes import human
 from qmpbackup.restic.pack import BlobType

@@ -23,7 +23,7 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError
 from qmpbackup.images.qcow2_layout import Layout
 from qmpbackup.model import Point, StoredDisk
-from qmpbackup.nbd.client import runs
+from qmpbackup.plan.chunk_map import runs
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import read_blobs
 from qmpbackup.service import chunks

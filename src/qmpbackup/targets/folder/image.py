@@ -14,7 +14,8 @@ from qmpbackup.errors import StorageError
 from qmpbackup.images import qemu_nbd
 from qmpbackup.images.layers import Layer
 from qmpbackup.nbd import client
-from qmpbackup.nbd.client import Connection, NbdError
+from qmpbackup.nbd.client import Connection
+from qmpbackup.nbd.library import NbdError
 from qmpbackup.targets.interface import Extent
 
 _CONNECTIONS: Final = 8
