@@ -47,12 +47,12 @@ from qmpbackup.restic.storage.interface import (
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.storage.location import connect
 from qmpbackup.restic.storage.rest import RestStorage
-from qmpbackup.restic.storage.wrappers import Limited, Logged, Patience, Retrying
+from qmpbackup.restic.storage.wrappers import Limited, Logged, Retries, Retrying
 
 MIB = 1024 * 1024
 MANY = 1050
-QUICK = Patience(first=0.001, longest=0.01, total=30.0)
-AT_ONCE = Patience(total=0.0, strange=0.0)
+QUICK = Retries(first=0.001, longest=0.01, total=30.0)
+AT_ONCE = Retries(total=0.0, strange=0.0)
 KINDS = [kind for kind in Kind if kind is not Kind.CONFIG]
 CHOOSE = random.Random(20260301)  # noqa: S311 - bytes for tests
 
@@ -551,7 +551,7 @@ class Down(FaultyStorage):
 def test_retries_end() -> None:
     down = Down()
     with pytest.raises(Temporary):
-        Retrying(down, Patience(first=0.001, longest=0.002, strange=0.05)).load(CONFIG)
+        Retrying(down, Retries(first=0.001, longest=0.002, strange=0.05)).load(CONFIG)
     assert down.faults > 5
 
 
@@ -564,7 +564,7 @@ def test_a_storage_that_never_answered_is_given_up_sooner() -> None:
             return int(self.down)
 
     storage = Flaky()
-    retrying = Retrying(storage, Patience(first=0.001, longest=0.002, total=30.0, strange=0.0))
+    retrying = Retrying(storage, Retries(first=0.001, longest=0.002, total=30.0, strange=0.0))
     with pytest.raises(Temporary):
         retrying.load(CONFIG)
     assert storage.faults == 1
@@ -602,7 +602,7 @@ def test_a_listing_that_breaks_off_names_each_once() -> None:
 
 def test_a_signal_ends_the_wait() -> None:
     down = Down()
-    slow = Retrying(down, Patience(first=600.0, longest=600.0, strange=6000.0))
+    slow = Retrying(down, Retries(first=600.0, longest=600.0, strange=6000.0))
     with interrupt.held():
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         with pytest.raises(Interrupted):
@@ -634,7 +634,7 @@ def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
 
 def test_giving_up_ends_the_wait_of_all_threads() -> None:
     down = Down()
-    slow = Retrying(down, Patience(first=600.0, longest=600.0, strange=6000.0))
+    slow = Retrying(down, Retries(first=600.0, longest=600.0, strange=6000.0))
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(slow.load, CONFIG) for _ in range(3)]
         while down.faults < 3:

@@ -14,7 +14,7 @@ from lab.disks import MIB, Disk, contents, create, first_difference
 from lab.guest import Guest
 from lab.pulling import CHUNK, Puller, Read
 from qmpbackup.machine import push
-from qmpbackup.machine.pull import Way
+from qmpbackup.machine.pull import Method
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
 
@@ -61,13 +61,13 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
         path = folder / f"copy-{seat.disk.id}"
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        images.append(push.Image(seat.number, seat.disk.id, fd, path, seat.disk.size))
+        images.append(push.NewImage(seat.number, seat.disk.id, fd, path, seat.disk.size))
     push.create_images(run.monitor, images, names, push.CopyOptions(), undo)
     run.take()
     found: dict[str, Read] = {}
     reading = threading.Thread(target=lambda: found.update(run.read()))
     reading.start()
-    if run.pull.way is Way.V1:
+    if run.pull.way is Method.V1:
         reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
     sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
     push.copy_all(run.monitor, images, sources, names, push.CopyOptions())

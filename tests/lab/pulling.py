@@ -20,7 +20,7 @@ from lab.patience import PATIENCE
 from lab.qemu import Qemu
 from qmpbackup.machine import inventory, scratch
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
+from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
 from qmpbackup.machine.view import Instant, Seat, View
 from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Disk, Vm
@@ -60,7 +60,7 @@ class Puller:
         bitmaps: Mapping[str, str] | None = None,
         *,
         socket: "Path | str" = "",
-        way: Way | None = None,
+        way: Method | None = None,
         chunk: int = CHUNK,
         end_marks: bool = True,
     ) -> None:
@@ -113,7 +113,7 @@ class Puller:
         """Everything up to the instant and the exports."""
         self.pull.start()
         scratches = [self._scratch(seat, "scratch") for seat in self.seats]
-        staged = self.seats if self.pull.way is Way.STAGED else []
+        staged = self.seats if self.pull.way is Method.STAGED else []
         self.pull.prepare(scratches, samples, [self._scratch(seat, "stage") for seat in staged])
         running = self.vm.running
         with Watchdog.start(self.monitor.fileno() if running else None, None) as watchdog:
@@ -170,7 +170,7 @@ def command(
     socket: Path,
     folder: Path,
     bitmaps: Mapping[str, str],
-    way: Way | None = None,
+    way: Method | None = None,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """A whole run, with a sample on every disk, as a process of its own."""
@@ -196,7 +196,7 @@ class _Named:
 def main() -> None:
     """The whole run; its new bitmaps go as well, as after a failure."""
     socket, folder, bitmaps, way = json.loads(sys.argv[1])
-    run = Puller(_Named(Path(socket)), Path(folder), bitmaps, way=way and Way(way))
+    run = Puller(_Named(Path(socket)), Path(folder), bitmaps, way=way and Method(way))
     with run:
         run.take(samples={seat.number: [0] for seat in run.seats})
         run.read()

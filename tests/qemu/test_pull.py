@@ -11,7 +11,7 @@ from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB, Disk, create, first_difference, pattern
 from lab.pulling import CHUNK, Puller
 from lab.qemu import Qemu
-from qmpbackup.machine.pull import Way
+from qmpbackup.machine.pull import Method
 from qmpbackup.nbd.reader import Flow
 
 StartQemu = Callable[..., Qemu]
@@ -29,18 +29,18 @@ def two_disks(start_qemu: StartQemu, folder: Path) -> Qemu:
     )
 
 
-@pytest.fixture(params=Way)
-def way(request: pytest.FixtureRequest, tmp_path: Path, start_qemu: StartQemu) -> Way:
+@pytest.fixture(params=Method)
+def way(request: pytest.FixtureRequest, tmp_path: Path, start_qemu: StartQemu) -> Method:
     """Every way that is right for this QEMU."""
-    chosen: Way = request.param
-    if chosen is Way.V1:
+    chosen: Method = request.param
+    if chosen is Method.V1:
         vm = start_qemu([Disk("vda", create(tmp_path / "any", MIB))])
         if vm.qmp.version < (8, 0, 0):
             pytest.skip("this QEMU's snapshot-access is not to be read in large requests")
     return chosen
 
 
-def test_a_whole_disk_is_read(start_qemu: StartQemu, tmp_path: Path, way: Way) -> None:
+def test_a_whole_disk_is_read(start_qemu: StartQemu, tmp_path: Path, way: Method) -> None:
     vm = two_disks(start_qemu, tmp_path)
     before = {disk: vm.contents(disk) for disk in ("vda", "vdb")}
     with Puller(vm, tmp_path, way=way) as run:
@@ -55,7 +55,7 @@ def test_a_whole_disk_is_read(start_qemu: StartQemu, tmp_path: Path, way: Way) -
 
 
 def test_changed_chunks_are_read_while_the_guest_writes(
-    start_qemu: StartQemu, tmp_path: Path, way: Way
+    start_qemu: StartQemu, tmp_path: Path, way: Method
 ) -> None:
     vm = two_disks(start_qemu, tmp_path)
     base = {disk: vm.contents(disk) for disk in ("vda", "vdb")}
@@ -83,9 +83,9 @@ def test_changed_chunks_are_read_while_the_guest_writes(
     assert found["vdb"].chunks[0] == base["vdb"][:MIB]
 
 
-def test_holes_and_zeroes_are_not_read(start_qemu: StartQemu, tmp_path: Path, way: Way) -> None:
+def test_holes_and_zeroes_are_not_read(start_qemu: StartQemu, tmp_path: Path, way: Method) -> None:
     # Before 8.0 QEMU copies in small pieces, also what is a hole.
-    size = 1 << (33 if way is Way.STAGED else 40)
+    size = 1 << (33 if way is Method.STAGED else 40)
     vm = start_qemu([Disk("vda", create(tmp_path / "a", size))])
     vm.write("vda", size // 2, 512, 1)
     with Puller(vm, tmp_path, way=way) as run:
@@ -173,7 +173,7 @@ def test_disks_of_iothreads(start_qemu: StartQemu, tmp_path: Path, firmware: str
 
 
 def test_of_a_disk_that_grew_the_new_part_can_be_sampled(
-    start_qemu: StartQemu, tmp_path: Path, way: Way
+    start_qemu: StartQemu, tmp_path: Path, way: Method
 ) -> None:
     vm = two_disks(start_qemu, tmp_path)
     base = vm.contents("vdb")
@@ -193,7 +193,7 @@ def test_of_a_disk_that_grew_the_new_part_can_be_sampled(
     assert run.complaints == []
 
 
-def test_a_vm_that_does_not_run_is_read(start_qemu: StartQemu, tmp_path: Path, way: Way) -> None:
+def test_a_vm_that_does_not_run_is_read(start_qemu: StartQemu, tmp_path: Path, way: Method) -> None:
     image = create(tmp_path / "c", SIZE, contents=pattern(SIZE, 7))
     vm = start_qemu([Disk("vda", image)], paused=True)
     contents = vm.contents("vda")

@@ -17,7 +17,7 @@ from lab.pulling import CHUNK, Puller, collect
 from lab.qemu import Qemu
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
-from qmpbackup.machine.pull import Way
+from qmpbackup.machine.pull import Method
 from qmpbackup.nbd.reader import Flow
 
 StartQemu = Callable[..., Qemu]
@@ -84,7 +84,7 @@ def test_a_scratch_that_fills_up_after_the_last_chunk_is_noticed(
 ) -> None:
     """What was read may be right, but nobody can tell any more."""
     vm = one_disk(start_qemu, tmp_path)
-    with small(tmp_path / "small", 4 * MIB) as folder, Puller(vm, folder, way=Way.V2) as run:
+    with small(tmp_path / "small", 4 * MIB) as folder, Puller(vm, folder, way=Method.V2) as run:
         run.take()
         run.read()
         run.pull.finish()
@@ -97,7 +97,7 @@ def test_a_scratch_that_fills_up_after_the_last_chunk_is_noticed(
 def test_a_full_stage_fails_the_run(start_qemu: StartQemu, tmp_path: Path) -> None:
     vm = one_disk(start_qemu, tmp_path)
     with small(tmp_path / "small", 4 * MIB) as folder:
-        run = Puller(vm, folder, way=Way.STAGED)
+        run = Puller(vm, folder, way=Method.STAGED)
         with run, pytest.raises(StorageError):
             run.take()
         assert run.complaints == []

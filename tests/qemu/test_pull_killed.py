@@ -14,7 +14,7 @@ from lab.proxy import Place, Proxy
 from lab.pulling import Puller, command
 from lab.qemu import Qemu
 from lab.qmp import QmpError
-from qmpbackup.machine.pull import Way
+from qmpbackup.machine.pull import Method
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512}
 DELICATE = {"getfd", "nbd-server-start", "nbd-server-stop"}
@@ -54,7 +54,7 @@ class Stage:
             self._writes += 1
             self.vm.write(disk, self._writes % 9 * MIB + 512, 1024, self._writes % 255 + 1)
 
-    def run(self, hook: Callable[[Proxy, Place], None], way: Way | None) -> list[str]:
+    def run(self, hook: Callable[[Proxy, Place], None], way: Method | None) -> list[str]:
         """A whole run through a proxy; the names of its commands, empty if it was killed."""
         with Proxy(self.vm.folder / "proxy", self.vm.socket, hook) as proxy:
             result = command(proxy.path, self.folder, self.bitmaps, way, self._temporary)
@@ -62,7 +62,7 @@ class Stage:
             assert proxy.killed or result.returncode == 0, result.stderr
             return [] if proxy.killed else proxy.log
 
-    def make_good(self, way: Way | None) -> None:
+    def make_good(self, way: Method | None) -> None:
         """Recover, and find all changes."""
         self.recover()
         assert leftovers(self.vm) == []
@@ -90,7 +90,7 @@ def serves_nbd(vm: Qemu) -> bool:
     return False
 
 
-def kill_at_all(stage: Stage, way: Way | None, step: int) -> int:
+def kill_at_all(stage: Stage, way: Method | None, step: int) -> int:
     """Kill runs at every `step`-th place and all delicate ones; return how many were killed."""
     stage.renew()
     names = stage.run(lambda _proxy, _at: None, way)
@@ -134,9 +134,9 @@ def test_killed_at_a_spread_of_places(start_qemu: Callable[..., Qemu], tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [None, Way.STAGED])
+@pytest.mark.parametrize("way", [None, Method.STAGED])
 def test_killed_everywhere(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, way: Way | None
+    start_qemu: Callable[..., Qemu], tmp_path: Path, way: Method | None
 ) -> None:
     assert kill_at_all(Stage(two_disks(start_qemu, tmp_path), tmp_path), way, 1) > 100
 
@@ -161,7 +161,7 @@ def test_the_server_of_somebody_else_is_read_past(
     base = {disk: vm.contents(disk) for disk in SIZES}
     with Puller(vm, tmp_path) as first:
         first.take()
-        assert first.pull.way is Way.STAGED
+        assert first.pull.way is Method.STAGED
         found = first.read()
         first.pull.finish()
     for disk, contents in base.items():

@@ -3,7 +3,7 @@
 
 import pytest
 
-from qmpbackup.machine.pull import Way, method
+from qmpbackup.machine.pull import Method, method
 from qmpbackup.model import Vm, VmConfig, VmIdentity
 from qmpbackup.plan.chunk_map import runs
 
@@ -11,16 +11,16 @@ from qmpbackup.plan.chunk_map import runs
 @pytest.mark.parametrize(
     ("version", "plain", "with_iothreads"),
     [
-        ((7, 1, 0), Way.V2, Way.STAGED),
-        ((7, 2, 22), Way.V2, Way.STAGED),
-        ((8, 0, 0), Way.V1, Way.STAGED),
-        ((8, 2, 9), Way.V1, Way.STAGED),
-        ((9, 0, 0), Way.V1, Way.V1),
-        ((10, 0, 13), Way.V1, Way.V1),
+        ((7, 1, 0), Method.V2, Method.STAGED),
+        ((7, 2, 22), Method.V2, Method.STAGED),
+        ((8, 0, 0), Method.V1, Method.STAGED),
+        ((8, 2, 9), Method.V1, Method.STAGED),
+        ((9, 0, 0), Method.V1, Method.V1),
+        ((10, 0, 13), Method.V1, Method.V1),
     ],
 )
 def test_the_way_depends_on_version_and_iothreads(
-    version: tuple[int, int, int], plain: Way, with_iothreads: Way
+    version: tuple[int, int, int], plain: Method, with_iothreads: Method
 ) -> None:
     found = [
         method(Vm(VmConfig(VmIdentity(), ""), version, "running", True, iothreads, ()))

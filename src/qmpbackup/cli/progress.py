@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
-    from qmpbackup.machine.jobs import Progress as JobProgress
+    from qmpbackup.machine.jobs import JobProgress
 
 _CLEAR = "\r\x1b[K"
 

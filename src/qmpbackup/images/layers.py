@@ -75,7 +75,7 @@ Node = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class Openable:
     """What QEMU's tools open, as a node of QEMU's, and the descriptors that they need for it."""
 
     node: Node
@@ -115,7 +115,7 @@ def _check_header(header: Header, name: str, parent: str) -> None:
 
 
 @contextmanager
-def opened(layers: Sequence[Layer], below: Opening | None = None) -> Iterator[Opening]:
+def opened(layers: Sequence[Layer], below: Openable | None = None) -> Iterator[Openable]:
     """The last of `layers`, on top of all the others, for the block; for reading only.
 
     `below` is what the first one builds on, if anything.
@@ -134,24 +134,24 @@ def opened(layers: Sequence[Layer], below: Opening | None = None) -> Iterator[Op
             stack.callback(os.close, over)
             file: Node = {"driver": "qcow2", "file": _file(over), "backing": _file(layer.fd)}
             fds = (layer.fd, over, *(found.fds if found else ()))
-            found = Opening({"driver": "qcow2", "file": file}, fds)
+            found = Openable({"driver": "qcow2", "file": file}, fds)
         if found is None:
             raise ValueError("a chain without files")
         yield found
 
 
-def image(fd: int, below: Opening | None = None) -> Opening:
+def image(fd: int, below: Openable | None = None) -> Openable:
     """A qcow2 image of ours, to be written to, and what it is to show below instead of what its head
     says. Nobody else may write to it: its own head is parsed."""
     node: Node = {"driver": "qcow2", "file": _file(fd)}
     if below is None:
-        return Opening(node, (fd,))
-    return Opening({**node, "backing": below.node}, (fd, *below.fds))
+        return Openable(node, (fd,))
+    return Openable({**node, "backing": below.node}, (fd, *below.fds))
 
 
-def raw(fd: int) -> Opening:
+def raw(fd: int) -> Openable:
     """An open file whose bytes are those of a disk."""
-    return Opening({"driver": "raw", "file": _file(fd)}, (fd,))
+    return Openable({"driver": "raw", "file": _file(fd)}, (fd,))
 
 
 def path(fd: int) -> str:

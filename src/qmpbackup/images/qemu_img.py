@@ -18,7 +18,7 @@ from typing import Any
 
 from qmpbackup import bounded_json, process
 from qmpbackup.errors import DamagedError, Exhausted, QmpBackupError, StorageError
-from qmpbackup.images.layers import Layer, Opening, opened, path, raw
+from qmpbackup.images.layers import Layer, Openable, opened, path, raw
 from qmpbackup.process import Child, Result
 
 _QUICK = 60.0
@@ -184,7 +184,7 @@ def held_ranges(layers: Sequence[Layer], ground: int, end: int) -> list[tuple[in
     return ranges
 
 
-def same_contents(one: Opening, other: Opening) -> bool:
+def same_contents(one: Openable, other: Openable) -> bool:
     """Whether two images hold the same bytes, as `qemu-img compare` sees them (sizes may differ
     where the longer one ends in zeros).
 

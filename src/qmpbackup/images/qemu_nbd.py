@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.images import qemu_img
-from qmpbackup.images.layers import Layer, Opening, opened
+from qmpbackup.images.layers import Layer, Openable, opened
 from qmpbackup.process import Child
 
 _START_SECONDS = 60.0
@@ -20,14 +20,14 @@ _POLL_SECONDS = 0.01
 
 
 @contextmanager
-def snapshot(layer: Layer, name: str) -> Iterator[Opening]:
+def snapshot(layer: Layer, name: str) -> Iterator[Openable]:
     """Serve a snapshot of one image for the block; gives what QEMU opens.
 
     Raises:
         QmpBackupError: the image has no such snapshot, or qemu-nbd cannot be run.
     """
     with serving([layer], of_snapshot(name), f"open snapshot {name} of {layer.name}") as socket:
-        yield Opening({"driver": "nbd", "server": {"type": "unix", "path": socket}}, ())
+        yield Openable({"driver": "nbd", "server": {"type": "unix", "path": socket}}, ())
 
 
 def of_snapshot(name: str) -> list[str]:

@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 
 from qmpbackup import bounded_json, interrupt
 from qmpbackup.errors import ConnectError, GuestStateUnknown, QuiesceError
-from qmpbackup.machine.monitor import open_socket
 from qmpbackup.machine.reply import one_line
+from qmpbackup.machine.sockets import open_socket
 
 ANSWER_SECONDS = 10.0
 """Longest wait for the answer to anything but a freeze."""

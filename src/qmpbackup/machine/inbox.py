@@ -37,7 +37,7 @@ AWAITED: Final = frozenset({"JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR"})
 """The events that anybody waits for; of these, only those of jobs of ours are kept."""
 
 
-class Overrun(ProtocolError):
+class Flood(ProtocolError):
     """More came than any QEMU sends."""
 
 
@@ -48,10 +48,10 @@ class Inbox(EventListener):
         """Keep an event.
 
         Raises:
-            Overrun: too many wait already.
+            Flood: too many wait already.
         """
         if self._queue.qsize() >= MOST_EVENTS:
-            raise Overrun("events of our jobs come without end")
+            raise Flood("events of our jobs come without end")
         await self._queue.put(event)
 
 
@@ -122,7 +122,7 @@ class Client(QMPClient):
         if "event" in msg:
             try:
                 await self.inbox.put(msg)
-            except Overrun as error:
+            except Flood as error:
                 raise self._refused(str(error)) from error
         elif not isinstance(number, str):
             raise self._refused("its id is none that we gave")
@@ -130,9 +130,9 @@ class Client(QMPClient):
             await super()._on_message(msg)
         # Answers to nobody end here: the library would render all of them for its log.
 
-    def _refused(self, why: str) -> Overrun:
+    def _refused(self, why: str) -> Flood:
         self.fault = why
-        return Overrun(why)
+        return Flood(why)
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg

@@ -20,7 +20,7 @@ _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JobProgress:
     """How far a job is, in bytes."""
 
     job: str
@@ -38,7 +38,7 @@ class JobEnd:
     operation: str = ""
 
 
-Watch = Callable[[Sequence[Progress]], None]
+Watch = Callable[[Sequence[JobProgress]], None]
 
 
 @dataclass(slots=True)
@@ -110,14 +110,14 @@ def _note(event: Reply, state: _State) -> bool:
 def _look(monitor: Monitor, state: _State, watch: Watch | None) -> None:
     if not state.open:
         return
-    progress: list[Progress] = []
+    progress: list[JobProgress] = []
     seen: set[str] = set()
     for reply in _query(monitor):
         job = reply.text("id")
         if job not in state.open:
             continue
         seen.add(job)
-        done = Progress(job, reply.integer("current-progress"), reply.integer("total-progress"))
+        done = JobProgress(job, reply.integer("current-progress"), reply.integer("total-progress"))
         progress.append(done)
         if reply.text("status") == "concluded":
             _end(monitor, state, job, reply.text("error", ""))

@@ -9,14 +9,10 @@ Knows the protocol (QEMU docs/interop/qmp-spec), and nothing of what the command
 """
 
 import asyncio
-import os
 import socket
-import stat
-import struct
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError as QmpConnectError
@@ -32,20 +28,18 @@ from qmpbackup.errors import (
     ConnectionLost,
     MonitorBusy,
     MonitorProtocolError,
-    UsageError,
     VmError,
 )
 from qmpbackup.machine.inbox import Client
 from qmpbackup.machine.patience import Patience
 from qmpbackup.machine.reply import Reply, one_line
+from qmpbackup.machine.sockets import open_socket, peer_pid
 from qmpbackup.plan.commands import Command
 
 T = TypeVar("T")
 
 _OF_THE_LIBRARY = (AssertionError, asyncio.QueueFull)
 """What `qemu.qmp` raises by itself over answers in an order that no QEMU has."""
-
-_LONGEST_ADDRESS = 107
 
 CONNECT_SECONDS = 5.0
 COMMAND_SECONDS = 60.0
@@ -63,7 +57,7 @@ class Monitor:
     def __init__(self, address: str, connection: socket.socket) -> None:
         self.address = address
         self._socket = connection
-        self.peer_pid = _peer_pid(connection)
+        self.peer_pid = peer_pid(connection)
         """The process id of QEMU, where the kernel tells it; also once the connection is lost."""
         self._loop = asyncio.new_event_loop()
         self._patience = Patience()
@@ -300,89 +294,6 @@ class Monitor:
             f"The connection to the monitor at {self.address} was lost during {what}.",
             "If the VM still runs, run again: the next run cleans up and carries on.",
         )
-
-
-def _peer_pid(connection: socket.socket) -> int | None:
-    """Who is at the other end of a unix socket (unix(7), SO_PEERCRED)."""
-    if connection.family != socket.AF_UNIX:
-        return None
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid: int = struct.unpack("3i", credentials)[0]
-    return pid or None
-
-
-def open_socket(address: str, timeout: float) -> socket.socket:
-    """Connect to `PATH`, `unix:PATH` or `tcp:HOST:PORT`; also how the guest agent is reached.
-
-    Raises:
-        UsageError: the address has no such form.
-        ConnectError: nobody listens there, or we may not connect.
-    """
-    try:
-        if address.startswith("tcp:"):
-            return socket.create_connection(_tcp_endpoint(address), timeout)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connection.settimeout(timeout)
-            _connect(connection, address.removeprefix("unix:"))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-    except FileNotFoundError:
-        raise ConnectError(
-            f"There is no socket {address}.", "Check the path, and that the VM is running."
-        ) from None
-    except ConnectionRefusedError:
-        _require_socket(address)
-        raise ConnectError(
-            f"Nobody listens at {address}.", "Check that the VM is running."
-        ) from None
-    except PermissionError:
-        raise ConnectError(
-            f"No permission to connect to {address}.", "Run as root or as the VM's user."
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConnectError(
-            f"Cannot connect to {address}: {reason}.", "Check the address."
-        ) from None
-
-
-def _connect(connection: socket.socket, path: str) -> None:
-    """Connect to a path of any length: what is too long for an address (unix(7), sun_path) is reached
-    by a descriptor of the socket's file."""
-    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
-        connection.connect(path)
-        return
-    file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        connection.connect(f"/proc/self/fd/{file}")
-    finally:
-        os.close(file)
-
-
-def _require_socket(address: str) -> None:
-    """Say so where a path leads to something else, which the system calls a refusal."""
-    path = Path(address.removeprefix("unix:"))
-    with suppress(OSError):
-        if not address.startswith("tcp:") and not stat.S_ISSOCK(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "a file"
-            raise ConnectError(
-                f"{address} is {kind}, not a socket.",
-                "Give the path of QEMU's -qmp or guest agent socket.",
-            )
-
-
-def _tcp_endpoint(address: str) -> tuple[str, int]:
-    host, _, port = address.removeprefix("tcp:").rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(
-            f"{address!r} is not an address of the form tcp:HOST:PORT.",
-            "Write it like tcp:localhost:4444.",
-        )
-    return host.strip("[]"), int(port)
 
 
 def _way_out(address: str) -> str:

@@ -42,7 +42,7 @@ class ServerTaken(Exception):
     """Somebody else's NBD server runs in this QEMU."""
 
 
-class Server:
+class NbdServer:
     """Our NBD server in QEMU; `path` is its socket."""
 
     def __init__(self, monitor: Monitor, names: RunNames, undo: UndoStack) -> None:

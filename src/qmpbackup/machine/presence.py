@@ -47,7 +47,7 @@ _PAUSE_SECONDS = 0.05, 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class RunMark:
     """The mark of a run, as QEMU shows it."""
 
     label: str
@@ -91,14 +91,14 @@ def require_none(monitor: Monitor, wait: float) -> None:
     _await_end(monitor, _Patience(wait))
 
 
-def marks(monitor: Monitor) -> list[Mark]:
+def marks(monitor: Monitor) -> list[RunMark]:
     """The marks of runs of ours in the VM, of the living and of the dead."""
     answer = monitor.execute(Command("query-chardev"))
     devices = objects(answer, "query-chardev")
     return among([(device.text("label"), device.text("filename", "")) for device in devices])
 
 
-def among(devices: Sequence[tuple[str, str]]) -> list[Mark]:
+def among(devices: Sequence[tuple[str, str]]) -> list[RunMark]:
     """The marks among character devices, given as (label, file name)."""
     peers = {int(found["port"]) for _, name in devices if (found := _PEER.search(name))}
     return [
@@ -108,10 +108,10 @@ def among(devices: Sequence[tuple[str, str]]) -> list[Mark]:
     ]
 
 
-def _mark(match: re.Match[str], name: str, peers: set[int]) -> Mark:
+def _mark(match: re.Match[str], name: str, peers: set[int]) -> RunMark:
     ports = {int(port) for port in match["ports"].split(".")[1:]}
     lives = bool(ports & peers) if ports else not name.startswith(_GONE)
-    return Mark(match[0], lives, match["pid"], match["host"], bool(ports))
+    return RunMark(match[0], lives, match["pid"], match["host"], bool(ports))
 
 
 def _await_end(monitor: Monitor, patience: "_Patience") -> None:
@@ -132,7 +132,7 @@ class _Patience:
         self._until = time.monotonic() + seconds
         self._seen: dict[str, float] = {}
 
-    def exercise(self, others: Iterable[Mark]) -> None:
+    def exercise(self, others: Iterable[RunMark]) -> None:
         """Sleep a while, or raise `Locked`."""
         interrupt.check()
         now = time.monotonic()
@@ -144,7 +144,7 @@ class _Patience:
         time.sleep(random.uniform(*_PAUSE_SECONDS))  # noqa: S311 - no secret
 
 
-def _locked(mark: Mark) -> Locked:
+def _locked(mark: RunMark) -> Locked:
     gone = f" If its host is gone for good: chardev-remove {mark.label}." if mark.by_port else ""
     return Locked(
         f"Another run of qmpbackup is using this VM ({mark}).",

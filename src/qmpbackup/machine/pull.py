@@ -17,7 +17,7 @@ that the view protects them like the others, and are as right as these.
     pull = Pull(monitor, view, seats, names, method(vm), teardown=teardown)
     pull.start()                                         # now pull.way is certain
     pull.prepare([scratch.create(…) for …], samples={0: [5, 17]},
-                 stages=[scratch.create(…) for …] if pull.way is Way.STAGED else [])
+                 stages=[scratch.create(…) for …] if pull.way is Method.STAGED else [])
     instant = view.take(watchdog, running)
     pull.serve(watch)                                    # takes its time where it is STAGED
     with pull.probing():                                 # a view that breaks meanwhile ends the block
@@ -44,7 +44,7 @@ from qmpbackup.errors import VmError
 from qmpbackup.machine import inventory, nbd_server, staging
 from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.nbd_server import Server
+from qmpbackup.machine.nbd_server import NbdServer
 from qmpbackup.machine.probing import Probe, Probing, Pulse, explained
 from qmpbackup.machine.push import FIRST_RIGHT_SNAPSHOT_ACCESS
 from qmpbackup.machine.staging import Stage, Staging
@@ -63,7 +63,7 @@ _LINES = 256
 """Commands that are sent at once."""
 
 
-class Way(Enum):
+class Method(Enum):
     """Where a view is read, see the module."""
 
     V1 = "view"
@@ -71,16 +71,16 @@ class Way(Enum):
     STAGED = "staged"
 
 
-def method(vm: Vm) -> Way:
+def method(vm: Vm) -> Method:
     """The way that is right for a VM. `Pull.start` may yet have to change it to `STAGED`.
 
     With iothreads QEMU 7.2 dies of an NBD client that leaves (an assertion in
     `nbd_blockdev_client_closed`); since 9.0 clients are served in the main loop.
     """
     if vm.has_iothreads:
-        return Way.V1 if vm.version >= (9, 0, 0) else Way.STAGED
+        return Method.V1 if vm.version >= (9, 0, 0) else Method.STAGED
     right = vm.version[:2] >= FIRST_RIGHT_SNAPSHOT_ACCESS
-    return Way.V1 if right else Way.V2
+    return Method.V1 if right else Method.V2
 
 
 class PulledDisk:
@@ -132,7 +132,7 @@ class Pull:
         view: View,
         seats: Sequence[Seat],
         names: RunNames,
-        way: Way,
+        way: Method,
         *,
         teardown: UndoStack,
     ) -> None:
@@ -142,7 +142,7 @@ class Pull:
         self._seats = seats
         self._names = names
         self._undo = teardown
-        self._server: Server | None = None
+        self._server: NbdServer | None = None
         self._staging: Staging | None = None
 
     def start(self) -> None:
@@ -154,9 +154,9 @@ class Pull:
         """
         libnbd()
         try:
-            self._server = Server(self._monitor, self._names, self._undo)
+            self._server = NbdServer(self._monitor, self._names, self._undo)
         except nbd_server.ServerTaken:
-            self.way = Way.STAGED
+            self.way = Method.STAGED
 
     def prepare(
         self,
@@ -173,12 +173,12 @@ class Pull:
             StorageError: an image could not be created.
             VmError: QEMU refused.
         """
-        self._view.prepare(scratches, readable=self.way is Way.V2)
+        self._view.prepare(scratches, readable=self.way is Method.V2)
         for seat in self._seats:
             chosen = (samples or {}).get(seat.number, ())
             if chosen and seat.shows_marks:
                 self._mark(seat, chosen)
-        if self.way is Way.STAGED:
+        if self.way is Method.STAGED:
             opened = [Stage(seat, *each) for seat, each in zip(self._seats, stages, strict=True)]
             self._staging = Staging(self._monitor, self._view, opened, self._names)
             self._staging.prepare(self._undo)
@@ -204,7 +204,7 @@ class Pull:
                 ledger = self._names.of(LEDGER, seat.number)
                 yield commands.export_add(self._marks(seat), ledger, bitmaps=bitmaps)
             yield commands.export_add(self._snapshot(seat), self._view.snapshot_node(seat))
-            if self.way is Way.V2:
+            if self.way is Method.V2:
                 scratch = self._view.scratch_node(seat)
                 yield commands.export_add(self._disk(seat), scratch, allocation_depth=True)
 
@@ -220,7 +220,7 @@ class Pull:
             stack.enter_context(explained(seat))
             place = self._place(seat, stack)
             changed, wanted = _maps(seat, place)
-            contexts = [client.ALLOCATION, *((client.DEPTH,) if self.way is Way.V2 else ())]
+            contexts = [client.ALLOCATION, *((client.DEPTH,) if self.way is Method.V2 else ())]
             first = stack.enter_context(client.connect(place.path, place.export, contexts))
             connections = [first]
             if first.shares:
@@ -264,7 +264,7 @@ class Pull:
             JobError: a view broke.
             ConnectionLost: QEMU went away.
         """
-        if self.way is not Way.V2:
+        if self.way is not Method.V2:
             return
         # A broken view gives nothing from here on; the scratch goes on as if it knew.
         for probe in self._probes():
@@ -294,7 +294,7 @@ class Pull:
                 )
         self._require_marked(seat, ledger, samples)
 
-    def _write(self, server: Server, seat: Seat, ledger: str, offsets: Sequence[int]) -> None:
+    def _write(self, server: NbdServer, seat: Seat, ledger: str, offsets: Sequence[int]) -> None:
         marking = UndoStack()
         name = self._names.of("marking", seat.number)
         try:
@@ -330,7 +330,9 @@ class Pull:
         return self._names.of("view", seat.number)
 
     def _disk(self, seat: Seat) -> str:
-        return self._names.of("disk", seat.number) if self.way is Way.V2 else self._snapshot(seat)
+        return (
+            self._names.of("disk", seat.number) if self.way is Method.V2 else self._snapshot(seat)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ NO_FLUSH: dict[str, Json] = {"no-flush": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class NewImage:
     """A qcow2 file to be filled: open descriptor, path, and what it is to be.
 
     `backing` is the relative name of the file it builds on (empty: none); QEMU only records it.
@@ -71,7 +71,7 @@ class CopyOptions:
 
 def create_images(
     monitor: Monitor,
-    images: Sequence[Image],
+    images: Sequence[NewImage],
     names: RunNames,
     options: CopyOptions,
     undo: UndoStack,
@@ -91,7 +91,7 @@ def create_images(
     _require_own_data(monitor, images, names)
 
 
-def _require_own_data(monitor: Monitor, images: Sequence[Image], names: RunNames) -> None:
+def _require_own_data(monitor: Monitor, images: Sequence[NewImage], names: RunNames) -> None:
     """QEMU parses the head of a file when it opens it, and what is behind the target may have exchanged
     that since the image was made (NFS, CIFS): then it has another file open now, for the guest's data.
 
@@ -112,7 +112,7 @@ def _require_own_data(monitor: Monitor, images: Sequence[Image], names: RunNames
 
 def copy_all(
     monitor: Monitor,
-    images: Sequence[Image],
+    images: Sequence[NewImage],
     sources: Sequence[tuple[str, str]],
     names: RunNames,
     options: CopyOptions,
@@ -155,13 +155,13 @@ def _refused(disk_id: str, error: CommandError) -> VmError:
     )
 
 
-def _file(image: Image, filename: str, names: RunNames) -> Step:
+def _file(image: NewImage, filename: str, names: RunNames) -> Step:
     name = names.of("file", image.number)
     add = commands.blockdev_add(name, "file", filename=filename, discard="unmap", cache=NO_FLUSH)
     return Step(add, f"close {image.path}", commands.blockdev_del(name))
 
 
-def _image(image: Image, names: RunNames) -> Step:
+def _image(image: NewImage, names: RunNames) -> Step:
     name, file = names.of("image", image.number), names.of("file", image.number)
     add = commands.blockdev_add(
         name, "qcow2", file=file, backing=None, discard="unmap", cache=NO_FLUSH
@@ -171,7 +171,7 @@ def _image(image: Image, names: RunNames) -> Step:
 
 def _create(
     monitor: Monitor,
-    images: Sequence[Image],
+    images: Sequence[NewImage],
     names: RunNames,
     options: CopyOptions,
     undo: UndoStack,
@@ -196,7 +196,7 @@ def _create(
             )
 
 
-def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict[str, Json]:
+def _create_options(image: NewImage, names: RunNames, options: CopyOptions) -> dict[str, Json]:
     created: dict[str, Json] = {
         "driver": "qcow2",
         "file": names.of("file", image.number),
@@ -211,7 +211,7 @@ def _create_options(image: Image, names: RunNames, options: CopyOptions) -> dict
 
 
 def _backup(
-    monitor: Monitor, names: RunNames, image: Image, node: str, bitmap: str, options: CopyOptions
+    monitor: Monitor, names: RunNames, image: NewImage, node: str, bitmap: str, options: CopyOptions
 ) -> Command:
     arguments: dict[str, Json] = {
         "job-id": names.of("job", image.number),
@@ -254,7 +254,7 @@ def _options(options: CopyOptions, bitmap: str) -> dict[str, Json]:
     return sync
 
 
-def _failure(image: Image, end: jobs.JobEnd) -> QmpBackupError:
+def _failure(image: NewImage, end: jobs.JobEnd) -> QmpBackupError:
     if end.operation == "write":
         return StorageError(
             f"The backup of disk {image.disk_id} could not be written to {image.path.parent}: "

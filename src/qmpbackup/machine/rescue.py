@@ -159,7 +159,7 @@ class GuestRescue(Rescue):
         return self.number in answers and "thawed" in answers[answers.index(self.number) :]
 
 
-class Guard:
+class RescueLoop:
     """The watchdog's main loop.
 
     `armed` maps what is to be undone to the time when it is undone at the latest. `control` leads to

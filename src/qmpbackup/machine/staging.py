@@ -81,9 +81,9 @@ class Staging:
         options = [f"--export-name={EXPORT}", *(f"--bitmap={each}" for each in bitmaps if each)]
         return qemu_nbd.serving([layer], options, f"open the staged image of {seat.disk.id}")
 
-    def _images(self) -> list[push.Image]:
+    def _images(self) -> list[push.NewImage]:
         return [
-            push.Image(number, stage.seat.disk.id, stage.fd, stage.path, stage.seat.disk.size)
+            push.NewImage(number, stage.seat.disk.id, stage.fd, stage.path, stage.seat.disk.size)
             for number, stage in self._stages.items()
         ]
 

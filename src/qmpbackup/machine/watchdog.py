@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from qmpbackup.errors import QuiesceError, VmError
-from qmpbackup.machine.rescue import FIRED, FREEZE, LEAVE_SECONDS, STOP, Guard
+from qmpbackup.machine.rescue import FIRED, FREEZE, LEAVE_SECONDS, STOP, RescueLoop
 
 ANSWER_SECONDS = 5.0
 """Longest wait for the watchdog's answer. It has nothing else to do; only a host in distress is
@@ -174,7 +174,7 @@ def _become_guard(control: int, qmp_fd: int | None, agent_fd: int | None) -> NoR
     """The life of the forked process; nothing of the run's code runs in it ever again."""
     try:
         detach({fd for fd in (control, qmp_fd, agent_fd) if fd is not None})
-        Guard(
+        RescueLoop(
             socket.socket(fileno=control),
             None if qmp_fd is None else socket.socket(fileno=qmp_fd),
             None if agent_fd is None else socket.socket(fileno=agent_fd),

@@ -65,7 +65,7 @@ class Answer(IntEnum):
     TOO_BIG = (1 << 31) + 9
 
 
-class Kind(IntEnum):
+class RequestKind(IntEnum):
     """What a client may ask of an export. Others change it, or are hints, and are refused."""
 
     READ = 0
@@ -101,7 +101,7 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ClientRequest:
     """What a client asks of the export."""
 
     kind: int
@@ -111,7 +111,7 @@ class Request:
     length: int
 
 
-def parse_request(data: bytes | memoryview) -> Request:
+def parse_request(data: bytes | memoryview) -> ClientRequest:
     """A request from its 28 bytes.
 
     Raises:
@@ -120,7 +120,7 @@ def parse_request(data: bytes | memoryview) -> Request:
     magic, flags, kind, cookie, offset, length = REQUEST.unpack(data)
     if magic != _REQUEST_MAGIC:
         raise ProtocolError("no request")
-    return Request(kind, flags, cookie, offset, length)
+    return ClientRequest(kind, flags, cookie, offset, length)
 
 
 def parse_option(data: bytes) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from typing import Final
 
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted
-from qmpbackup.nbd.session import Export, Session
+from qmpbackup.nbd.session import Conversation, Export
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Server:
         self._listener = listener
         self._let_go = let_go
         self._lock = threading.Lock()
-        self._clients: set[Session] = set()
+        self._clients: set[Conversation] = set()
         self._last_seen = time.monotonic()
         self._interrupted: Interrupted | None = None
 
@@ -86,7 +86,7 @@ class Server:
         for client in using:
             client.hang_up()
 
-    def left(self, client: "Session") -> None:
+    def left(self, client: "Conversation") -> None:
         """A client has gone."""
         with self._lock:
             self._clients.discard(client)
@@ -110,7 +110,7 @@ class Server:
                     log.warning("There are %d clients already; one more was sent away.", _CLIENTS)
                     connection.close()
                     return
-                client = Session(self, connection)
+                client = Conversation(self, connection)
                 self._clients.add(client)
             client.start()
 

@@ -15,7 +15,14 @@ from typing import Final, Protocol
 
 from qmpbackup.errors import Interrupted, QmpBackupError
 from qmpbackup.nbd import protocol
-from qmpbackup.nbd.protocol import Answer, Failure, Kind, Option, ProtocolError, Request
+from qmpbackup.nbd.protocol import (
+    Answer,
+    ClientRequest,
+    Failure,
+    Option,
+    ProtocolError,
+    RequestKind,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +62,14 @@ class Host(Protocol):
     allocation: bool
     pool: ThreadPoolExecutor
 
-    def left(self, session: "Session") -> None:
+    def left(self, session: "Conversation") -> None:
         """The client has gone."""
 
     def interrupted(self, signal: Interrupted) -> None:
         """A thread that reads has been given a signal that is the main thread's."""
 
 
-class Session(threading.Thread):
+class Conversation(threading.Thread):
     """One connection."""
 
     def __init__(self, server: Host, connection: socket.socket) -> None:
@@ -201,40 +208,40 @@ class Session(threading.Thread):
             whole = len(pending) // size * size
             for at in range(0, whole, size):
                 request = protocol.parse_request(bytes(pending[at : at + size]))
-                if request.kind == Kind.DISCONNECT:
+                if request.kind == RequestKind.DISCONNECT:
                     return
                 self._take(export, request)
             del pending[:whole]
 
-    def _take(self, export: Export, request: Request) -> None:
+    def _take(self, export: Export, request: ClientRequest) -> None:
         """Answer a request, or have it answered."""
         failure = self._refusal(export, request)
         if failure:
             self._fail(request, failure)
-        elif request.kind in {Kind.FLUSH, Kind.CACHE}:
+        elif request.kind in {RequestKind.FLUSH, RequestKind.CACHE}:
             self._send(self._nothing(request))
         elif not self._answered_at_once(export, request):
             self._room.acquire()
             self._server.pool.submit(self._work, export, request)
 
-    def _refusal(self, export: Export, request: Request) -> Failure | None:
-        if request.kind == Kind.FLUSH:
+    def _refusal(self, export: Export, request: ClientRequest) -> Failure | None:
+        if request.kind == RequestKind.FLUSH:
             return None
-        if request.kind not in {Kind.READ, Kind.CACHE, Kind.BLOCK_STATUS}:
+        if request.kind not in {RequestKind.READ, RequestKind.CACHE, RequestKind.BLOCK_STATUS}:
             # A write brings its bytes along, which cannot be told from requests any more.
             if request.kind == 1:
                 raise ProtocolError("a write to a read-only export")
             return Failure.NOT_PERMITTED
-        if request.kind == Kind.BLOCK_STATUS and not self._allocation:
+        if request.kind == RequestKind.BLOCK_STATUS and not self._allocation:
             return Failure.INVALID
         if not request.length or request.offset + request.length > export.size:
             return Failure.INVALID
-        if request.kind == Kind.READ and request.length > protocol.MOST_READ:
+        if request.kind == RequestKind.READ and request.length > protocol.MOST_READ:
             return Failure.TOO_LARGE
         return None
 
-    def _answered_at_once(self, export: Export, request: Request) -> bool:
-        if request.kind != Kind.READ or request.length > _PIECE:
+    def _answered_at_once(self, export: Export, request: ClientRequest) -> bool:
+        if request.kind != RequestKind.READ or request.length > _PIECE:
             return False
         data = export.peek(request.offset, request.length)
         if data is None:
@@ -242,10 +249,10 @@ class Session(threading.Thread):
         self._send(self._head(request, request.offset, len(data), done=True), data)
         return True
 
-    def _work(self, export: Export, request: Request) -> None:
+    def _work(self, export: Export, request: ClientRequest) -> None:
         """Answer a request, in a thread of the pool."""
         try:
-            if request.kind == Kind.READ:
+            if request.kind == RequestKind.READ:
                 self._read(export, request)
             else:
                 self._status(export, request)
@@ -263,7 +270,7 @@ class Session(threading.Thread):
         finally:
             self._room.release()
 
-    def _read(self, export: Export, request: Request) -> None:
+    def _read(self, export: Export, request: ClientRequest) -> None:
         """Read and answer, piece by piece; in one, where the client wants that."""
         end = request.offset + request.length
         if not self._structured or request.flags & protocol.UNFRAGMENTED:
@@ -278,7 +285,7 @@ class Session(threading.Thread):
                 data = export.read(offset, length)
                 self._send(self._head(request, offset, length, done=done), data)
 
-    def _status(self, export: Export, request: Request) -> None:
+    def _status(self, export: Export, request: ClientRequest) -> None:
         most = 1 if request.flags & protocol.ONE_EXTENT else _MOST_EXTENTS
         found: list[tuple[int, bool]] = []
         for _, length, zero in export.extents(request.offset, request.offset + request.length):
@@ -287,21 +294,21 @@ class Session(threading.Thread):
                 break
         self._send(protocol.status(request.cookie, _CONTEXT, found))
 
-    def _head(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+    def _head(self, request: ClientRequest, offset: int, length: int, *, done: bool) -> bytes:
         if self._structured:
             return protocol.data_head(request.cookie, offset, length, done=done)
         return protocol.simple_reply(request.cookie)
 
-    def _nothing(self, request: Request) -> bytes:
+    def _nothing(self, request: ClientRequest) -> bytes:
         return (protocol.nothing if self._structured else protocol.simple_reply)(request.cookie)
 
-    def _fail(self, request: Request, failure: Failure) -> None:
+    def _fail(self, request: ClientRequest, failure: Failure) -> None:
         if self._structured:
             self._send(protocol.error(request.cookie, failure))
         else:
             self._send(protocol.simple_reply(request.cookie, failure))
 
-    def _fail_late(self, request: Request) -> None:
+    def _fail_late(self, request: ClientRequest) -> None:
         with suppress(OSError):
             self._fail(request, Failure.IO)
 

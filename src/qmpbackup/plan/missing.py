@@ -12,7 +12,7 @@ from qmpbackup.model import Absence, Point, Skipped
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
+class NotInPoint:
     """Something that a point does not hold. `newest` is the point to restore it from, if any has it.
 
     It is `degrading` where the VM had it at the instant, unless it is known that no point can hold it.
@@ -32,12 +32,12 @@ class Missing:
         return f"{self.id} is not in this point ({self.reason}); {where}."
 
 
-def missing(points: Sequence[Point], point: Point) -> tuple[Missing, ...]:
+def missing(points: Sequence[Point], point: Point) -> tuple[NotInPoint, ...]:
     """What a point of these lacks: what its VM had at the instant, then what it had before."""
     return tuple(_missing(points, point))
 
 
-def _missing(points: Sequence[Point], point: Point) -> Iterator[Missing]:
+def _missing(points: Sequence[Point], point: Point) -> Iterator[NotInPoint]:
     known = {disk.id for disk in point.disks}
     for skipped in point.skipped:
         if skipped.absence is not Absence.EMPTY and skipped.name not in known:
@@ -47,19 +47,19 @@ def _missing(points: Sequence[Point], point: Point) -> Iterator[Missing]:
         if merged.id not in known:
             known.add(merged.id)
             newest = newest_with(points, point, merged.id)
-            yield Missing(merged.id, f"it was merged into point {merged.into}", newest, True)
+            yield NotInPoint(merged.id, f"it was merged into point {merged.into}", newest, True)
     for earlier in points:
         for disk in earlier.disks if earlier.sequence < point.sequence else ():
             if disk.id not in known:
                 known.add(disk.id)
                 newest = newest_with(points, point, disk.id)
-                yield Missing(disk.id, "the VM did not have it then", newest, False)
+                yield NotInPoint(disk.id, "the VM did not have it then", newest, False)
 
 
-def _of_then(points: Sequence[Point], point: Point, skipped: Skipped) -> Missing:
+def _of_then(points: Sequence[Point], point: Point, skipped: Skipped) -> NotInPoint:
     newest = newest_with(points, point, skipped.name)
     unknown = skipped.absence is Absence.IMPOSSIBLE
-    return Missing(skipped.name, skipped.reason, newest, unknown or newest is not None)
+    return NotInPoint(skipped.name, skipped.reason, newest, unknown or newest is not None)
 
 
 def newest_with(points: Sequence[Point], point: Point, disk_id: str) -> Point | None:

@@ -298,11 +298,11 @@ def _repository(
     vm: Vm, place: Location, lock_wait: float, host: str
 ) -> Generator[Finding, None, Inventory | None]:
     yield from _programs()
-    from qmpbackup.machine.pull import Way, method
+    from qmpbackup.machine.pull import Method, method
     from qmpbackup.service import targets
     from qmpbackup.targets.repository.target import RepositoryTarget
 
-    if method(vm) is Way.STAGED:
+    if method(vm) is Method.STAGED:
         yield Finding(
             "reading",
             Health.ADVICE,

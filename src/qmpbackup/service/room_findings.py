@@ -40,9 +40,9 @@ class _Taker:
         return not isinstance(self.place, Location)
 
     def stages(self, vm: Vm) -> bool:
-        from qmpbackup.machine.pull import Way, method
+        from qmpbackup.machine.pull import Method, method
 
-        return isinstance(self.place, Location) and method(vm) is Way.STAGED
+        return isinstance(self.place, Location) and method(vm) is Method.STAGED
 
 
 def of_next_backup(

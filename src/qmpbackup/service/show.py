@@ -8,7 +8,7 @@ from contextlib import suppress
 from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.model import Place, Point, StoredDisk
 from qmpbackup.plan.chain import LATEST, chain, find
-from qmpbackup.plan.missing import Missing, missing
+from qmpbackup.plan.missing import NotInPoint, missing
 from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.service.targets import Target, opened
 from qmpbackup.targets.folder.target import DirectoryTarget
@@ -54,7 +54,7 @@ def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
 
 def point(
     place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = ""
-) -> tuple[Point, tuple[Missing, ...]]:
+) -> tuple[Point, tuple[NotInPoint, ...]]:
     """One point of a target, and what it lacks of its VM.
 
     Raises:

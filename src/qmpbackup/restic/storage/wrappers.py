@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Retries:
     """How long to try again: pauses double from `first` to `longest`, `total` in all (seconds).
 
     A storage that has not done anything yet is given up after `strange`: more often than in
@@ -87,9 +87,9 @@ class Retrying(_Wrapper):
     """Tries again what failed for a reason that may pass. Every operation can be repeated: names are
     hashes of contents, and what is gone is gone."""
 
-    def __init__(self, storage: Storage, patience: Patience | None = None) -> None:
+    def __init__(self, storage: Storage, patience: Retries | None = None) -> None:
         super().__init__(storage)
-        self._patience = patience or Patience()
+        self._patience = patience or Retries()
         self._known = False
         self._given_up = threading.Event()
 

@@ -116,7 +116,7 @@ class IntoDirectory:
     def __init__(self, frame: Frame, target: DirectoryTarget) -> None:
         self._frame = frame
         self._options = push.CopyOptions(frame.request.compress, frame.request.speed)
-        self._images: list[push.Image] = []
+        self._images: list[push.NewImage] = []
         self._images_open = UndoStack()
         wanted = [(plan.disk.id, plan.level) for plan in frame.plan.disks]
         self._pending: Pending = target.begin(frame.plan.point_id, wanted, datetime.now(UTC))
@@ -140,11 +140,11 @@ class IntoDirectory:
         )
         self.view.prepare(scratches)
 
-    def _image(self, number: int, plan: DiskPlan) -> push.Image:
+    def _image(self, number: int, plan: DiskPlan) -> push.NewImage:
         file = self._pending.files[plan.disk.id]
         base = plan.stored_base
         backing = base.file.rpartition("/")[2] if base else ""
-        return push.Image(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
+        return push.NewImage(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
 
     def copy(self) -> None:
         """Have QEMU copy all views."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges, UsageError
-from qmpbackup.machine.jobs import Progress
-from qmpbackup.machine.pull import Pull, PulledDisk, Way, method
+from qmpbackup.machine.jobs import JobProgress
+from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
 from qmpbackup.machine.view import Seat, View
 from qmpbackup.model import Level, Location, Point, Vm
 from qmpbackup.nbd.reader import Chunk, Flow
@@ -62,7 +62,7 @@ class Repository:
     @staticmethod
     def stages(vm: Vm) -> bool:
         """Whether this QEMU has to copy into a local image, as far as can be told before."""
-        return method(vm) is Way.STAGED
+        return method(vm) is Method.STAGED
 
     def obstacle(self, point: Point, disk_id: str) -> str:
         """Why nothing can be built upon a disk of a point."""
@@ -201,7 +201,7 @@ class IntoRepository:
         self._contents: dict[str, Contents] = {}
         self._unrecorded: set[str] = set()
         self._zeros: dict[int, bytes] = {}
-        self._done: dict[str, Progress] = {}
+        self._done: dict[str, JobProgress] = {}
         self.view = View(
             frame.monitor,
             frame.seats,
@@ -230,7 +230,7 @@ class IntoRepository:
         self._pull.prepare(scratches, samples, self._stages())
 
     def _stages(self) -> list[tuple[int, Path]]:
-        if self._pull.way is not Way.STAGED:
+        if self._pull.way is not Method.STAGED:
             return []
         disks = zip(self._frame.seats, self._frame.plan.disks, strict=True)
         return [self._frame.scratch(seat, plan, "stage") for seat, plan in disks]
@@ -253,7 +253,7 @@ class IntoRepository:
         """
         speed = self._frame.request.speed
         self._pull.serve(self._frame.watch, speed)
-        flow = Flow(speed=0 if self._pull.way is Way.STAGED else speed)
+        flow = Flow(speed=0 if self._pull.way is Method.STAGED else speed)
         with self._pull.probing():
             for seat in self._frame.seats:
                 with self._pull.open(seat, flow) as pulled:
@@ -323,7 +323,7 @@ class IntoRepository:
 
     def _show(self, seat: Seat, done: int, total: int) -> None:
         if self._frame.watch is not None:
-            self._done[seat.disk.id] = Progress(seat.disk.id, done, total)
+            self._done[seat.disk.id] = JobProgress(seat.disk.id, done, total)
             self._frame.watch(tuple(self._done.values()))
 
     def close(self) -> None:

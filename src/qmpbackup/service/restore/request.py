@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qmpbackup.model import Place, Point
 from qmpbackup.plan.chain import LATEST
-from qmpbackup.plan.missing import Missing
+from qmpbackup.plan.missing import NotInPoint
 
 FORMATS = ("qcow2", "raw")
 
@@ -51,7 +51,7 @@ class Outcome:
 
     point: Point
     disks: tuple[Restored, ...]
-    missing: tuple[Missing, ...] = ()
+    missing: tuple[NotInPoint, ...] = ()
 
     @property
     def degraded(self) -> bool:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the source is laid out: one word for one thing, and no file that holds two."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+SOURCE = Path(__file__).parents[2] / "src" / "qmpbackup"
+
+OF_EACH_USE_CASE: Final = {"Request", "Outcome"}
+
+STANDING_TWICE: Final = {
+    "Contents",
+    "Image",
+    "Inventory",
+    "Opening",
+    "Place",
+    "Reader",
+    "Repository",
+    "Source",
+    "Verdict",
+}
+"""Names that still stand twice. None is to be added."""
+
+
+def modules() -> Iterator[Path]:
+    """The files of the source."""
+    return SOURCE.rglob("*.py")
+
+
+def test_no_public_class_name_stands_twice() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(SOURCE)))
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    new = twice.keys() - OF_EACH_USE_CASE - STANDING_TWICE
+    assert not new, {name: twice[name] for name in new}
