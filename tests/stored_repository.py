@@ -14,7 +14,8 @@ from qmpbackup.model import Consistency, Level, Location, Point, StoredDisk, VmC
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.writer import Writer
-from qmpbackup.targets.repository.target import CHUNK, Contents, RepositoryTarget, disk_file
+from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
+from qmpbackup.targets.repository.target import RepositoryTarget, disk_file
 
 VM = VmIdentity(
     uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp", host="hv1"
@@ -100,7 +101,7 @@ class StoredRepository:
         return target.commit(writer, point, contents)
 
 
-def _stored(writer: Writer, data: bytes) -> Contents:
+def _stored(writer: Writer, data: bytes) -> ChunkList:
     count = -(-len(data) // CHUNK)
     ids = [b""] * count
 
@@ -111,4 +112,4 @@ def _stored(writer: Writer, data: bytes) -> Contents:
         chunk = data[index * CHUNK : (index + 1) * CHUNK]
         writer.add(chunk, lambda chunk_id, _stored, index=index: enter(index, chunk_id))  # type: ignore[misc]
     writer.drain()
-    return Contents(len(data), b"".join(ids))
+    return ChunkList(len(data), b"".join(ids))

@@ -23,7 +23,7 @@ from qmpbackup.restic.tree import Node, encode
 from qmpbackup.restic.writer import Writer
 from qmpbackup.targets import manifest
 from qmpbackup.targets.repository.catalog import tags_of
-from qmpbackup.targets.repository.target import CHUNK, Contents
+from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 from stored_repository import START, StoredRepository
 
 MIB = 1 << 20
@@ -145,7 +145,7 @@ def test_a_large_chunk_of_a_disk(stored: StoredRepository, tmp_path: Path) -> No
     good = stored.points[0]
     with planting(stored) as planter:
         ids = planter.chunk(bytes([1]) * LARGE) * 8
-        disk = replace(good.disks[0], size=8 * CHUNK, digest=Contents(8 * CHUNK, ids).digest)
+        disk = replace(good.disks[0], size=8 * CHUNK, digest=ChunkList(8 * CHUNK, ids).digest)
         point = replace(
             good, id="planted", sequence=9, time=good.time + timedelta(1), disks=(disk,)
         )

@@ -117,7 +117,6 @@ def _of_repository(
 ) -> Iterator[OpenDisks]:
     from qmpbackup.restic.chunk_cache import ChunkCache
     from qmpbackup.restic.pack import BlobType
-    from qmpbackup.service.chunks import with_data
     from qmpbackup.targets.repository.image import RepositoryImage
 
     del points  # each stands for itself
@@ -127,5 +126,5 @@ def _of_repository(
         images = {}
         for disk in disks:
             contents = target.contents(point, disk)
-            images[disk.id] = RepositoryImage(contents, with_data(contents), cache)
+            images[disk.id] = RepositoryImage(contents, contents.with_data(), cache)
         yield OpenDisks(images, let_go=repository.storage.give_up)

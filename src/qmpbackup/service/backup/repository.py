@@ -32,15 +32,14 @@ from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Destination, Frame, Stored
 from qmpbackup.targets.inventory import Inventory
-from qmpbackup.targets.repository.target import (
+from qmpbackup.targets.repository.chunk_list import (
     CHUNK,
     ID,
     MOST_BYTES,
-    Contents,
-    RepositoryTarget,
+    ChunkList,
     count_chunks,
-    disk_file,
 )
+from qmpbackup.targets.repository.target import RepositoryTarget, disk_file
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ def _refuse_what_makes_no_sense(request: Request) -> None:
 class _Disk:
     """The list of chunks of one disk, while it is being made."""
 
-    def __init__(self, seat: Seat, parent: Contents | None) -> None:
+    def __init__(self, seat: Seat, parent: ChunkList | None) -> None:
         self.size = seat.disk.size
         self.count = count_chunks(self.size)
         self.known = 0
@@ -182,9 +181,9 @@ class _Disk:
         """Enter a chunk."""
         self.chunks[ID * index : ID * (index + 1)] = chunk_id
 
-    def contents(self) -> Contents:
+    def contents(self) -> ChunkList:
         """The complete list; no chunk can be entered any more."""
-        contents = Contents(self.size, bytes(self.chunks))
+        contents = ChunkList(self.size, bytes(self.chunks))
         self.chunks = bytearray()  # a terabyte's list takes 32 MiB
         return contents
 
@@ -198,7 +197,7 @@ class IntoRepository:
         self._writer = Writer(target.repository, check=frame.request.check)
         frame.rollback.push("end the writing", self._writer.abandon)
         self._disks: dict[str, _Disk] = {}
-        self._contents: dict[str, Contents] = {}
+        self._contents: dict[str, ChunkList] = {}
         self._unrecorded: set[str] = set()
         self._zeros: dict[int, bytes] = {}
         self._done: dict[str, JobProgress] = {}

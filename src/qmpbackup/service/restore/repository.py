@@ -26,12 +26,12 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chunk_map import runs
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import read_blobs
-from qmpbackup.service import chunks
 from qmpbackup.service.restore import blocks, place
 from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
-from qmpbackup.targets.repository.target import CHUNK, Contents, RepositoryTarget
+from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList, places
+from qmpbackup.targets.repository.target import HINT, RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def restore(
     Raises:
         QmpBackupError: as `restore.restore` says.
     """
-    sources: list[Contents] = []
+    sources: list[ChunkList] = []
     for disk in disks:
         with _naming(disk):
             sources.append(target.contents(point, disk))
@@ -70,9 +70,9 @@ def restore(
     place.into_files(outputs, needs, request, fill)
 
 
-def _needed(contents: Contents) -> int:
+def _needed(contents: ChunkList) -> int:
     """Bytes that a disk takes where it goes, at most: zeros within chunks are left out."""
-    return min(contents.size, chunks.with_data(contents).count(1) * CHUNK)
+    return min(contents.size, contents.with_data().count(1) * CHUNK)
 
 
 @contextmanager
@@ -87,39 +87,43 @@ def _naming(disk: StoredDisk) -> Iterator[None]:
 
 
 def _fill(
-    target: RepositoryTarget, disk: StoredDisk, contents: Contents, partial: Partial, format_: str
+    target: RepositoryTarget, disk: StoredDisk, contents: ChunkList, partial: Partial, format_: str
 ) -> None:
     log.info("Restoring disk %s to %s", disk.id, partial.path)
-    present = chunks.with_data(contents)
+    present = contents.with_data()
     with storage_errors(f"write {partial.path}"):
         if format_ == "raw":
             os.ftruncate(partial.fd, contents.size)
-            places = chunks.places(present)
+            where = places(present)
         else:
             layout = Layout(contents.size, CHUNK, present)
             layout.write_metadata(partial.fd)
-            places = chunks.places(present, layout.data_at, packed=True)
-        _pour(target, contents, places, partial.fd, sparse=True)
+            where = places(present, layout.data_at, packed=True)
+        _pour(target, contents, where, partial.fd, sparse=True)
         place.check_size(partial.fd, format_, disk)
         os.fsync(partial.fd)
 
 
 def _to_device(
-    target: RepositoryTarget, disk: StoredDisk, contents: Contents, output: Output, request: Request
+    target: RepositoryTarget,
+    disk: StoredDisk,
+    contents: ChunkList,
+    output: Output,
+    request: Request,
 ) -> None:
     with place.device(output, disk, request) as fd, _naming(disk):
-        chunks.require_packs(target, contents)
-        present = chunks.with_data(contents)
+        target.require_packs(contents)
+        present = contents.with_data()
         with place.overwriting(output.path, fd, disk):
             for first, count in runs(present, 0):
                 end = min((first + count) * CHUNK, contents.size)
                 blocks.write_zeros(fd, first * CHUNK, end - first * CHUNK, interrupt.check)
-            _pour(target, contents, chunks.places(present), fd, sparse=False)
+            _pour(target, contents, places(present), fd, sparse=False)
 
 
 def _pour(
     target: RepositoryTarget,
-    contents: Contents,
+    contents: ChunkList,
     places: Iterable[tuple[int, int]],
     fd: int,
     *,
@@ -147,7 +151,7 @@ class _Stream:
     """
 
     def __init__(
-        self, contents: Contents, places: Iterable[tuple[int, int]], fd: int, *, sparse: bool
+        self, contents: ChunkList, places: Iterable[tuple[int, int]], fd: int, *, sparse: bool
     ) -> None:
         self._contents = contents
         self._places = places
@@ -161,10 +165,10 @@ class _Stream:
         """The chunks to be read, in the order of their places."""
         for index, offset in self._places:
             self._write_often()
-            chunk_id = chunks.id_of(self._contents, index)
+            chunk_id = self._contents.id_of(index)
             with self._lock:
                 found = self._waiting.setdefault(chunk_id, [])
-                found.append((offset, chunks.length_of(self._contents, index)))
+                found.append((offset, self._contents.length_of(index)))
             yield BlobType.DATA, chunk_id
 
     def deliver(self, chunk_id: bytes, data: bytes) -> None:
@@ -173,7 +177,7 @@ class _Stream:
             found = self._waiting.pop(chunk_id, [])
         if any(length != len(data) for _, length in found):
             raise DamagedError(
-                f"The chunk {chunk_id.hex()} has {len(data)} bytes, which is wrong.", chunks.HINT
+                f"The chunk {chunk_id.hex()} has {len(data)} bytes, which is wrong.", HINT
             )
         for offset, _ in found[:_AT_ONCE]:
             self._write(data, offset)
@@ -213,4 +217,4 @@ class _Stream:
         self._write_often()
         if self._waiting:
             name = next(iter(self._waiting)).hex()
-            raise DamagedError(f"The chunk {name} did not arrive.", chunks.HINT)
+            raise DamagedError(f"The chunk {name} did not arrive.", HINT)

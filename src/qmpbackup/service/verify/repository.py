@@ -27,7 +27,8 @@ from qmpbackup.restic.storage.interface import Kind, Missing
 from qmpbackup.service.show import find_point
 from qmpbackup.service.verify.report import Report, Request, Verdict
 from qmpbackup.targets.inventory import Damage
-from qmpbackup.targets.repository.target import CHUNK, ID, Contents, RepositoryTarget
+from qmpbackup.targets.repository.chunk_list import CHUNK, ID, ChunkList
+from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class _Lists:
             return iter(())
 
 
-def _differences(before: bytes, contents: Contents) -> Iterator[bytes]:
+def _differences(before: bytes, contents: ChunkList) -> Iterator[bytes]:
     now = contents.chunks
     last = b""
     for start in range(0, len(now), _BLOCK):

@@ -8,7 +8,7 @@ from typing import Final
 from qmpbackup.errors import DamagedError
 from qmpbackup.restic.chunk_cache import ChunkCache
 from qmpbackup.targets.interface import Extent
-from qmpbackup.targets.repository.target import CHUNK, ID, Contents
+from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 
 _FARTHEST: Final = 8
 """Chunks that are read ahead of somebody who reads on and on."""
@@ -20,7 +20,7 @@ class RepositoryImage:
     Whoever reads one chunk after the other has the next ones read ahead: one, two, four, and so on.
     """
 
-    def __init__(self, contents: Contents, present: bytes | bytearray, cache: ChunkCache) -> None:
+    def __init__(self, contents: ChunkList, present: bytes | bytearray, cache: ChunkCache) -> None:
         self.size = contents.size
         self._contents = contents
         self._present = present
@@ -63,7 +63,7 @@ class RepositoryImage:
 
     def _within(self, index: int, chunk: bytes, start: int, length: int) -> memoryview:
         """Part of a chunk, which must have the length that it has on the disk."""
-        if len(chunk) != min(CHUNK, self.size - index * CHUNK):
+        if len(chunk) != self._contents.length_of(index):
             raise DamagedError(
                 f"The chunk {self._id(index).hex()} has {len(chunk)} bytes, which is wrong.",
                 'Run "restic check --read-data".',
@@ -71,7 +71,7 @@ class RepositoryImage:
         return memoryview(chunk)[start : start + length]
 
     def _id(self, index: int) -> bytes:
-        return self._contents.chunks[ID * index : ID * (index + 1)]
+        return self._contents.id_of(index)
 
     def _read_ahead(self, first: int, last: int) -> None:
         with self._lock:

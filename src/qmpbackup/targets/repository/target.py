@@ -12,7 +12,7 @@ this is the view of one of them. Which snapshots are its points, `catalog` finds
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Self
 
@@ -23,6 +23,7 @@ from qmpbackup.plan.chain import ordered
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
+from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.restic.tree import Node
 from qmpbackup.restic.tree import encode as encode_tree
 from qmpbackup.restic.writer import Writer
@@ -31,36 +32,11 @@ from qmpbackup.targets.inventory import Inventory, describe
 from qmpbackup.targets.names import folder_name
 from qmpbackup.targets.repository import catalog
 from qmpbackup.targets.repository.catalog import MANIFEST, RAW
+from qmpbackup.targets.repository.chunk_list import ChunkList, numbers
 from qmpbackup.targets.repository.whose import Known, choose, namesakes, vm_name
 
-CHUNK = 1024 * 1024
-"""Bytes of a chunk, aligned. docs/explanation/restic.md says why, with the measurements."""
-
-ID = 32
-"""Bytes of a chunk's id."""
-
-MOST_BYTES = 30 << 40
-"""Bytes of all disks of a point: the lists of their chunks make up one tree, which ends at 2 GiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """A disk in a repository: its size, and the ids of its chunks one after the other."""
-
-    size: int
-    chunks: bytes
-
-    @property
-    def digest(self) -> str:
-        """What a manifest says of it: the hash of its list of chunks."""
-        from blake3 import blake3
-
-        return f"blake3:{blake3(self.chunks).hexdigest()}"
-
-
-def count_chunks(size: int) -> int:
-    """How many chunks a disk of so many bytes has; the last may be short."""
-    return -(-size // CHUNK)
+HINT = 'Run "restic check --read-data" and see restic\'s manual on repairing repositories.'
+"""What to do about chunks that are damaged or missing."""
 
 
 class RepositoryTarget:
@@ -70,7 +46,7 @@ class RepositoryTarget:
         self.repository = repository
         self.identity = identity
         self._snapshots: dict[str, list[Snapshot]] = {}
-        self._contents: dict[str, tuple[str, Contents]] = {}
+        self._contents: dict[str, tuple[str, ChunkList]] = {}
         self._namesakes: tuple[Known, ...] = ()
 
     @classmethod
@@ -179,7 +155,7 @@ class RepositoryTarget:
         """All snapshots that hold this point, or what restic has left of it."""
         return tuple(self._snapshots[point.id])
 
-    def contents(self, point: Point, disk: StoredDisk) -> Contents:
+    def contents(self, point: Point, disk: StoredDisk) -> ChunkList:
         """The list of chunks of a disk of a point.
 
         Raises:
@@ -192,9 +168,8 @@ class RepositoryTarget:
             what = f"Disk {disk.id} of point {point.id}"
             if node is None:
                 raise DamagedError(f"{what} is missing in snapshot {snapshot.id[:8]}.")
-            found = Contents(node.size, node.content)
-            whole = len(node.content) == ID * count_chunks(node.size)
-            if node.size != disk.size or not whole or found.digest != disk.digest:
+            found = ChunkList(node.size, node.content)
+            if node.size != disk.size or not found.is_whole or found.digest != disk.digest:
                 raise DamagedError(f"{what} is not what its manifest says.")
             # One list of each disk is kept and no more: a terabyte's takes 32 MiB.
             self._contents[disk.id] = kept = (point.id, found)
@@ -216,13 +191,35 @@ class RepositoryTarget:
             return error.message
         return f"{missing} of its chunks are missing in the repository" if missing else ""
 
-    def missing_chunks(self, contents: Contents) -> int:
+    def missing_chunks(self, contents: ChunkList) -> int:
         """How many different chunks of a disk no index names."""
-        chunks = contents.chunks
-        wanted = (chunks[at : at + ID] for at in range(0, len(chunks), ID))
-        return len(set(self.repository.index.missing(BlobType.DATA, wanted)))
+        return len(set(self.repository.index.missing(BlobType.DATA, contents.ids())))
 
-    def commit(self, writer: Writer, point: Point, disks: Mapping[str, Contents]) -> Point:
+    def require_packs(self, contents: ChunkList) -> None:
+        """See that the index names all chunks of a disk, and that the packs that it names are there.
+
+        Raises:
+            DamagedError: something is missing.
+            StorageError: the repository cannot be read.
+        """
+        packs: dict[bytes, int] = {}
+        for index in numbers(contents.with_data()):
+            place = self.repository.index.find(BlobType.DATA, contents.id_of(index))
+            if place is None:
+                name = contents.id_of(index).hex()
+                raise DamagedError(f"Its chunk {name} is missing in the repository.", HINT)
+            if place.packed(BlobType.DATA, b"").plain_length != contents.length_of(index):
+                name = contents.id_of(index).hex()
+                raise DamagedError(f"Its chunk {name} is not as long as it must be.", HINT)
+            packs[place.pack] = max(packs.get(place.pack, 0), place.offset + place.length)
+        for name, size in self.repository.storage.list(Kind.DATA):
+            if size >= packs.get(bytes.fromhex(name), 0):
+                packs.pop(bytes.fromhex(name), None)
+        if packs:
+            name = next(iter(packs)).hex()
+            raise DamagedError(f"The pack {name} is missing or too short.", HINT)
+
+    def commit(self, writer: Writer, point: Point, disks: Mapping[str, ChunkList]) -> Point:
         """Make a point appear: trees, packs, indexes, and last of all its snapshot.
 
         Raises:
@@ -317,7 +314,7 @@ def _user() -> str:
 
 
 def _summary(
-    point: Point, disks: Mapping[str, Contents], writer: Writer, *, is_first: bool
+    point: Point, disks: Mapping[str, ChunkList], writer: Writer, *, is_first: bool
 ) -> dict[str, object]:
     """What restic 0.17 and later show of a snapshot (doc/design.rst, "Snapshots")."""
     files = len(disks) + 1
