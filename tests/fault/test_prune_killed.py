@@ -15,7 +15,6 @@ import pytest
 
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Level
-from qmpbackup.service.rebase.settle import interrupted, settle
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
@@ -86,10 +85,10 @@ def dies(path: Path, fatal: int) -> bool:
 def as_a_backup_would(path: Path) -> None:
     """Clear up in the target before anything else is done with it."""
     target = DirectoryTarget.open(path)
-    settle(target)
+    target.settle()
     with target.lock(write=True):
         target.recover()
-    assert not interrupted(target)
+    assert not target.interrupted()
     report = verify(VerifyRequest(path))
     assert report.whole, report
     assert not report.foreign, report
@@ -112,7 +111,7 @@ def restores(path: Path, stored: Stored, number: int) -> bool:
 
 def assert_right_or_refused(path: Path, stored: Stored) -> None:
     right = [restores(path, stored, number) for number in KEPT]
-    assert all(right) or interrupted(DirectoryTarget.open(path))
+    assert all(right) or DirectoryTarget.open(path).interrupted()
 
 
 def assert_right(path: Path, stored: Stored) -> None:

@@ -42,8 +42,8 @@ from qmpbackup.restic import (
 from qmpbackup.restic.crypto import Key, seal
 from qmpbackup.restic.storage import listing, location
 from qmpbackup.restic.storage.interface import Kind
-from qmpbackup.service.rebase.journal import Intent, Phase
 from qmpbackup.targets import manifest
+from qmpbackup.targets.folder.journal import Intent, Phase
 from qmpbackup.targets.folder.marks import Mark
 from qmpbackup.targets.folder.pending import Journal
 from qmpbackup.targets.folder.target import Owner

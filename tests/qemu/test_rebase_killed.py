@@ -17,16 +17,16 @@ from lab import cli
 from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError
 from qmpbackup.model import Level
 from qmpbackup.plan.merge import Operation
-from qmpbackup.service.rebase import journal
 from qmpbackup.service.rebase.export import export
 from qmpbackup.service.rebase.merge import dry_run, merge
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.settle import SUFFIX, interrupted
 from qmpbackup.service.rebase.source import Request
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
+from qmpbackup.targets.folder import journal
+from qmpbackup.targets.folder.journal import SUFFIX
 from qmpbackup.targets.folder.target import DirectoryTarget
 from stored import MIB, Stored, Write, contents
 
@@ -139,7 +139,7 @@ def test_a_file_that_a_merge_has_set_aside_is_not_called_lost(
 def roll_forward(path: Path) -> list[str]:
     target = DirectoryTarget.open(path)
     with target.lock(remove=True):
-        return journal.roll_forward(target)
+        return journal.roll_forward(path)
 
 
 @pytest.mark.parametrize("operation", Operation)
@@ -149,10 +149,10 @@ def test_death_after_any_step(stored: Stored, operation: Operation) -> None:
     for path in every_death(stored, operation, DISK):
         right = assert_right_or_refused(path, stored)
         target = DirectoryTarget.open(path)
-        unfinished = bool(interrupted(target))
+        unfinished = bool(target.interrupted())
         done = roll_forward(path)
         assert bool(done) == unfinished
-        assert not interrupted(target)
+        assert not target.interrupted()
         assert roll_forward(path) == [], "once more changes nothing"
         if (path / DISK / until(stored)).exists():
             assert right == 4, "nothing was destroyed yet, so nothing may be refused"
@@ -201,7 +201,7 @@ def dies_while_finishing(path: Path, last: int) -> bool:
         try:
             target = DirectoryTarget.open(path)
             with target.lock(remove=True):
-                journal.roll_forward(target, die)
+                journal.roll_forward(path, die)
         except BaseException:  # noqa: BLE001 - never back into the test
             os._exit(1)
         os._exit(0)
@@ -216,7 +216,7 @@ def test_death_in_a_folder_without_manifests(stored: Stored, operation: Operatio
     full = stored.file(stored.points[0], DISK).name
     for path in every_death(without_manifests(stored), operation, DISK):
         folder = path / DISK
-        journal.finish(Place.find(folder))
+        Place.find(folder).journal.finish()
         names = {each.name for each in folder.iterdir()}
         assert contents(folder / newest, "qcow2") == stored.expected[stored.points[3].id, DISK]
         if until(stored) in names:

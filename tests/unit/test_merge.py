@@ -24,7 +24,7 @@ from qmpbackup.plan.merge import (
     rewrite,
     tags_for,
 )
-from qmpbackup.service.rebase.journal import Intent, Phase
+from qmpbackup.targets.folder.journal import Intent, Phase
 
 START = datetime(2026, 11, 2, 3, 4, 5, tzinfo=UTC)
 NEW = Contents(4711, "blake3:" + "ab" * 32)

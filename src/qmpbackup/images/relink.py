@@ -7,13 +7,15 @@ can be computed, and recorded, before the file is touched.
 Format: docs/interop/qcow2.txt of QEMU.
 """
 
+import os
 import struct
 
 from qmpbackup.errors import StorageError
+from qmpbackup.folder import Folder
 from qmpbackup.images.heads import extensions
 from qmpbackup.images.qcow2 import HEAD, parse_header
 
-__all__ = ["HEAD", "linked", "relinked"]
+__all__ = ["HEAD", "linked", "relinked", "write"]
 
 _LINK = struct.Struct(">QI")  # backing_file_offset, backing_file_size
 _LINK_AT = 8
@@ -74,6 +76,28 @@ def linked(head: bytes, name: str, parent: str) -> bytes:
     _LINK.pack_into(new, _LINK_AT, len(new), len(text))
     new += text
     return bytes(new.ljust(used, b"\0")) + head[max(used, len(new)) :]
+
+
+def write(folder: Folder, name: str, parent: str, *, anew: bool = False) -> None:
+    """Let an image of the folder build on another one, durably: as `relinked`, or (`anew`) as `linked`.
+
+    Raises:
+        DamagedError: it is no qcow2 image.
+        StorageError: its head has no room for the link.
+        OSError: it could not be written.
+    """
+    fd = folder.open_file(name, write=True)
+    try:
+        head = os.pread(fd, HEAD, 0)
+        new = linked(head, name, parent) if anew else relinked(head, name, parent)
+        changed = [
+            at for at, (one, other) in enumerate(zip(head, new, strict=True)) if one != other
+        ]
+        if changed:
+            os.pwrite(fd, new[: changed[-1] + 1], 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _extension(kind: int, data: bytes) -> bytes:

@@ -16,7 +16,6 @@ from qmpbackup.images.layers import Layer, check_link
 from qmpbackup.images.qcow2 import Header
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
-from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.targets.folder.target import DirectoryTarget
 
 SMALL = 64 * 1024 * 1024
@@ -90,9 +89,9 @@ def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
         yield
     except DamagedError as error:
         folder = disk.file.partition("/")[0]
-        if folder in interrupted(target):
+        if folder in target.interrupted():
             raise DamagedError(
-                f"{error.message} A merge in {folder} was interrupted.", merge_hint(target, folder)
+                f"{error.message} A merge in {folder} was interrupted.", target.merge_hint(folder)
             ) from error
         target.mark_damaged(disk, error.message)
         raise

@@ -22,7 +22,6 @@ from qmpbackup.plan.vm_states import OBSTACLES
 from qmpbackup.service import room_findings, session
 from qmpbackup.service.backup import rooms
 from qmpbackup.service.finding import Finding, Health
-from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.targets.inventory import Inventory
 
 __all__ = ["Finding", "Health", "examine"]
@@ -261,9 +260,9 @@ def _folder(vm: Vm, path: Path) -> Generator[Finding, None, Inventory | None]:
         yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
         return Inventory()
     yield from _writing(path)
-    for folder in interrupted(target):
+    for folder in target.interrupted():
         text = f"a merge in {folder} was interrupted, or is under way"
-        yield Finding("target", Health.ADVICE, text, merge_hint(target, folder))
+        yield Finding("target", Health.ADVICE, text, target.merge_hint(folder))
     stored = target.load()
     for damage in (*stored.damaged, *stored.marked):
         yield Finding(

@@ -14,7 +14,6 @@ from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
-from qmpbackup.service.rebase.settle import interrupted, settle
 from qmpbackup.service.session import Session
 from qmpbackup.targets.folder.target import DirectoryTarget
 from qmpbackup.targets.inventory import Inventory as Stored
@@ -79,7 +78,7 @@ def _left_in(vm: Session, place: Place | None, lock_wait: float) -> list[str]:
             return _left_bitmaps(vm, repository.load(), repository.id)
     folder = DirectoryTarget.open(place)
     with folder.lock(wait=lock_wait):
-        merges = [f"would finish the merge in {name}" for name in interrupted(folder)]
+        merges = [f"would finish the merge in {name}" for name in folder.interrupted()]
         return merges + folder.left() + _left_bitmaps(vm, folder.load(), folder.id)
 
 
@@ -92,7 +91,7 @@ def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
 
 
 def _recover_folder(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
-    settle(target, lock_wait)
+    target.settle(lock_wait)
     with target.lock(write=True, wait=lock_wait):
         done = target.recover()
         return done + _remove_rubbish(vm, target.load(), target.id)

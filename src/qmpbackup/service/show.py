@@ -9,7 +9,6 @@ from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.model import Place, Point, StoredDisk
 from qmpbackup.plan.chain import LATEST, chain, find
 from qmpbackup.plan.missing import NotInPoint, missing
-from qmpbackup.service.rebase.settle import interrupted, merge_hint
 from qmpbackup.service.targets import Target, opened
 from qmpbackup.targets.folder.target import DirectoryTarget
 from qmpbackup.targets.inventory import Inventory
@@ -36,8 +35,8 @@ def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
 def _warn_of_merges(target: Target) -> None:
     """Who holds the lock and finds a journal of a merge knows that nobody works on it any more."""
     if isinstance(target, DirectoryTarget):
-        for folder in interrupted(target):
-            log.warning("A merge in %s was interrupted. %s", folder, merge_hint(target, folder))
+        for folder in target.interrupted():
+            log.warning("A merge in %s was interrupted. %s", folder, target.merge_hint(folder))
 
 
 def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,6 @@ from qmpbackup.model import Point, Vm
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Destination, Frame, Stored
-from qmpbackup.service.rebase.settle import settle
 from qmpbackup.targets.folder.target import DirectoryTarget, Pending
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.undo import UndoStack
@@ -88,7 +87,7 @@ class Opening:
         if target is None:
             approve(Directory(path, None, Inventory(), request))
         target = _open(request, self._folder, vm)
-        settle(target, request.lock_wait)
+        target.settle(request.lock_wait)
         with target.lock(write=True, wait=request.lock_wait):
             for done in target.recover():
                 log.info("Cleaned up after a run that died: %s.", done)

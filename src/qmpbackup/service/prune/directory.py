@@ -25,9 +25,9 @@ from qmpbackup.plan.chain import chain
 from qmpbackup.plan.pruning import Merge, Pruning, Removal, Step
 from qmpbackup.plan.retention import Policy, Verdict, decide
 from qmpbackup.service.prune import Observer, Outcome, Request
-from qmpbackup.service.rebase import journal, merge, source
+from qmpbackup.service.rebase import merge, source
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.settle import interrupted
+from qmpbackup.targets.folder import journal
 from qmpbackup.targets.folder.target import DirectoryTarget, Inventory
 from qmpbackup.targets.names import POINTS, folder_name
 
@@ -42,7 +42,7 @@ def prune(request: Request, path: Path, now: datetime, each: Observer) -> Outcom
         return _dry_run(target, request, now)
     with interrupt.held(), target.lock(remove=True, wait=request.lock_wait):
         _require_ours(target)
-        for done in (*target.recover(), *journal.roll_forward(target, each)):
+        for done in (*target.recover(), *journal.roll_forward(target.path, each)):
             log.warning("Cleaned up after a run that died: %s.", done)
         before = points = _points(target)
         decided = _decide(target, points, request, now)
@@ -55,7 +55,7 @@ def prune(request: Request, path: Path, now: datetime, each: Observer) -> Outcom
 
 def _dry_run(target: DirectoryTarget, request: Request, now: datetime) -> Outcome:
     with interrupt.held(), target.lock(wait=request.lock_wait):
-        if interrupted(target):
+        if target.interrupted():
             raise DamagedError(
                 f"A merge in {target.path} was interrupted, so this cannot be foretold.",
                 "The next backup finishes it, and so does prune without --dry-run.",

@@ -4,7 +4,6 @@
 place     what the folder is: part of a target, or images without manifests
 source    the chain that is meant, opened and verified
 build     the merged image beside the full, proved
-journal   what a merge intends, written before anything is destroyed, and its roll-forward
 merge     commit and snapshotrebase: the three above in order
 link      rebase: links and the symlink only
 export    merge: a new file, the backup untouched

@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,11 +21,9 @@ from qmpbackup.images.digest import digest
 from qmpbackup.images.layers import Layer, opened, raw, require_unchanged, stand_in
 from qmpbackup.plan.merge import MERGED, PARTIAL, Contents, MergePlan, Tag
 from qmpbackup.plan.sizes import human
+from qmpbackup.targets.folder.journal import Observer
 
 log = logging.getLogger(__name__)
-
-Observer = Callable[[str], None]
-"""Told each step that is done, by a short name."""
 
 _SPARE = 4 * 1024 * 1024
 """Bytes beyond the images themselves: manifests, a journal, a folder's growth."""

@@ -12,13 +12,14 @@ from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import UsageError
 from qmpbackup.folder import Folder
+from qmpbackup.images import relink
 from qmpbackup.plan.lineage import Bond
 from qmpbackup.plan.merge import SYMLINK
-from qmpbackup.service.rebase import journal
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import clear_up, refuse_unfinished
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import Request, Source
+from qmpbackup.targets.folder.journal import put_symlink
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def link(request: Request) -> LinkPlan:
             for bond in plan.bonds:
                 interrupt.check()
                 log.info("%s builds on %s", bond.child, bond.parent)
-                journal.put_link(folder, bond.child, bond.parent)
-            journal.put_symlink(folder, plan.newest)
+                relink.write(folder, bond.child, bond.parent, anew=True)
+            put_symlink(folder, plan.newest)
     return plan
 
 

@@ -31,12 +31,12 @@ from qmpbackup.plan.merge import (
     rewrite,
     tags_for,
 )
-from qmpbackup.service.rebase import build, journal
+from qmpbackup.service.rebase import build
 from qmpbackup.service.rebase import source as sources
-from qmpbackup.service.rebase.build import Observer
-from qmpbackup.service.rebase.journal import Intent, Phase
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
+from qmpbackup.targets.folder import journal
+from qmpbackup.targets.folder.journal import Intent, Observer, Phase
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +113,9 @@ def clear_up(place: Place, each: Observer = lambda _: None) -> list[str]:
     done = []
     if place.target is not None:
         done += place.target.recover()
-        done += journal.roll_forward(place.target, each)
+        done += journal.roll_forward(place.target.path, each)
     else:
-        done += journal.finish(place, each)
+        done += place.journal.finish(each)
     for clause in done:
         log.warning("Cleaned up after a run that died: %s.", clause)
     return done
@@ -127,7 +127,7 @@ def refuse_unfinished(place: Place) -> None:
     Raises:
         DamagedError: one was.
     """
-    if journal.is_unfinished(place):
+    if place.journal.is_there():
         raise DamagedError(
             f"A merge in {place.folder} was interrupted.",
             f"Finish it first: qmprestore commit --dir {place.folder}",
@@ -195,6 +195,7 @@ class _Merge:
         self._request = request
         self._source = source
         self._place = source.place
+        self._journal = source.place.journal
         self._plan = plan
         self._layers = layers
         self._each = each
@@ -207,11 +208,11 @@ class _Merge:
         needed = build.needed_bytes(self._plan, self._layers)
         build.require_room(self._place.folder, needed, "The merged image")
         try:
-            journal.write(self._place, Intent(Phase.BUILDING, self._plan.base))
+            self._journal.write(Intent(Phase.BUILDING, self._plan.base))
             self._each("journal of building")
             intent = self._intent(self._build(), relinked)
             interrupt.check()
-            journal.write(self._place, intent)
+            self._journal.write(intent)
         except BaseException:
             self._undo()
             raise
@@ -262,13 +263,13 @@ class _Merge:
 
     def _undo(self) -> None:
         try:
-            journal.discard(self._place, self._plan.base)
+            self._journal.discard(self._plan.base)
         except QmpBackupError as error:
             log.warning("What was built stays for the next run to remove: %s", error)
 
     def _swap(self, intent: Intent) -> None:
         try:
-            journal.perform(self._place, intent, self._each)
+            self._journal.perform(intent, self._each)
         except QmpBackupError as error:
             raise StorageError(
                 f"The merge is begun but could not be finished: {error.message}",

@@ -15,6 +15,7 @@ from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.filelock import locked
 from qmpbackup.folder import Folder
 from qmpbackup.model import Point
+from qmpbackup.targets.folder.journal import MergeJournal
 from qmpbackup.targets.folder.target import DirectoryTarget, Inventory
 from qmpbackup.targets.names import POINTS, is_folder_name
 
@@ -32,6 +33,11 @@ class Place:
     def name(self) -> str:
         """The folder's name, as manifests call it."""
         return self.folder.name
+
+    @property
+    def journal(self) -> MergeJournal:
+        """Where a merge in this folder is written down."""
+        return MergeJournal(self.folder, self.target.path if self.target else None)
 
     @classmethod
     def find(cls, path: Path) -> "Place":

@@ -28,7 +28,7 @@ from qmpbackup.model import Level, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.chain import chain, ordered
 from qmpbackup.plan.names import TARGET_ID
 from qmpbackup.targets import manifest
-from qmpbackup.targets.folder import marks, pending
+from qmpbackup.targets.folder import journal, marks, pending
 from qmpbackup.targets.folder.pending import Pending
 from qmpbackup.targets.inventory import Damage, Inventory, describe, same_vm
 from qmpbackup.targets.names import (
@@ -404,6 +404,35 @@ class DirectoryTarget:
         """
         return pending.recover(self.path)
 
+    def interrupted(self) -> tuple[str, ...]:
+        """Names of the disks' folders in which a merge was interrupted, or is under way.
+
+        Raises:
+            StorageError: the target cannot be read.
+        """
+        return journal.interrupted(self.path)
+
+    def merge_hint(self, folder: str) -> str:
+        """What to do about a merge in a disk's folder that was interrupted."""
+        return (
+            "The next backup finishes it, and so does "
+            f"`qmprestore commit --dir {self.path / folder}`."
+        )
+
+    def settle(self, wait: float = 0.0) -> None:
+        """Bring interrupted merges to an end, if there are any; no lock may be held.
+
+        Raises:
+            Locked: somebody else held the target for all of `wait` seconds.
+            DamagedError: a merge cannot be finished.
+            StorageError: it could not be finished yet; it can be tried again.
+        """
+        if not self.interrupted():
+            return
+        with self.lock(remove=True, wait=wait):
+            for done in journal.roll_forward(self.path):
+                log.warning("Cleaned up after a run that died: %s.", done)
+
     def begin(self, point_id: str, disks: Sequence[tuple[str, Level]], now: datetime) -> Pending:
         """Begin a point: create a file for each of `disks`; the lock to write must be held.
 
@@ -434,22 +463,6 @@ class DirectoryTarget:
             StorageError: it was not removed, or some file is left for the next run to remove.
         """
         pending.remove(self.path, point_id, files)
-
-    def remove_manifest(self, point_id: str) -> None:
-        """Make a point cease to exist, durably; the lock to remove must be held. Files stay.
-
-        Raises:
-            StorageError: it could not be removed.
-        """
-        if not is_point_id(point_id):
-            raise ValueError(f"{point_id!r} is not the id of a point")
-        with (
-            storage_errors(f"remove the manifest of point {point_id}"),
-            Folder.open(self.path) as top,
-            top.sub(POINTS) as points,
-        ):
-            points.remove(point_id + MANIFEST)
-            points.sync()
 
 
 def _close_lock(fd: int) -> None:
