@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lab import watched
+from qmpbackup.model import StoredDisk
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
@@ -146,15 +147,52 @@ def test_a_large_chunk_of_a_disk(stored: StoredRepository, tmp_path: Path) -> No
     with planting(stored) as planter:
         ids = planter.chunk(bytes([1]) * LARGE) * 8
         disk = replace(good.disks[0], size=8 * CHUNK, digest=ChunkList(8 * CHUNK, ids).digest)
-        point = replace(
-            good, id="planted", sequence=9, time=good.time + timedelta(1), disks=(disk,)
-        )
-        data = manifest.encode(point)
-        files = [("manifest.json", len(data), planter.chunk(data)), ("vda.raw", 8 * CHUNK, ids)]
-        planter.snapshot(files)
+        _plant(planter, disk, ids)
     out = tmp_path / "out"
     for command in (("verify",), ("restore", "--point", "planted", "--output", out)):
         seen = run(stored, *command)
         seen.result.check(DAMAGED)
         assert seen.mib < MOST_MIB
     run(stored, "restore", "--point", good.id, "--output", tmp_path / "good").result.check()
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths"),
+    [
+        (3 * CHUNK, [CHUNK, 777, CHUNK]),
+        (2 * CHUNK + 777, [CHUNK, CHUNK, CHUNK]),
+    ],
+)
+def test_a_chunk_that_is_not_as_long_as_it_must_be(
+    stored: StoredRepository, tmp_path: Path, size: int, lengths: Sequence[int]
+) -> None:
+    good = stored.points[0]
+    with planting(stored) as planter:
+        ids = b"".join(planter.chunk(CHOOSE.randbytes(length)) for length in lengths)
+        disk = replace(good.disks[0], size=size, digest=ChunkList(size, ids).digest)
+        _plant(planter, disk, ids)
+    out = tmp_path / "out"
+    for command in (("verify",), ("restore", "--point", "planted", "--output", out)):
+        run(stored, *command).result.check(DAMAGED)
+
+
+def test_a_short_chunk_at_the_end_is_no_whole_one_once_the_disk_has_grown(
+    stored: StoredRepository,
+) -> None:
+    """Its list begins as that of the point before it."""
+    short = stored.expected[stored.points[0].id, "vda"]
+    with planting(stored) as planter:
+        ids = planter.chunk(short) + planter.chunk(b"more")
+        disk = stored.points[0].disks[0]
+        size = CHUNK + 4
+        _plant(planter, replace(disk, size=size, digest=ChunkList(size, ids).digest), ids)
+    run(stored, "verify").result.check(DAMAGED)
+
+
+def _plant(planter: Planter, disk: StoredDisk, ids: bytes) -> None:
+    """A point after the good one, with one disk of these chunks."""
+    good = planter.stored.points[0]
+    point = replace(good, id="planted", sequence=9, time=good.time + timedelta(1), disks=(disk,))
+    data = manifest.encode(point)
+    files = [("manifest.json", len(data), planter.chunk(data)), ("vda.raw", disk.size, ids)]
+    planter.snapshot(files)

@@ -129,8 +129,8 @@ class _Verification:
                 continue
             for disk in point.disks:
                 try:
-                    for chunk_id in lists.news(point, disk):
-                        self._need(BlobType.DATA, chunk_id, CHUNK)
+                    for chunk_id, length in lists.news(point, disk):
+                        self._need(BlobType.DATA, chunk_id, length)
                 except DamagedError as error:
                     self._problems[point.id][error.message] = None
 
@@ -141,12 +141,12 @@ class _Verification:
             if kind is BlobType.DATA:  # of trees and manifest, the manifest was not read yet
                 self._repository.load_blob(kind, blob_id)
 
-    def _need(self, kind: BlobType, blob_id: bytes, longest: int | None = None) -> None:
+    def _need(self, kind: BlobType, blob_id: bytes, length: int | None = None) -> None:
         place = self._repository.index.find(kind, blob_id)
         if place is not None:
             self.needed.add(place.pack)
-            if longest is not None and place.packed(kind, blob_id).plain_length > longest:
-                raise DamagedError(f"Its chunk {blob_id.hex()} is longer than a chunk can be.")
+            if length is not None and place.packed(kind, blob_id).plain_length != length:
+                raise DamagedError(f"Its chunk {blob_id.hex()} is not as long as it must be.")
         else:
             self._broken[blob_id] = ""
 
@@ -191,7 +191,7 @@ class _Verification:
         tried: set[bytes] = set()
         for point in self.points:
             for disk in point.disks:
-                for chunk_id in lists.news_if_whole(point, disk):
+                for chunk_id, _ in lists.news_if_whole(point, disk):
                     place = self._repository.index.find(BlobType.DATA, chunk_id)
                     if place and place.pack in self._bad and chunk_id not in tried:
                         tried.add(chunk_id)
@@ -208,7 +208,7 @@ class _Verification:
     def _blame(self, point: Point) -> None:
         for disk in point.disks:
             found = _Lists(self._target).news_if_whole(point, disk)
-            broken = dict.fromkeys(chunk_id for chunk_id in found if chunk_id in self._broken)
+            broken = dict.fromkeys(chunk_id for chunk_id, _ in found if chunk_id in self._broken)
             if broken:
                 first = next(iter(broken))
                 reason = self._broken[first] or f"No index names the data blob {first.hex()}."
@@ -224,18 +224,20 @@ class _Lists:
         self._target = target
         self._before: dict[str, bytes] = {}
 
-    def news(self, point: Point, disk: StoredDisk) -> Iterator[bytes]:
-        """Ids of chunks that this disk did not have at the same places before; some repeatedly.
+    def news(self, point: Point, disk: StoredDisk) -> Iterator[tuple[bytes, int]]:
+        """Ids of chunks that this disk did not have at the same places before, some repeatedly, and
+        how long each must be.
 
         Raises:
             DamagedError: the list cannot be read, or is not what the manifest says.
         """
         contents = self._target.contents(point, disk)
         before = self._before.get(disk.id, b"")
-        self._before[disk.id] = contents.chunks
+        # Without a last one that is short, which a disk that has grown must have longer.
+        self._before[disk.id] = contents.chunks[: contents.size // CHUNK * ID]
         return _differences(before, contents)
 
-    def news_if_whole(self, point: Point, disk: StoredDisk) -> Iterator[bytes]:
+    def news_if_whole(self, point: Point, disk: StoredDisk) -> Iterator[tuple[bytes, int]]:
         """The same; nothing where the list cannot be read."""
         try:
             return self.news(point, disk)
@@ -243,16 +245,19 @@ class _Lists:
             return iter(())
 
 
-def _differences(before: bytes, contents: ChunkList) -> Iterator[bytes]:
+def _differences(before: bytes, contents: ChunkList) -> Iterator[tuple[bytes, int]]:
     now = contents.chunks
+    whole = contents.size // CHUNK * ID
     last = b""
-    for start in range(0, len(now), _BLOCK):
+    for start in range(0, whole, _BLOCK):
         interrupt.check()
-        end = min(start + _BLOCK, len(now))
+        end = min(start + _BLOCK, whole)
         if now[start:end] == before[start:end]:
             continue
         for at in range(start, end, ID):
             chunk_id = now[at : at + ID]
             if chunk_id not in {last, before[at : at + ID]}:
                 last = chunk_id
-                yield chunk_id
+                yield chunk_id, CHUNK
+    if whole < len(now):
+        yield now[whole:], contents.size % CHUNK
