@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lab import cli
-from lab.backups import assert_restores, back_up, leftovers, levels
+from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, Bus, Disk, contents, create, pattern, qemu_img
 from lab.qemu import Qemu
 
@@ -209,6 +209,31 @@ def test_a_disk_goes_by_the_same_id_after_its_place_has_changed(
     point = back_up(second, target, "inc")
     expected = {name: second.contents(name) for name in ("vda", "vdb")}
     assert_restores(target, point["id"], expected, tmp_path)
+
+
+def test_names_with_line_ends_and_colours(tmp_path: Path, start_qemu: StartQemu) -> None:
+    """QEMU takes any text for the id of a device, the name of a VM, an image, or a bitmap."""
+    odd = "b\n\r\x1b[31m"
+    first = create(tmp_path / "a\nb.qcow2", SIZE, contents=pattern(SIZE, 11))
+    second = create(tmp_path / "b.qcow2", SIZE, contents=pattern(SIZE, 12))
+    file = {"driver": "file", "filename": str(second)}
+    node = {"driver": "qcow2", "node-name": "node-b", "file": file}
+    device = {"driver": "virtio-blk-pci", "id": odd, "drive": "node-b"}
+    arguments = ["-blockdev", json.dumps(node), "-device", json.dumps(device)]
+    vm = start_qemu([Disk("vda", first)], args=arguments, name="v\nm")
+    vm.qmp.command("block-dirty-bitmap-add", {"node": "node-b", "name": "another's\n\x1b[31m"})
+    target = tmp_path / "target"
+    back_up(vm, target)
+    made = try_backup(vm, target, "inc").check()
+    shown = cli.run("--socket", vm.socket, "doctor", "--target", target).check()
+    listed = cli.run("list", "--target", target).check()
+    assert "b\\n\\r\\x1b[31m" in made.out
+    assert "\x1b" not in "".join(each.out + each.err for each in (made, shown, listed))
+    point = json.loads(cli.run("list", "--target", target, "--json").check().out.splitlines()[-1])
+    assert set(point["disks"]) == {"vda", odd}
+    expected = {"vda": pattern(SIZE, 11), "b%0A%0D%1B%5B31m": pattern(SIZE, 12)}
+    assert_restores(target, point["id"], expected, tmp_path)
+    assert leftovers(vm) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a VM that root can tell from others")

@@ -264,7 +264,9 @@ def test_answers_to_nobody_are_dropped(address: Path) -> None:
         assert it.execute(ASK) == 5
 
 
-@pytest.mark.parametrize("event", [b'{"event": 7}\n', b'{"event": "A\\nB"}\n', b'{"event": {}}\n'])
+@pytest.mark.parametrize(
+    "event", [b'{"event": 7}\n', b'{"event": ["RESUME"]}\n', b'{"event": {}}\n']
+)
 def test_event_that_is_none(address: Path, event: bytes) -> None:
     with monitor(address, lambda _: event) as it:
         with pytest.raises(CommandTimeout):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from qmpbackup.errors import MonitorProtocolError
 
-_NO_NAME = re.compile("[\0\n\r\ud800-\udfff]")
+_NO_NAME = re.compile("[\0\ud800-\udfff]")
 _LARGEST = 2**63 - 1
 
 
@@ -27,10 +27,11 @@ class Reply:
         return member in self._value
 
     def text(self, member: str, default: str | None = None) -> str:
-        """A string without NUL or line ends, which no name of QEMU's contains, nor half a character."""
+        """A string without NUL, which no name of QEMU's contains, nor half a character. Line ends and
+        the like may be in it, as in the id of a device: whoever shows it escapes it."""
         value = self._member(member, default)
         if not isinstance(value, str) or _NO_NAME.search(value):
-            raise _wrong(f"{self._where}.{member}", "one line of text", value)
+            raise _wrong(f"{self._where}.{member}", "a text", value)
         return value
 
     def integer(self, member: str, default: int | None = None) -> int:
