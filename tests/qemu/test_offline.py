@@ -160,6 +160,18 @@ def test_what_cannot_be_told_is_asked_for(tmp_path: Path, more: tuple[str, ...],
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.parametrize("other", ["../{folder}/link", "hard"])
+def test_two_disks_of_one_image_are_refused(tmp_path: Path, other: str) -> None:
+    image = create(tmp_path / "a.qcow2", SIZE)
+    (tmp_path / "link").symlink_to("a.qcow2")
+    (tmp_path / "hard").hardlink_to(image)
+    second = f"{tmp_path}/{other.format(folder=tmp_path.name)}"
+    named = ("--image", f"vda={image},format=qcow2", "--image", f"vdb={second},format=qcow2")
+    result = run(tmp_path / "target", "auto", "--vm", "x", *named).check(USAGE)
+    assert "Disks vda and vdb have one image" in result.err
+    assert not (tmp_path / "target").exists()
+
+
 def test_an_image_of_another_format_is_refused(tmp_path: Path) -> None:
     image = create(tmp_path / "a.raw", SIZE, "raw")
     named = ("--vm", "x", "--image", f"vda={image},format=qcow2")

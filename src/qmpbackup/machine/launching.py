@@ -173,10 +173,11 @@ def _refused(result: Result, images: Sequence[Image]) -> QmpBackupError:
     said = result.messages
     if '"write" lock' in said or '"consistent read" lock' in said:
         locked = next((each for each in images if str(each.path.resolve()) in said), None)
+        several = " Of images that lie on one another, name the topmost." if images[1:] else ""
         return VmError(
             f"The image {locked.path if locked else 'of a disk'} is open in another program: the VM "
             "is not off.",
-            "Back it up over its monitor (--socket), or end what has the image open.",
+            f"Back it up over its monitor (--socket), or end what has the image open.{several}",
         )
     return VmError(
         f"QEMU cannot open the images: {result.reason.rpartition('}: ')[2]}.",

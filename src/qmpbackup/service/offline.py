@@ -7,6 +7,7 @@ backup of that is an incremental, and so is this one where the image can store b
 """
 
 import socket
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,30 @@ def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:
     if twice:
         raise UsageError(f"Two images are said to be disk {twice[0]}.", "Name each disk once.")
     known = {disk_id: disk.source_format for disk_id, disk in recorded.items()}
-    return [_image(each, each.format or known.get(each.id, "")) for each in named]
+    images = [_image(each, each.format or known.get(each.id, "")) for each in named]
+    _require_different(images)
+    return images
+
+
+def _require_different(images: Sequence[Image]) -> None:
+    """Refuse two disks on one image, however it is spelled: QEMU would say of the second that another
+    program has it open."""
+    seen: dict[tuple[int, ...], Image] = {}
+    for image in images:
+        try:
+            found = image.path.stat()
+        except OSError:
+            continue  # QEMU, or whoever starts it, says what is wrong with it
+        is_device = stat.S_ISBLK(found.st_mode)
+        other = seen.setdefault(
+            (found.st_rdev,) if is_device else (found.st_dev, found.st_ino), image
+        )
+        if other is not image:
+            raise UsageError(
+                f"Disks {other.id} and {image.id} have one image: {other.path} and {image.path} are "
+                "the same.",
+                "Name the image of each, and each image once.",
+            )
 
 
 def _image(named: NamedImage, image_format: str) -> Image:
