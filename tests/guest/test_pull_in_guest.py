@@ -61,7 +61,7 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
         path = folder / f"copy-{seat.disk.id}"
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        images.append(push.NewImage(seat.number, seat.disk.id, fd, path, seat.disk.size))
+        images.append(push.NewImage(seat, fd, path))
     push.create_images(run.monitor, images, names, push.CopyOptions(), undo)
     run.take()
     found: dict[str, Read] = {}
@@ -69,8 +69,7 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     reading.start()
     if run.pull.way is Method.V1:
         reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
-    sources = [(run.view.snapshot_node(seat), run.view.copy_bitmap(seat)) for seat in run.seats]
-    push.copy_all(run.monitor, images, sources, names, push.CopyOptions())
+    push.copy_all(run.monitor, images, run.view, names, push.CopyOptions())
     reading.join()
     run.pull.finish()
     assert undo.run() == []

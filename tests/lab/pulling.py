@@ -21,10 +21,12 @@ from lab.qemu import Qemu
 from qmpbackup.machine import inventory, scratch
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
-from qmpbackup.machine.view import Instant, Seat, View
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.view import Instant, View
 from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Disk, Vm
 from qmpbackup.nbd.reader import Flow
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
 
@@ -121,11 +123,11 @@ class Puller:
         self.pull.serve()
         return instant
 
-    def _scratch(self, seat: Seat, kind: str) -> tuple[int, Path]:
+    def _scratch(self, seat: Seat, kind: str) -> Scratch:
         return scratch.create(
+            seat,
             self._folder,
             self.names.of(kind, seat.number),
-            size=seat.disk.size,
             named=not self.monitor.passes_descriptors,
             undo=self._undo,
         )

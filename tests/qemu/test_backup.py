@@ -273,6 +273,12 @@ def test_months_are_chains_of_their_own(tmp_path: Path, start_qemu: StartQemu) -
     (month,) = (path for path in target.iterdir() if path.is_dir())
     assert len(month.name) == len("2026-11")
     month.rename(target / "2001-01")
+    plan = json.loads(
+        try_backup(vm, target, "auto", "--monthly", "--dry-run", "--json").check().out
+    )
+    new = {each["arguments"].get("name", "") for each in plan["transaction"]}
+    ids = {name.split(":")[1] for _, name in bitmaps(vm)}
+    assert {name.split(":")[1] for name in new if ":" in name} == ids, "not the target's own id"
     assert back_up(vm, target, "auto", "--monthly")["level"] == "full"
     points = {name.split(":")[2].removesuffix("-end") for _, name in bitmaps(vm)}
     assert len(points) == 1, "bitmaps of the month before stay"

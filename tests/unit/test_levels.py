@@ -20,11 +20,19 @@ from qmpbackup.model import (
     VmConfig,
     VmIdentity,
 )
-from qmpbackup.plan.levels import SMALL, effective_level, last_full, plan_disks, rubbish
+from qmpbackup.plan.levels import (
+    SMALL,
+    NewPoint,
+    effective_level,
+    last_full,
+    plan_disks,
+    rubbish,
+)
 from qmpbackup.plan.names import BitmapName
 
 SIZE = 64 << 20
 TARGET = "t1"
+NEW = NewPoint(TARGET, "p3")
 
 
 def bitmap(point: str, **changes: bool) -> Bitmap:
@@ -76,7 +84,7 @@ def fine(_point: Point, _disk: str) -> str:
 
 
 def decide(each: Disk, level: Level, points: tuple[Point, ...] = CHAIN) -> tuple[Level, str]:
-    (plan,) = plan_disks([each], level, points, fine)
+    (plan,) = plan_disks([each], level, points, fine, NEW)
     return plan.level, plan.base.id if plan.base else ""
 
 
@@ -102,11 +110,11 @@ def test_a_bitmap_that_cannot_be_trusted_makes_a_full_or_refuses(
     bitmaps: tuple[Bitmap, ...], word: str
 ) -> None:
     each = disk(*bitmaps)
-    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine)
+    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine, NEW)
     assert plan.level is Level.FULL
     assert word in plan.reason
     with pytest.raises(IncrementalNotPossible, match="vda"):
-        plan_disks([each], Level.INC, CHAIN, fine)
+        plan_disks([each], Level.INC, CHAIN, fine, NEW)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +130,22 @@ def test_a_bitmap_counts_only_with_its_end_mark_beside_it(end: Bitmap | None, wo
     """Same name, recording, not busy, whole: all that may be said of a bitmap that somebody made anew
     on another node. It is the end mark that cannot be copied so."""
     each = disk(bitmap("p2"), end=end)
-    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine)
+    (plan,) = plan_disks([each], Level.AUTO, CHAIN, fine, NEW)
     assert plan.level is Level.FULL
     assert word in plan.reason
     with pytest.raises(IncrementalNotPossible, match="vda"):
-        plan_disks([each], Level.INC, CHAIN, fine)
+        plan_disks([each], Level.INC, CHAIN, fine, NEW)
     with pytest.raises(IncrementalNotPossible, match="vda"):
-        plan_disks([disk(bitmap("p1"), end=end)], Level.DIFF, CHAIN, fine)
+        plan_disks([disk(bitmap("p1"), end=end)], Level.DIFF, CHAIN, fine, NEW)
 
 
 def test_a_point_of_a_version_without_end_marks_costs_one_full() -> None:
     (stored,) = CHAIN[-1].disks
     old = (*CHAIN[:-1], replace(CHAIN[-1], disks=(replace(stored, end_mark=""),)))
-    (plan,) = plan_disks([disk(bitmap("p2"))], Level.AUTO, old, fine)
+    (plan,) = plan_disks([disk(bitmap("p2"))], Level.AUTO, old, fine, NEW)
     assert plan.level is Level.FULL
     assert "no end mark" in plan.reason
-    assert plan.needs_end_mark
+    assert plan.seat.new_end_mark
 
 
 def test_another_targets_bitmap_is_no_base() -> None:
@@ -146,7 +154,7 @@ def test_another_targets_bitmap_is_no_base() -> None:
 
 
 def test_the_first_backup_is_a_full_and_says_why() -> None:
-    (plan,) = plan_disks([disk()], Level.AUTO, (), fine)
+    (plan,) = plan_disks([disk()], Level.AUTO, (), fine, NEW)
     assert plan.level is Level.FULL
     assert "no earlier point" in plan.reason
 
@@ -157,18 +165,18 @@ def test_a_shrunk_disk_is_made_whole_and_a_grown_one_incrementally() -> None:
 
 
 def test_a_damaged_base_is_not_built_upon() -> None:
-    plans = plan_disks([disk(bitmap("p2"))], Level.AUTO, CHAIN, lambda *_: "it is missing")
+    plans = plan_disks([disk(bitmap("p2"))], Level.AUTO, CHAIN, lambda *_: "it is missing", NEW)
     assert plans[0].level is Level.FULL
     assert "it is missing" in plans[0].reason
 
 
 def test_small_disks_are_copied_whole_and_keep_no_bitmap() -> None:
-    (plan,) = plan_disks([disk(size=SMALL)], Level.INC, CHAIN, fine)
+    (plan,) = plan_disks([disk(size=SMALL)], Level.INC, CHAIN, fine, NEW)
     assert (plan.level, plan.keeps_bitmap) == (Level.FULL, False)
 
 
 def test_a_copy_leaves_no_trace() -> None:
-    (plan,) = plan_disks([disk(bitmap("p2"))], Level.COPY, CHAIN, fine)
+    (plan,) = plan_disks([disk(bitmap("p2"))], Level.COPY, CHAIN, fine, NEW)
     assert (plan.level, plan.keeps_bitmap, plan.base_bitmap) == (Level.COPY, False, "")
 
 
@@ -179,7 +187,7 @@ def test_a_copy_is_nobodys_base() -> None:
 
 def test_the_level_of_a_point_is_that_of_its_chains() -> None:
     big, small = disk(bitmap("p2")), disk(size=SMALL)
-    plans = plan_disks([small, big], Level.AUTO, CHAIN, fine)
+    plans = plan_disks([small, big], Level.AUTO, CHAIN, fine, NEW)
     assert effective_level(plans) is Level.INC
 
 
@@ -205,7 +213,7 @@ def test_no_plan_ever_builds_on_a_bitmap_that_is_not_there(
         points.append(point(number, made_here, full.id if full else None))
     each = disk(*(bitmap(f"p{number}") for number in present))
     try:
-        (plan,) = plan_disks([each], level, points, fine)
+        (plan,) = plan_disks([each], level, points, fine, NEW)
     except IncrementalNotPossible:
         assert level in {Level.INC, Level.DIFF}
         return
@@ -242,11 +250,11 @@ def test_what_a_point_was_made_from_must_be_what_it_builds_on(
     now: tuple[Underlay, ...], word: str
 ) -> None:
     each = replace(disk(bitmap("p2")), underlays=now)
-    (plan,) = plan_disks([each], Level.AUTO, made_from(BASE), fine)
+    (plan,) = plan_disks([each], Level.AUTO, made_from(BASE), fine, NEW)
     assert plan.level is Level.FULL
     assert word in plan.reason
     with pytest.raises(IncrementalNotPossible, match="vda"):
-        plan_disks([each], Level.INC, made_from(BASE), fine)
+        plan_disks([each], Level.INC, made_from(BASE), fine, NEW)
 
 
 def test_the_same_images_below_and_points_that_do_not_tell_go_on() -> None:
@@ -260,18 +268,18 @@ def test_the_same_images_below_and_points_that_do_not_tell_go_on() -> None:
     )  # each file system begins with the same inodes
     assert decide(data, Level.AUTO, made_from(other)) == (Level.FULL, "")
     assert decide(each, Level.INC, CHAIN) == (Level.INC, "p2")
-    (plan,) = plan_disks([each], Level.AUTO, made_from(), fine)
+    (plan,) = plan_disks([each], Level.AUTO, made_from(), fine, NEW)
     assert plan.level is Level.FULL
 
 
 def test_a_disk_that_others_may_write_is_a_full_each_time() -> None:
     shared = replace(disk(bitmap("p2"), bitmap("p1")), other_writers="others may write to it")
     for level in (Level.AUTO, Level.FULL):
-        (plan,) = plan_disks([shared], level, CHAIN, fine)
+        (plan,) = plan_disks([shared], level, CHAIN, fine, NEW)
         assert (plan.level, plan.keeps_bitmap) == (Level.FULL, False)
     for level in (Level.INC, Level.DIFF):
         with pytest.raises(IncrementalNotPossible, match="others may write"):
-            plan_disks([shared], level, CHAIN, fine)
+            plan_disks([shared], level, CHAIN, fine, NEW)
     assert decide(shared, Level.COPY) == (Level.COPY, "")
 
 
@@ -291,9 +299,9 @@ def test_images_leave_a_chain_by_a_job_of_the_same_process_alone() -> None:
         ((kept[0], *nodes[1:]), "7 1 boot", Level.FULL),
     ):
         each = replace(disk(bitmap("p2")), underlays=now)
-        (plan,) = plan_disks([each], Level.AUTO, points, fine, process)
+        (plan,) = plan_disks([each], Level.AUTO, points, fine, NEW, process)
         assert plan.level is level, (now, process)
     unknown = (*points[:-1], replace(points[-1], vm=replace(told, process="")))
     each = replace(disk(bitmap("p2")), underlays=kept)
-    (plan,) = plan_disks([each], Level.AUTO, unknown, fine, "")
+    (plan,) = plan_disks([each], Level.AUTO, unknown, fine, NEW, "")
     assert plan.level is Level.FULL

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from qmpbackup.errors import ConnectionLost, JobError, QmpBackupError
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.push import view_broke
-from qmpbackup.machine.view import Seat
 from qmpbackup.nbd import client
 from qmpbackup.nbd.library import NbdError
 from qmpbackup.plan.commands import Command
+from qmpbackup.plan.instant import Seat
 
 _SECTOR = 512
 _PROBE_SECONDS = 1.0

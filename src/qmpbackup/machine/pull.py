@@ -37,7 +37,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import VmError
@@ -47,14 +46,16 @@ from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.nbd_server import NbdServer
 from qmpbackup.machine.probing import Probe, Probing, Pulse, explained
 from qmpbackup.machine.push import FIRST_RIGHT_SNAPSHOT_ACCESS
-from qmpbackup.machine.staging import Stage, Staging
-from qmpbackup.machine.view import Seat, View
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.staging import Staging
+from qmpbackup.machine.view import View
 from qmpbackup.model import Vm
 from qmpbackup.nbd import client
 from qmpbackup.nbd.library import libnbd
 from qmpbackup.nbd.reader import Chunk, Flow, Reader
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import LEDGER, SAMPLES, RunNames
 from qmpbackup.undo import UndoStack
 
@@ -160,9 +161,9 @@ class Pull:
 
     def prepare(
         self,
-        scratches: Sequence[tuple[int, Path]],
+        scratches: Sequence[Scratch],
         samples: Mapping[int, Sequence[int]] | None = None,
-        stages: Sequence[tuple[int, Path]] = (),
+        stages: Sequence[Scratch] = (),
     ) -> None:
         """Open scratch images and ledgers, and mark samples (chunks by the number of their disk).
 
@@ -179,8 +180,7 @@ class Pull:
             if chosen and seat.shows_marks:
                 self._mark(seat, chosen)
         if self.way is Method.STAGED:
-            opened = [Stage(seat, *each) for seat, each in zip(self._seats, stages, strict=True)]
-            self._staging = Staging(self._monitor, self._view, opened, self._names)
+            self._staging = Staging(self._monitor, self._view, stages, self._names)
             self._staging.prepare(self._undo)
 
     def serve(self, watch: Watch | None = None, speed: int = 0) -> None:

@@ -23,9 +23,11 @@ from qmpbackup.machine import jobs
 from qmpbackup.machine.handover import hand_over
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import objects
-from qmpbackup.machine.steps import Step, carry_out
+from qmpbackup.machine.steps import Step, answers, carry_out
+from qmpbackup.machine.view import View
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
 
@@ -48,17 +50,25 @@ NO_FLUSH: dict[str, Json] = {"no-flush": True}
 
 @dataclass(frozen=True, slots=True)
 class NewImage:
-    """A qcow2 file to be filled: open descriptor, path, and what it is to be.
+    """A qcow2 file to be filled with a disk: open descriptor, and path.
 
     `backing` is the relative name of the file it builds on (empty: none); QEMU only records it.
     """
 
-    number: int
-    disk_id: str
+    seat: Seat
     fd: int
     path: Path
-    size: int
     backing: str = ""
+
+    @property
+    def disk_id(self) -> str:
+        """The disk that it is filled with."""
+        return self.seat.disk.id
+
+    @property
+    def number(self) -> int:
+        """The place of that disk in the run."""
+        return self.seat.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +91,7 @@ def create_images(
     Raises:
         StorageError: an image could not be created.
     """
-    filenames = [
-        hand_over(monitor, image.fd, image.path, names.of("file", image.number), undo)
-        for image in images
-    ]
-    carry_out(monitor, [_file(*each, names) for each in zip(images, filenames, strict=True)], undo)
+    carry_out(monitor, [_file(monitor, image, names, undo) for image in images], undo)
     _create(monitor, images, names, options, undo)
     carry_out(monitor, [_image(image, names) for image in images], undo)
     _require_own_data(monitor, images, names)
@@ -113,12 +119,12 @@ def _require_own_data(monitor: Monitor, images: Sequence[NewImage], names: RunNa
 def copy_all(
     monitor: Monitor,
     images: Sequence[NewImage],
-    sources: Sequence[tuple[str, str]],
+    view: View,
     names: RunNames,
     options: CopyOptions,
     watch: jobs.Watch | None = None,
 ) -> None:
-    """Copy every view into its image; `sources` are (snapshot node, bitmap or empty).
+    """Copy the view of every disk into its image.
 
     Raises:
         StorageError: a target could not be written.
@@ -128,20 +134,16 @@ def copy_all(
     """
     started = [names.of("job", image.number) for image in images]
     try:
-        answers = monitor.execute_each(
-            [
-                _backup(monitor, names, image, *source, options)
-                for image, source in zip(images, sources, strict=True)
-            ]
-        )
-        for image, answer in zip(images, answers, strict=True):
+        sent = answers(monitor, images, lambda image: _backup(monitor, names, image, view, options))
+        for image, answer in sent:
             if isinstance(answer, CommandError):
                 raise _refused(image.disk_id, answer)
-        ends = jobs.wait(monitor, started, watch)
+        ends = {end.job: end for end in jobs.wait(monitor, started, watch)}
     except (QmpBackupError, Interrupted):
         jobs.sweep(monitor, started)
         raise
-    failed = [each for each in zip(images, ends, strict=True) if each[1].error]
+    copied = [(image, ends[names.of("job", image.number)]) for image in images]
+    failed = [each for each in copied if each[1].error]
     if failed:
         raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
 
@@ -155,8 +157,9 @@ def _refused(disk_id: str, error: CommandError) -> VmError:
     )
 
 
-def _file(image: NewImage, filename: str, names: RunNames) -> Step:
+def _file(monitor: Monitor, image: NewImage, names: RunNames, undo: UndoStack) -> Step:
     name = names.of("file", image.number)
+    filename = hand_over(monitor, image.fd, image.path, name, undo)
     add = commands.blockdev_add(name, "file", filename=filename, discard="unmap", cache=NO_FLUSH)
     return Step(add, f"close {image.path}", commands.blockdev_del(name))
 
@@ -178,17 +181,10 @@ def _create(
 ) -> None:
     created = [names.of("create", image.number) for image in images]
     undo.push("end the creation of images", lambda: jobs.sweep(monitor, created))
-    monitor.execute_all(
-        [
-            Command(
-                "blockdev-create",
-                {"job-id": job, "options": _create_options(image, names, options)},
-            )
-            for image, job in zip(images, created, strict=True)
-        ]
-    )
-    ends = jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS)
-    for image, end in zip(images, ends, strict=True):
+    monitor.execute_all([_creation(image, names, options) for image in images])
+    ends = {end.job: end for end in jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS)}
+    for image in images:
+        end = ends[names.of("create", image.number)]
         if end.error:
             raise StorageError(
                 f"QEMU could not create {image.path}: {end.error}.",
@@ -196,31 +192,32 @@ def _create(
             )
 
 
-def _create_options(image: NewImage, names: RunNames, options: CopyOptions) -> dict[str, Json]:
+def _creation(image: NewImage, names: RunNames, options: CopyOptions) -> Command:
     created: dict[str, Json] = {
         "driver": "qcow2",
         "file": names.of("file", image.number),
-        "size": image.size,
+        "size": image.seat.disk.size,
         "cluster-size": CLUSTER,
     }
     if image.backing:
         created |= {"backing-file": image.backing, "backing-fmt": "qcow2"}
     if options.compress:
         created["compression-type"] = "zstd"
-    return created
+    job = names.of("create", image.number)
+    return Command("blockdev-create", {"job-id": job, "options": created})
 
 
 def _backup(
-    monitor: Monitor, names: RunNames, image: NewImage, node: str, bitmap: str, options: CopyOptions
+    monitor: Monitor, names: RunNames, image: NewImage, view: View, options: CopyOptions
 ) -> Command:
     arguments: dict[str, Json] = {
         "job-id": names.of("job", image.number),
-        "device": node,
+        "device": view.snapshot_node(image.seat),
         "target": names.of("image", image.number),
         "auto-dismiss": False,
         "on-source-error": "report",
         "on-target-error": "report",
-        **_options(options, bitmap),
+        **_options(options, view.copy_bitmap(image.seat)),
     }
     arguments["x-perf"] = _sizes(monitor.version, options.speed)
     return Command("blockdev-backup", arguments)

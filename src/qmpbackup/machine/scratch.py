@@ -9,12 +9,14 @@ import errno
 import logging
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError, lack_of
 from qmpbackup.machine.beside import is_image_folder
 from qmpbackup.model import Disk
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import RUN_PREFIX
 from qmpbackup.plan.sizes import human
 from qmpbackup.undo import UndoStack
@@ -25,6 +27,15 @@ FALLBACK = Path("/var/tmp")  # noqa: S108 - the place for large temporary files 
 
 _PATIENCE = 2.0
 """Seconds after which a write that has not come back is called hanging."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """A file of ours for a disk: its open descriptor, and its path, which may have no name any more."""
+
+    seat: Seat
+    fd: int
+    path: Path
 
 
 def folder_for(disk: Disk, chosen: Path | None, pid: int | None) -> Path:
@@ -47,8 +58,8 @@ def free_bytes(folder: Path) -> int:
     return state.f_bavail * state.f_frsize
 
 
-def create(folder: Path, name: str, *, size: int, named: bool, undo: UndoStack) -> tuple[int, Path]:
-    """Make a sparse scratch file of `size` bytes; return its descriptor and path.
+def create(seat: Seat, folder: Path, name: str, *, named: bool, undo: UndoStack) -> Scratch:
+    """Make a sparse scratch file as long as the disk.
 
     Raises:
         StorageError: no folder, no right, or no room there.
@@ -59,10 +70,10 @@ def create(folder: Path, name: str, *, size: int, named: bool, undo: UndoStack) 
         undo.push(f"close scratch {path}", lambda: os.close(fd))
         if named:
             undo.push(f"remove scratch {path}", lambda: path.unlink(missing_ok=True))
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, seat.disk.size)
     except OSError as error:
-        raise _failure(folder, size, error) from error
-    return fd, path
+        raise _failure(folder, seat.disk.size, error) from error
+    return Scratch(seat, fd, path)
 
 
 def require_possible(folder: Path, size: int) -> None:

@@ -6,16 +6,16 @@ Both are ready before the instant; nothing is read from or written to them befor
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from qmpbackup.errors import StorageError
 from qmpbackup.machine import jobs, scratch
 from qmpbackup.machine.handover import hand_over
 from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.scratch import Scratch
 from qmpbackup.machine.steps import Step, carry_out
-from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
 
@@ -27,14 +27,13 @@ _OPTIONS: dict[str, Json] = {"discard": "unmap", "cache": {"no-flush": True}}
 
 def open_all(
     monitor: Monitor,
-    disks: Sequence[tuple[int, Disk]],
-    scratches: Sequence[tuple[int, Path]],
+    scratches: Sequence[Scratch],
     names: RunNames,
     undo: UndoStack,
     *,
     readable: bool,
 ) -> None:
-    """Open the scratch of each (number, disk) as the node `scratch`; a scratch is (descriptor, path).
+    """Open each scratch as the node `scratch` of its disk.
 
     Raises:
         StorageError: a qcow2 image could not be created.
@@ -42,16 +41,17 @@ def open_all(
     """
     kind = "fleece" if readable else "scratch"
     steps = []
-    for (number, disk), (fd, path) in zip(disks, scratches, strict=True):
-        name = names.of(kind, number)
-        filename = hand_over(monitor, fd, path, name, undo)
+    for each in scratches:
+        name = names.of(kind, each.seat.number)
+        filename = hand_over(monitor, each.fd, each.path, name, undo)
         add = commands.blockdev_add(name, "file", filename=filename, **_OPTIONS)
-        words = f"close the scratch image of {disk.id}"
-        steps.append(Step(add, words, partial(_close, monitor, name, fd)))
+        words = f"close the scratch image of {each.seat.disk.id}"
+        steps.append(Step(add, words, partial(_close, monitor, name, each.fd)))
     carry_out(monitor, steps, undo)
     if readable:
-        _create(monitor, disks, names, undo)
-        carry_out(monitor, [_above(number, disk, names) for number, disk in disks], undo)
+        seats = [each.seat for each in scratches]
+        _create(monitor, seats, names, undo)
+        carry_out(monitor, [_above(seat, names) for seat in seats], undo)
 
 
 def _close(monitor: Monitor, name: str, fd: int) -> None:
@@ -59,28 +59,10 @@ def _close(monitor: Monitor, name: str, fd: int) -> None:
     scratch.empty(fd)
 
 
-def _create(
-    monitor: Monitor, disks: Sequence[tuple[int, Disk]], names: RunNames, undo: UndoStack
-) -> None:
-    created = [names.of("form", number) for number, _ in disks]
+def _create(monitor: Monitor, seats: Sequence[Seat], names: RunNames, undo: UndoStack) -> None:
+    created = [names.of("form", seat.number) for seat in seats]
     undo.push("end the creation of scratch images", lambda: jobs.sweep(monitor, created))
-    monitor.execute_all(
-        [
-            Command(
-                "blockdev-create",
-                {
-                    "job-id": job,
-                    "options": {
-                        "driver": "qcow2",
-                        "file": names.of("fleece", number),
-                        "size": disk.size,
-                        "cluster-size": CLUSTER,
-                    },
-                },
-            )
-            for job, (number, disk) in zip(created, disks, strict=True)
-        ]
-    )
+    monitor.execute_all([_creation(seat, names) for seat in seats])
     for end in jobs.wait(monitor, created, seconds=jobs.CREATE_SECONDS):
         if end.error:
             raise StorageError(
@@ -89,7 +71,18 @@ def _create(
             )
 
 
-def _above(number: int, disk: Disk, names: RunNames) -> Step:
-    name, file = names.of("scratch", number), names.of("fleece", number)
-    add = commands.blockdev_add(name, "qcow2", file=file, backing=disk.node, **_OPTIONS)
-    return Step(add, f"close the scratch image above {disk.id}", commands.blockdev_del(name))
+def _creation(seat: Seat, names: RunNames) -> Command:
+    options: dict[str, Json] = {
+        "driver": "qcow2",
+        "file": names.of("fleece", seat.number),
+        "size": seat.disk.size,
+        "cluster-size": CLUSTER,
+    }
+    job = names.of("form", seat.number)
+    return Command("blockdev-create", {"job-id": job, "options": options})
+
+
+def _above(seat: Seat, names: RunNames) -> Step:
+    name, file = names.of("scratch", seat.number), names.of("fleece", seat.number)
+    add = commands.blockdev_add(name, "qcow2", file=file, backing=seat.disk.node, **_OPTIONS)
+    return Step(add, f"close the scratch image above {seat.disk.id}", commands.blockdev_del(name))

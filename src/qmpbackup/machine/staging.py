@@ -7,36 +7,27 @@ Then a qemu-nbd of ours shows that file: no client of QEMU is left that could do
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 
 from qmpbackup.errors import VmError
 from qmpbackup.images import qemu_nbd
 from qmpbackup.images.layers import Layer
 from qmpbackup.machine import jobs, push, scratch
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.view import Seat, View
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.view import View
 from qmpbackup.plan import commands
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import LEDGER, RunNames
 from qmpbackup.undo import UndoStack
 
 EXPORT = "staged"
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The local image of a disk: an open descriptor and its path, which may have no name any more."""
-
-    seat: Seat
-    fd: int
-    path: Path
-
-
 class Staging:
-    """The local images of one run."""
+    """The local images of one run, in scratch files of their own."""
 
     def __init__(
-        self, monitor: Monitor, view: View, stages: Sequence[Stage], names: RunNames
+        self, monitor: Monitor, view: View, stages: Sequence[Scratch], names: RunNames
     ) -> None:
         self._monitor = monitor
         self._view = view
@@ -65,9 +56,8 @@ class Staging:
         """
         seats = [stage.seat for stage in self._stages.values()]
         self._store_marks([seat for seat in seats if seat.shows_marks])
-        sources = [(self._view.snapshot_node(seat), self._view.copy_bitmap(seat)) for seat in seats]
         options = push.CopyOptions(speed=speed)
-        push.copy_all(self._monitor, self._images(), sources, self._names, options, watch)
+        push.copy_all(self._monitor, self._images(), self._view, self._names, options, watch)
         self._close()
 
     def served(self, seat: Seat) -> AbstractContextManager[str]:
@@ -82,10 +72,7 @@ class Staging:
         return qemu_nbd.serving([layer], options, f"open the staged image of {seat.disk.id}")
 
     def _images(self) -> list[push.NewImage]:
-        return [
-            push.NewImage(number, stage.seat.disk.id, stage.fd, stage.path, stage.seat.disk.size)
-            for number, stage in self._stages.items()
-        ]
+        return [push.NewImage(stage.seat, stage.fd, stage.path) for stage in self._stages.values()]
 
     def _store_marks(self, seats: Sequence[Seat]) -> None:
         """Put the bitmaps of ledgers into the images, which QEMU stores when it closes them."""

@@ -7,11 +7,14 @@ Every answer costs a turn of two event loops, and while a VM stands still each t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from qmpbackup.errors import CommandError
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.commands import Command
 from qmpbackup.undo import UndoStack
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,22 @@ def carry_out(monitor: Monitor, steps: Sequence[Step], undo: UndoStack) -> None:
     Raises:
         CommandError: QEMU refused a step (the first is raised); later ones were tried all the same.
     """
-    results = monitor.execute_each([step.command for step in steps])
-    for step, result in zip(steps, results, strict=True):
+    done = answers(monitor, steps, lambda step: step.command)
+    for step, result in done:
         if not isinstance(result, CommandError):
             if isinstance(step.undo, Command):
                 undo.push(step.undo_words, partial(monitor.execute, step.undo))
             elif step.undo is not None:
                 undo.push(step.undo_words, step.undo)
-    for result in results:
+    for _, result in done:
         if isinstance(result, CommandError):
             raise result
+
+
+def answers(
+    monitor: Monitor, items: Sequence[Item], command: Callable[[Item], Command]
+) -> list[tuple[Item, object]]:
+    """Carry out a command for each item, sent at once; gives each item with the answer, or with the
+    `CommandError` with which QEMU refused it."""
+    results = monitor.execute_each([command(item) for item in items])
+    return list(zip(items, results, strict=True))

@@ -23,8 +23,7 @@ where anybody may look at them and no iothread has a part. And where snapshot-ac
 the old contents where they were saved, else what is still there.
 
 All disks are switched while the VM stands still for a few milliseconds, after the new bitmaps were
-started in one transaction. The order inside that transaction matters: first the new bitmaps, then
-the copies of the old ones. An iothread may write between two actions, and must then be in both.
+started in one transaction (`plan.instant`).
 """
 
 import logging
@@ -32,7 +31,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from qmpbackup.errors import (
     CommandError,
@@ -45,12 +43,14 @@ from qmpbackup.machine import scratch_nodes
 from qmpbackup.machine.graph import active_nodes, children
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
+from qmpbackup.machine.scratch import Scratch
 from qmpbackup.machine.steps import Step, carry_out
 from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Disk
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.names import END, LEDGER, SAMPLES, STOPPED_MARKER, RunNames
+from qmpbackup.plan.instant import Seat, transaction
+from qmpbackup.plan.names import LEDGER, SAMPLES, STOPPED_MARKER, RunNames
 from qmpbackup.plan.vm_states import GONE, OBSTACLES
 from qmpbackup.undo import UndoStack
 
@@ -67,28 +67,6 @@ STOP_SECONDS = 10.0
 """After this long the watchdog lets the VM run again and the run is given up."""
 
 _CONTINUED = "Somebody else let the VM run while the instant was taken."
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """One disk of a view, with the bitmaps that its copy needs.
-
-    `new_bitmap` is the change bitmap to start (empty: none), `base_bitmap` the one whose marks say
-    what to copy (empty: everything), `new_end_mark` the end mark to make (empty: none). `chunk` is
-    the bytes of a chunk where we read the disk ourselves (0: QEMU copies it).
-    """
-
-    disk: Disk
-    number: int
-    new_bitmap: str = ""
-    base_bitmap: str = ""
-    new_end_mark: str = ""
-    chunk: int = 0
-
-    @property
-    def shows_marks(self) -> bool:
-        """Whether the ledger is to show what to read."""
-        return bool(self.chunk and self.base_bitmap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +120,7 @@ class View:
         """The bitmap on the ledger that holds what the view protects: changes and samples."""
         return self._names.of("read", seat.number) if seat.shows_marks else ""
 
-    def prepare(self, scratches: Sequence[tuple[int, Path]], *, readable: bool = False) -> None:
+    def prepare(self, scratches: Sequence[Scratch], *, readable: bool = False) -> None:
         """Open the scratch image and the ledger of each disk, and mark the ends of disks.
 
         A scratch is a raw file, or, to be `readable` as the disk at the instant, a qcow2 image above
@@ -152,14 +130,7 @@ class View:
             StorageError: a scratch image could not be created.
             VmError: QEMU refused.
         """
-        scratch_nodes.open_all(
-            self._monitor,
-            [(seat.number, seat.disk) for seat in self._seats],
-            scratches,
-            self._names,
-            self._undo,
-            readable=readable,
-        )
+        scratch_nodes.open_all(self._monitor, scratches, self._names, self._undo, readable=readable)
         self._open_ledgers([seat for seat in self._seats if seat.new_end_mark or seat.shows_marks])
         ends = [(seat.number, seat.disk.size) for seat in self._seats if seat.new_end_mark]
         if ends:
@@ -219,24 +190,8 @@ class View:
                     "If the VM has a job such as a mirror, wait for its end; then run again.",
                 )
 
-    @staticmethod
-    def transaction(seats: Sequence[Seat], names: RunNames) -> tuple[Command, ...]:
-        """The bitmap actions of the instant: all new bitmaps first, see the module's docstring."""
-        starts = [
-            commands.bitmap_add(
-                seat.disk.format_node, seat.new_bitmap, persistent=seat.disk.can_persist
-            )
-            for seat in seats
-            if seat.new_bitmap
-        ]
-        copies: list[Command] = []
-        for seat in seats:
-            copies += _end_mark(seat, names)
-            copies += _widened_marks(seat, names) if seat.shows_marks else _marks(seat, names)
-        return (*starts, *copies)
-
     def _start_bitmaps(self) -> None:
-        actions = self.transaction(self._seats, self._names)
+        actions = transaction(self._seats, self._names)
         if not actions:
             return
         self._monitor.execute(commands.transaction(actions))
@@ -350,50 +305,6 @@ class View:
 def cbw_timeout(version: tuple[int, int, int]) -> int:
     """Seconds that a guest write may wait for a scratch that hangs."""
     return CBW_TIMEOUT_SECONDS if version[:2] >= (9, 1) else CBW_TIMEOUT_SECONDS_OF_OLD
-
-
-def _end_mark(seat: Seat, names: RunNames) -> list[Command]:
-    """Give the disk its end mark from the ledger."""
-    if not seat.new_end_mark:
-        return []
-    node, mark, ledger = seat.disk.format_node, seat.new_end_mark, names.of(LEDGER, seat.number)
-    return [
-        commands.bitmap_add(node, mark, persistent=seat.disk.can_persist, disabled=True),
-        commands.bitmap_merge(node, mark, ledger, names.of(END, seat.number)),
-    ]
-
-
-def _marks(seat: Seat, names: RunNames) -> list[Command]:
-    """A copy of the marks as they are at the instant."""
-    if not seat.base_bitmap:
-        return []
-    node, name = seat.disk.format_node, names.of("inc", seat.number)
-    return [
-        commands.bitmap_add(node, name, disabled=True),
-        commands.bitmap_merge(node, name, node, seat.base_bitmap),
-    ]
-
-
-def _widened_marks(seat: Seat, names: RunNames) -> list[Command]:
-    """What changed, in the ledger; with the samples what to read, there and for the filter.
-
-    Each is made from the one before, so that nothing is called changed that is not protected.
-    """
-    node, ledger = seat.disk.format_node, names.of(LEDGER, seat.number)
-    changed, read, inc = (names.of(what, seat.number) for what in ("changed", "read", "inc"))
-    return [
-        _chunk_bitmap(seat, ledger, changed),
-        commands.bitmap_merge(ledger, changed, node, seat.base_bitmap),
-        _chunk_bitmap(seat, ledger, read),
-        commands.bitmap_merge(ledger, read, ledger, changed),
-        commands.bitmap_merge(ledger, read, ledger, names.of(SAMPLES, seat.number)),
-        _chunk_bitmap(seat, node, inc),
-        commands.bitmap_merge(node, inc, ledger, read),
-    ]
-
-
-def _chunk_bitmap(seat: Seat, node: str, name: str) -> Command:
-    return commands.bitmap_add(node, name, disabled=True, granularity=seat.chunk)
 
 
 def require_present(status: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qmpbackup.errors import IncrementalNotPossible
 from qmpbackup.model import Bitmap, Disk, Level, Point, StoredDisk, Underlay
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import BitmapName, parse_bitmap
 
 SMALL = 8 * 1024 * 1024
@@ -20,31 +21,57 @@ no longer than an incremental, and nothing can be wrong with a bitmap that is no
 
 
 @dataclass(frozen=True, slots=True)
-class DiskPlan:
-    """What a run does with one disk.
+class NewPoint:
+    """The point that is to be made: its target, its id, and the bytes of a chunk there, where disks are
+    read in chunks (0: QEMU copies them)."""
 
-    `base` is the point that an incremental or differential builds on, and `base_bitmap` the change
-    bitmap that counts from it. `keeps_bitmap` says whether a new change bitmap is started, and
-    `needs_end_mark` whether a new end mark is made (else that of the base goes on).
+    target_id: str
+    id: str
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What a run does with one disk: the part that this has in the view, and why it has this level.
+
+    `base` is the point that an incremental or differential builds on.
     """
 
-    disk: Disk
+    seat: Seat
     level: Level
     reason: str
     base: Point | None = None
-    base_bitmap: str = ""
-    keeps_bitmap: bool = True
+
+    @property
+    def disk(self) -> Disk:
+        """The disk."""
+        return self.seat.disk
+
+    @property
+    def base_bitmap(self) -> str:
+        """The change bitmap that counts from the base; empty where everything is copied."""
+        return self.seat.base_bitmap
+
+    @property
+    def keeps_bitmap(self) -> bool:
+        """Whether a new change bitmap is started."""
+        return bool(self.seat.new_bitmap)
+
+    @property
+    def end_mark(self) -> str:
+        """The end mark beside the new change bitmap: a new one, or that of the base, which goes on."""
+        base = self.stored_base
+        return self.seat.new_end_mark or (base.end_mark if base else "")
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the point that it builds on."""
+        return self.base.id if self.base else None
 
     @property
     def stored_base(self) -> StoredDisk | None:
         """The record of this disk in the point it builds on."""
         return self.base.disk(self.disk.id) if self.base else None
-
-    @property
-    def needs_end_mark(self) -> bool:
-        """Whether the base has no end mark that fits the disk as it is now."""
-        base = self.stored_base
-        return self.keeps_bitmap and (base is None or base.size != self.disk.size)
 
     @property
     def bytes_to_copy(self) -> int:
@@ -58,28 +85,63 @@ Check = Callable[[Point, str], str]
 
 
 def plan_disks(
-    disks: Iterable[Disk], level: Level, points: Sequence[Point], check: Check, process: str = ""
+    disks: Iterable[Disk],
+    level: Level,
+    points: Sequence[Point],
+    check: Check,
+    new: NewPoint,
+    process: str = "",
 ) -> tuple[DiskPlan, ...]:
-    """Decide the level of every disk of a run; `process` is that of the VM (see `VmConfig`).
+    """Decide the level of every disk of a new point, and the bitmaps that it uses and starts; `process`
+    is that of the VM (see `VmConfig`).
 
     Raises:
         IncrementalNotPossible: `inc` or `diff` was asked for, and a disk cannot have it.
     """
-    return tuple(_plan_disk(disk, level, points, check, process) for disk in disks)
+    return tuple(
+        _plan_disk(number, disk, _decide(disk, level, points, check, process), new)
+        for number, disk in enumerate(disks)
+    )
 
 
-def _plan_disk(
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    level: Level
+    reason: str
+    base: Point | None = None
+    keeps_bitmap: bool = True
+
+
+def _plan_disk(number: int, disk: Disk, made: _Decision, new: NewPoint) -> DiskPlan:
+    base = made.base.disk(disk.id) if made.base else None
+    seat = Seat(
+        disk,
+        number,
+        new_bitmap=change_bitmap_name(new.target_id, new.id, disk.id) if made.keeps_bitmap else "",
+        base_bitmap=base.bitmap if base else "",
+        new_end_mark=(
+            end_mark_name(new.target_id, new.id, disk.id)
+            # The end mark of the base goes on where it fits the disk as it is now.
+            if made.keeps_bitmap and (base is None or base.size != disk.size)
+            else ""
+        ),
+        chunk=new.chunk,
+    )
+    return DiskPlan(seat, made.level, made.reason, made.base)
+
+
+def _decide(
     disk: Disk, level: Level, points: Sequence[Point], check: Check, process: str
-) -> DiskPlan:
+) -> _Decision:
     if level is Level.COPY:
-        return DiskPlan(disk, Level.COPY, "asked for", keeps_bitmap=False)
+        return _Decision(Level.COPY, "asked for", keeps_bitmap=False)
     if disk.size <= SMALL:
         reason = "small disk, copied whole each time"
-        return DiskPlan(disk, Level.FULL, reason, keeps_bitmap=False)
+        return _Decision(Level.FULL, reason, keeps_bitmap=False)
     # Where others may write, no bitmap of today helps tomorrow.
     useful = not disk.other_writers
     if level is Level.FULL:
-        return DiskPlan(disk, Level.FULL, "asked for", keeps_bitmap=useful)
+        return _Decision(Level.FULL, "asked for", keeps_bitmap=useful)
     wanted = Level.DIFF if level is Level.DIFF else Level.INC
     base = last_full(points, disk.id) if wanted is Level.DIFF else last_point(points, disk.id)
     obstacle = _obstacle(disk, base, check, process)
@@ -88,10 +150,9 @@ def _plan_disk(
             f"Disk {disk.id} cannot have {_article(wanted)} backup: {obstacle}.",
             "Use --level auto, which makes a full of just such disks, or --level full.",
         )
-    stored = base.disk(disk.id) if base else None
-    if obstacle or base is None or stored is None:
-        return DiskPlan(disk, Level.FULL, obstacle, keeps_bitmap=useful)
-    return DiskPlan(disk, wanted, f"changes since {base.id}", base, stored.bitmap)
+    if obstacle or base is None:
+        return _Decision(Level.FULL, obstacle, keeps_bitmap=useful)
+    return _Decision(wanted, f"changes since {base.id}", base)
 
 
 def last_point(points: Sequence[Point], disk_id: str) -> Point | None:

@@ -9,7 +9,7 @@ from qmpbackup.machine import starved
 from qmpbackup.machine.inventory import Leftovers
 from qmpbackup.model import Level, Location, Place, Vm
 from qmpbackup.plan import room as plan_room
-from qmpbackup.plan.levels import plan_disks
+from qmpbackup.plan.levels import NewPoint, plan_disks
 from qmpbackup.service import room
 from qmpbackup.service.backup import rooms
 from qmpbackup.service.finding import Finding, Health
@@ -49,9 +49,8 @@ def of_next_backup(
     vm: Vm, files: rooms.Files, place: Place, stored: Inventory, scratch_dir: Path | None
 ) -> Iterator[Finding]:
     """Whether the next backup fits beside the images of running VMs."""
-    plans = plan_disks(
-        vm.disks, Level.AUTO, stored.points, lambda _point, _disk: "", vm.config.process
-    )
+    new, process = NewPoint("", "next"), vm.config.process
+    plans = plan_disks(vm.disks, Level.AUTO, stored.points, lambda *_: "", new, process)
     for space, here in room.by_space(rooms.needs(files, vm, plans, _Taker(place), scratch_dir)):
         missing = plan_room.shortage(space, here, None)
         if missing:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a restore point of a running VM.
 
-    connect, lock the VM ─ what is there, what did a dead run leave ─ open and lock the target
+    connect, lock the VM ─ what is there, what did a dead run leave ─ find and lock the target
     plan the level of each disk (pure)                                    --dry-run ends here
-    prepare: what receives the copy, scratch images, watchdog
+    make the target, if it is a new one ─ prepare: what receives the copy, scratch images, watchdog
     [freeze] ─ the instant ─ [thaw]
     copy all views ─ dismantle the views ─ commit the point
     remove the change bitmaps that the new point has made superfluous
@@ -27,16 +27,16 @@ from datetime import UTC, datetime
 
 from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
-from qmpbackup.machine.view import View, require_present
-from qmpbackup.model import Absence, Level, Location, Point, Quiesce, Skipped
+from qmpbackup.machine.view import require_present
+from qmpbackup.model import Absence, Level, Location, Quiesce, Skipped
 from qmpbackup.plan import commands
-from qmpbackup.plan.levels import plan_disks, rubbish
+from qmpbackup.plan.levels import NewPoint, plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.service import offline, room, session
 from qmpbackup.service.backup import directory, rooms
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
-from qmpbackup.service.backup.way import Destination, Opening, Watch, seats
+from qmpbackup.service.backup.way import Destination, Opening, Watch
 from qmpbackup.service.quiesce import Guest
 
 __all__ = ["Outcome", "Plan", "Request", "back_up", "dry_run"]
@@ -51,26 +51,20 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     with interrupt.held(), _opening(request) as opening, ExitStack() as stack:
         vm = stack.enter_context(_vm(request))
         _heal(request, vm)
-        destination = stack.enter_context(
-            opening.destination(vm.vm, lambda found: _plan(request, vm, found))
-        )
+        found = stack.enter_context(opening.found(vm.vm))
+        plan = _plan(request, vm, found)
+        destination = stack.enter_context(found.claim(vm.vm))
         try:
-            return _run(request, vm, destination, watch)
+            return Run(request, vm.monitor, destination, plan, watch).execute()
         except UnrecordedChanges as alarm:
             _drop_bitmaps(vm, destination, alarm.disks)
             if request.level is not Level.AUTO:
                 raise
             log.error("%s The disks concerned are now read whole.", alarm.message)
             destination.distrust(alarm.disks)
-            outcome = _run(request, vm.again(), destination, watch)
+            plan = _plan(request, vm.again(), destination)
+            outcome = Run(request, vm.monitor, destination, plan, watch).execute()
             return replace(outcome, alarm=alarm.message)
-
-
-def _run(
-    request: Request, vm: session.Session, destination: Destination, watch: Watch | None
-) -> Outcome:
-    plan = _plan(request, vm, destination)
-    return Run(request, vm.monitor, destination, plan, watch).execute()
 
 
 def _drop_bitmaps(vm: session.Session, destination: Destination, disks: frozenset[str]) -> None:
@@ -91,7 +85,7 @@ def dry_run(request: Request) -> Plan:
         interrupt.held(),
         _opening(request, look_only=True) as opening,
         _vm(request, look_only=True) as vm,
-        opening.destination(vm.vm, lambda found: _plan(request, vm, found)) as destination,
+        opening.found(vm.vm) as destination,
     ):
         return _plan(request, vm, destination)
 
@@ -152,22 +146,15 @@ def _plan(request: Request, session_: session.Session, destination: Destination)
             "There is no disk to back up.",
             "`qmpbackup … info --show blockdev` lists the disks and why others are skipped.",
         )
-    points: tuple[Point, ...] = destination.stored.points
-    plans = plan_disks(chosen, request.level, points, destination.obstacle, vm.config.process)
+    point = NewPoint(
+        destination.id,
+        f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        destination.chunk,
+    )
+    points, obstacle = destination.stored.points, destination.obstacle
+    plans = plan_disks(chosen, request.level, points, obstacle, point, vm.config.process)
     files = rooms.files_of(session_.monitor, chosen)
     needs = rooms.needs(files, vm, plans, destination, request.scratch)
     room.require(needs, request.reserve, rooms.HINT)
-    now = datetime.now(UTC)
-    point_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    return Plan(
-        vm=vm,
-        target=destination.place,
-        target_id=destination.id,
-        point_id=point_id,
-        disks=plans,
-        skipped=skipped,
-        transaction=View.transaction(
-            seats(plans, destination.id, point_id, destination.chunk), RunNames("000000")
-        ),
-        needs=tuple(needs),
-    )
+    names = RunNames(secrets.token_hex(3))
+    return Plan(vm, destination.place, point, names, plans, skipped, tuple(needs))

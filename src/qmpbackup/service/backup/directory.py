@@ -3,19 +3,20 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.errors import VmError
+from qmpbackup.errors import StorageError, VmError
 from qmpbackup.machine import push
+from qmpbackup.machine.scratch import Scratch
 from qmpbackup.machine.view import View
 from qmpbackup.model import Point, Vm
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.request import Request
-from qmpbackup.service.backup.way import Destination, Frame, Stored
+from qmpbackup.service.backup.way import Frame, Stored
 from qmpbackup.targets.folder.target import DirectoryTarget, Pending
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.undo import UndoStack
@@ -24,20 +25,20 @@ log = logging.getLogger(__name__)
 
 
 class Directory:
-    """A directory target that is there or, for a plan, could be."""
+    """A directory target: held, only looked at, or one that is yet to be made."""
 
     chunk = 0
 
     def __init__(
-        self, path: Path, target: DirectoryTarget | None, stored: Inventory, request: Request
+        self, opening: "Opening", path: Path, target: DirectoryTarget | None, stored: Inventory
     ) -> None:
         self.place = str(path)
         self.folder = path
-        self.stores_plain = not request.compress
+        self.stores_plain = not opening.request.compress
         self.stored = stored
-        self.id = target.id if target else request.uuid or secrets.token_hex(4)
+        self.id = target.id if target else opening.new_id()
+        self._opening = opening
         self._target = target
-        self._verify_chain = request.verify_chain
 
     @staticmethod
     def stages(_vm: Vm) -> bool:
@@ -53,12 +54,16 @@ class Directory:
             return reason
         from qmpbackup.service import chains
 
-        limit = None if self._verify_chain else chains.SMALL
+        limit = None if self._opening.request.verify_chain else chains.SMALL
         return chains.fault(self._target, self.stored.points, point, disk_id, limit)
 
     def distrust(self, disks: frozenset[str]) -> None:
         """QEMU copies; there is nothing to audit."""
         raise NotImplementedError(disks)
+
+    def claim(self, vm: Vm) -> AbstractContextManager["Directory"]:
+        """The target of a run, made where it was not there."""
+        return nullcontext(self) if self._target else self._opening.made(vm, self.id)
 
     def way(self, frame: Frame) -> "IntoDirectory":
         """The way of a run into it."""
@@ -71,42 +76,64 @@ class Opening:
     """A folder that is named, and about to be opened; with `look_only`, nothing is made or changed."""
 
     def __init__(self, request: Request, folder: Path, *, look_only: bool) -> None:
-        self._request = request
+        self.request = request
         self._folder = folder
         self._look_only = look_only
 
     @contextmanager
-    def destination(self, vm: Vm, approve: Callable[[Destination], object]) -> Iterator[Directory]:
+    def found(self, vm: Vm) -> Iterator[Directory]:
         """The target, held for writing after what a run that died has left was cleared up, or only
-        looked at. What is impossible leaves no empty target: that is what `approve` says before."""
-        request, path = self._request, _path(self._request, self._folder)
+        looked at. Where there is none, none is made: what is impossible leaves no empty target."""
+        path = self._path()
         target = DirectoryTarget.peek(path)
-        if self._look_only:
-            yield Directory(path, target, target.load() if target else Inventory(), request)
+        if target is None or self._look_only:
+            yield Directory(self, path, target, target.load() if target else Inventory())
             return
-        if target is None:
-            approve(Directory(path, None, Inventory(), request))
-        target = _open(request, self._folder, vm)
-        target.settle(request.lock_wait)
-        with target.lock(write=True, wait=request.lock_wait):
+        with self._held(vm) as held:
+            yield held
+
+    @contextmanager
+    def made(self, vm: Vm, target_id: str) -> Iterator[Directory]:
+        """A new target, held for writing, with the id that was planned.
+
+        Raises:
+            StorageError: somebody else has made it meanwhile.
+        """
+        with self._held(vm, target_id) as held:
+            if held.id != target_id or held.stored.points:
+                raise StorageError(
+                    f"The target {held.place} was made by somebody else just now.", "Run again."
+                )
+            yield held
+
+    @contextmanager
+    def _held(self, vm: Vm, new_id: str = "") -> Iterator[Directory]:
+        target, wait = self._open(vm, new_id), self.request.lock_wait
+        target.settle(wait)
+        with target.lock(write=True, wait=wait):
             for done in target.recover():
                 log.info("Cleaned up after a run that died: %s.", done)
             stored = target.load()
             target.require_points(vm.config.identity, stored)
-            yield Directory(path, target, stored, request)
+            yield Directory(self, target.path, target, stored)
 
+    def _open(self, vm: Vm, new_id: str) -> DirectoryTarget:
+        identity, uuid = vm.config.identity, self.request.uuid
+        whole = DirectoryTarget.open_or_create(self._folder, identity, uuid=uuid, id_hint=new_id)
+        if not self.request.monthly:
+            return whole
+        # All months share one id, so that the first full of a month retires last month's bitmaps.
+        return DirectoryTarget.open_or_create(self._path(), identity, id_hint=whole.id)
 
-def _path(request: Request, folder: Path) -> Path:
-    return folder / f"{datetime.now(UTC).astimezone():%Y-%m}" if request.monthly else folder
+    def new_id(self) -> str:
+        """The id that a new target gets."""
+        whole = DirectoryTarget.peek(self._folder) if self.request.monthly else None
+        return (whole.id if whole else "") or self.request.uuid or secrets.token_hex(4)
 
-
-def _open(request: Request, folder: Path, vm: Vm) -> DirectoryTarget:
-    identity = vm.config.identity
-    whole = DirectoryTarget.open_or_create(folder, identity, uuid=request.uuid)
-    if not request.monthly:
-        return whole
-    # All months share one id, so that the first full of a month retires last month's bitmaps.
-    return DirectoryTarget.open_or_create(_path(request, folder), identity, id_hint=whole.id)
+    def _path(self) -> Path:
+        if not self.request.monthly:
+            return self._folder
+        return self._folder / f"{datetime.now(UTC).astimezone():%Y-%m}"
 
 
 class IntoDirectory:
@@ -118,40 +145,37 @@ class IntoDirectory:
         self._images: list[push.NewImage] = []
         self._images_open = UndoStack()
         wanted = [(plan.disk.id, plan.level) for plan in frame.plan.disks]
-        self._pending: Pending = target.begin(frame.plan.point_id, wanted, datetime.now(UTC))
+        self._pending: Pending = target.begin(frame.plan.point.id, wanted, datetime.now(UTC))
         self._stuck = False
         frame.rollback.push("remove the files of this run", self._abort)
         frame.rollback.push("close the images of this run", self._close_images)
         self.view = View(
             frame.monitor,
-            frame.seats,
-            frame.names,
+            frame.plan.seats,
+            frame.plan.names,
             teardown=frame.teardown,
             rollback=frame.rollback,
         )
 
-    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
+    def prepare(self, scratches: Sequence[Scratch]) -> None:
         """Images in the files, and scratch images, all of them opened in QEMU."""
         frame = self._frame
-        self._images += [self._image(*each) for each in enumerate(frame.plan.disks)]
+        self._images += [self._image(plan) for plan in frame.plan.disks]
         push.create_images(
-            frame.monitor, self._images, frame.names, self._options, self._images_open
+            frame.monitor, self._images, frame.plan.names, self._options, self._images_open
         )
         self.view.prepare(scratches)
 
-    def _image(self, number: int, plan: DiskPlan) -> push.NewImage:
+    def _image(self, plan: DiskPlan) -> push.NewImage:
         file = self._pending.files[plan.disk.id]
         base = plan.stored_base
         backing = base.file.rpartition("/")[2] if base else ""
-        return push.NewImage(number, plan.disk.id, file.fd, file.path, plan.disk.size, backing)
+        return push.NewImage(plan.seat, file.fd, file.path, backing)
 
     def copy(self) -> None:
         """Have QEMU copy all views."""
-        frame = self._frame
-        sources = [
-            (self.view.snapshot_node(seat), self.view.copy_bitmap(seat)) for seat in frame.seats
-        ]
-        push.copy_all(frame.monitor, self._images, sources, frame.names, self._options, frame.watch)
+        frame, names = self._frame, self._frame.plan.names
+        push.copy_all(frame.monitor, self._images, self.view, names, self._options, frame.watch)
 
     def _close_images(self) -> None:
         failures = self._images_open.run()
@@ -172,7 +196,7 @@ class IntoDirectory:
         interrupt.check()
         size, digest = self._pending.seal(plan.disk.id)
         name = self._pending.files[plan.disk.id].name
-        return Stored(name, plan.base.id if plan.base else None, size, digest)
+        return Stored(name, size, digest)
 
     def commit(self, point: Point) -> None:
         """Write the manifest."""

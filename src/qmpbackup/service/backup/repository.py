@@ -12,16 +12,18 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges, UsageError
 from qmpbackup.machine.jobs import JobProgress
 from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
-from qmpbackup.machine.view import Seat, View
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.view import View
 from qmpbackup.model import Level, Location, Point, Vm
 from qmpbackup.nbd.reader import Chunk, Flow
+from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.sizes import human
 from qmpbackup.restic.pack import BlobType
@@ -30,7 +32,7 @@ from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
 from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
-from qmpbackup.service.backup.way import Destination, Frame, Stored
+from qmpbackup.service.backup.way import Frame, Stored
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.repository.chunk_list import (
     CHUNK,
@@ -73,13 +75,18 @@ class Repository:
         """From now on, nothing can be built upon these disks."""
         self._distrusted |= disks
 
+    def claim(self, vm: Vm) -> AbstractContextManager["Repository"]:
+        """It is there and held already."""
+        del vm
+        return nullcontext(self)
+
     def way(self, frame: Frame) -> "IntoRepository":
         """The way of a run into it.
 
         Raises:
             UsageError: the disks are too large for one point.
         """
-        size = sum(seat.disk.size for seat in frame.seats)
+        size = sum(plan.disk.size for plan in frame.plan.disks)
         if size > MOST_BYTES:
             raise UsageError(
                 f"The disks have {human(size)} together, and a point in a repository holds no more "
@@ -97,14 +104,13 @@ class Opening:
         self._found = found
 
     @contextmanager
-    def destination(self, vm: Vm, approve: Callable[[Destination], object]) -> Iterator[Repository]:
+    def found(self, vm: Vm) -> Iterator[Repository]:
         """Hold it as restic's own backups do, and read what it holds of the VM.
 
         Raises:
             QmpBackupError: it could not be opened, is not ours to write into, or nobody can say whether
                 this VM is one whose points it holds.
         """
-        del approve  # it is there already
         target = RepositoryTarget(self._found(), vm.config.identity)
         target.repository.storage.require_ours()
         with target.lock(write=True, wait=self._request.lock_wait):
@@ -157,8 +163,8 @@ def _refuse_what_makes_no_sense(request: Request) -> None:
 class _Disk:
     """The list of chunks of one disk, while it is being made."""
 
-    def __init__(self, seat: Seat, parent: ChunkList | None) -> None:
-        self.size = seat.disk.size
+    def __init__(self, size: int, parent: ChunkList | None) -> None:
+        self.size = size
         self.count = count_chunks(self.size)
         self.known = 0
         """Chunks that are as in the parent unless something was read."""
@@ -203,36 +209,34 @@ class IntoRepository:
         self._done: dict[str, JobProgress] = {}
         self.view = View(
             frame.monitor,
-            frame.seats,
-            frame.names,
+            frame.plan.seats,
+            frame.plan.names,
             teardown=frame.teardown,
             rollback=frame.rollback,
         )
         self._pull = Pull(
             frame.monitor,
             self.view,
-            frame.seats,
-            frame.names,
+            frame.plan.seats,
+            frame.plan.names,
             method(frame.plan.vm),
             teardown=frame.teardown,
         )
 
-    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
+    def prepare(self, scratches: Sequence[Scratch]) -> None:
         """Scratch images, the lists of chunks of the parents, and what is to be read anyway."""
-        for seat, plan in zip(self._frame.seats, self._frame.plan.disks, strict=True):
+        for plan in self._frame.plan.disks:
             base = plan.stored_base
             parent = self._target.contents(plan.base, base) if plan.base and base else None
-            self._disks[seat.disk.id] = _Disk(seat, parent)
+            self._disks[plan.disk.id] = _Disk(plan.disk.size, parent)
         self._target.forget_contents()
         self._pull.start()
-        samples = {seat.number: self._samples(seat) for seat in self._frame.seats}
+        samples = {seat.number: self._samples(seat) for seat in self._frame.plan.seats}
         self._pull.prepare(scratches, samples, self._stages())
 
-    def _stages(self) -> list[tuple[int, Path]]:
-        if self._pull.way is not Method.STAGED:
-            return []
-        disks = zip(self._frame.seats, self._frame.plan.disks, strict=True)
-        return [self._frame.scratch(seat, plan, "stage") for seat, plan in disks]
+    def _stages(self) -> list[Scratch]:
+        staged = self._frame.plan.seats if self._pull.way is Method.STAGED else ()
+        return [self._frame.scratch(seat, "stage") for seat in staged]
 
     def _samples(self, seat: Seat) -> list[int]:
         """Chunks to be read though nothing is known to have changed there."""
@@ -254,7 +258,7 @@ class IntoRepository:
         self._pull.serve(self._frame.watch, speed)
         flow = Flow(speed=0 if self._pull.way is Method.STAGED else speed)
         with self._pull.probing():
-            for seat in self._frame.seats:
+            for seat in self._frame.plan.seats:
                 with self._pull.open(seat, flow) as pulled:
                     self._read(seat, pulled)
         self._pull.finish()
@@ -335,7 +339,6 @@ class IntoRepository:
         self._contents[plan.disk.id] = contents = disk.contents()
         return Stored(
             file=disk_file(self._target.vm, plan.disk.id),
-            parent=plan.base.id if plan.base else None,
             size=disk.stored,
             digest=contents.digest,
         )

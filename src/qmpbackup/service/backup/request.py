@@ -6,7 +6,9 @@ from pathlib import Path
 
 from qmpbackup.model import AUDIT, Absence, Level, Place, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.levels import DiskPlan, effective_level
+from qmpbackup.plan.instant import Seat, transaction
+from qmpbackup.plan.levels import DiskPlan, NewPoint, effective_level
+from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.room import Need
 from qmpbackup.plan.selection import Selection
 from qmpbackup.service.offline import Offline
@@ -48,16 +50,33 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is going to do, as a value that `--dry-run` prints."""
+    """What a run does, as a value: `Run` carries out this very plan, and `--dry-run` prints it.
+
+    `target` is what messages call the target. `names` are those of what is made in QEMU.
+    """
 
     vm: Vm
     target: str
-    target_id: str
-    point_id: str
+    point: NewPoint
+    names: RunNames
     disks: tuple[DiskPlan, ...]
     skipped: tuple[Skipped, ...]
-    transaction: tuple[Command, ...]
     needs: tuple[tuple[Path, Need], ...] = ()
+
+    @property
+    def target_id(self) -> str:
+        """The target's id, part of the names of its change bitmaps."""
+        return self.point.target_id
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """The parts that the disks have in the view."""
+        return tuple(plan.seat for plan in self.disks)
+
+    @property
+    def transaction(self) -> tuple[Command, ...]:
+        """What happens to bitmaps at the instant."""
+        return transaction(self.seats, self.names)
 
     @property
     def level(self) -> Level:

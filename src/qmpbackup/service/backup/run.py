@@ -2,7 +2,6 @@
 """One run of a backup, from its plan to its committed point."""
 
 import logging
-import secrets
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,15 +10,15 @@ from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
 from qmpbackup.machine import kept_descriptors, scratch
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.view import Instant, Seat, View, require_present, status_of
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.view import Instant, View, require_present, status_of
 from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
-from qmpbackup.plan.names import RunNames
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
-from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way, seats
+from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way
 from qmpbackup.service.quiesce import Guest
 from qmpbackup.undo import UndoStack
 
@@ -63,14 +62,12 @@ class Run:
         self._teardown = UndoStack()
         self._rollback = UndoStack()
         self._degraded: list[str] = []
-        self._scratches: list[tuple[int, Path]] = []
+        self._scratches: list[Scratch] = []
         self._rooms = Rooms(monitor, plan.vm, plan.needs, request.reserve)
         self._frame = Frame(
             request=request,
             monitor=monitor,
             plan=plan,
-            seats=seats(plan.disks, plan.target_id, plan.point_id, destination.chunk),
-            names=RunNames(secrets.token_hex(3)),
             watch=watch,
             teardown=self._teardown,
             rollback=self._rollback,
@@ -110,8 +107,8 @@ class Run:
         return point
 
     def _prepare(self, way: Way) -> None:
-        for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True):
-            self._scratches.append(self._frame.scratch(seat, plan))
+        for seat in self._plan.seats:
+            self._scratches.append(self._frame.scratch(seat))
         way.prepare(self._scratches)
         interrupt.check()
 
@@ -142,17 +139,14 @@ class Run:
     def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
         stored = self._destination.stored.points
         return Point(
-            id=self._plan.point_id,
+            id=self._plan.point.id,
             sequence=max((point.sequence for point in stored), default=0) + 1,
             time=datetime.fromtimestamp(instant.time, UTC),
             level=self._plan.level,
             parent=self._plan.parent,
             consistency=consistency,
             vm=self._plan.vm.config,
-            disks=tuple(
-                _stored_disk(seat, plan, way.stored(plan))
-                for seat, plan in zip(self._frame.seats, self._plan.disks, strict=True)
-            ),
+            disks=tuple(_stored_disk(plan, way.stored(plan)) for plan in self._plan.disks),
             skipped=self._plan.skipped,
             pause=round(instant.pause, 6),
             notes=tuple(self._degraded),
@@ -169,8 +163,8 @@ class Run:
                     log.warning("Bitmap %s is superfluous but stays for now: %s", name, error)
 
     def _await_scratches(self) -> None:
-        for fd, path in self._scratches:
-            scratch.await_answer(fd, path)
+        for each in self._scratches:
+            scratch.await_answer(each.fd, each.path)
 
     def _require_present_still(self, refusal: QmpBackupError) -> None:
         """Say it where the VM has been migrated away: QEMU then refuses all kinds of commands.
@@ -194,20 +188,19 @@ class Run:
                 log.warning("%s", failure)
 
 
-def _stored_disk(seat: Seat, plan: DiskPlan, stored: Stored) -> StoredDisk:
-    base = plan.stored_base
+def _stored_disk(plan: DiskPlan, stored: Stored) -> StoredDisk:
     return StoredDisk(
         id=plan.disk.id,
         level=plan.level,
         file=stored.file,
-        parent=stored.parent,
+        parent=plan.parent,
         size=plan.disk.size,
         file_size=stored.size,
         digest=stored.digest,
         source_format=plan.disk.format,
         source_file=plan.disk.filename,
-        bitmap=seat.new_bitmap,
-        end_mark=seat.new_end_mark or (base.end_mark if base else ""),
+        bitmap=plan.seat.new_bitmap,
+        end_mark=plan.end_mark,
         reason=plan.reason,
         label=plan.disk.label,
         underlays=plan.disk.underlays,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run asks of the way into a target, whichever it is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,11 @@ from typing import Protocol
 
 from qmpbackup.machine import jobs, scratch
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.view import Seat, View
+from qmpbackup.machine.scratch import Scratch
+from qmpbackup.machine.view import View
 from qmpbackup.model import Point, Vm
-from qmpbackup.plan.levels import DiskPlan, change_bitmap_name, end_mark_name
-from qmpbackup.plan.names import RunNames
+from qmpbackup.plan.instant import Seat
+from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.request import Plan, Request
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.undo import UndoStack
@@ -22,11 +23,10 @@ Watch = jobs.Watch
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What became of a disk: its file in the target, the point that this builds on, how many bytes
-    were added, and the digest that proves it."""
+    """What became of a disk: its file in the target, how many bytes were added, and the digest that
+    proves it."""
 
     file: str
-    parent: str | None
     size: int
     digest: str
 
@@ -42,18 +42,16 @@ class Frame:
     request: Request
     monitor: Monitor
     plan: Plan
-    seats: tuple[Seat, ...]
-    names: RunNames
     watch: Watch | None
     teardown: UndoStack
     rollback: UndoStack
 
-    def scratch(self, seat: Seat, plan: DiskPlan, what: str = "scratch") -> tuple[int, Path]:
+    def scratch(self, seat: Seat, what: str = "scratch") -> Scratch:
         """Make a scratch file for a disk; `what` tells several of one disk apart."""
         return scratch.create(
-            scratch.folder_for(plan.disk, self.request.scratch, self.monitor.peer_pid),
-            self.names.of(what, seat.number),
-            size=plan.disk.size,
+            seat,
+            scratch.folder_for(seat.disk, self.request.scratch, self.monitor.peer_pid),
+            self.plan.names.of(what, seat.number),
             named=not self.monitor.passes_descriptors,
             undo=self.teardown,
         )
@@ -66,7 +64,7 @@ class Way(Protocol):
     def view(self) -> View:
         """The view that is copied."""
 
-    def prepare(self, scratches: Sequence[tuple[int, Path]]) -> None:
+    def prepare(self, scratches: Sequence[Scratch]) -> None:
         """Everything that can be done before the instant."""
 
     def copy(self) -> None:
@@ -83,7 +81,7 @@ class Way(Protocol):
 
 
 class Destination(Protocol):
-    """An open target, held for the run."""
+    """A target as it was found: held for the run where it is there, else still to be made."""
 
     @property
     def id(self) -> str:
@@ -118,6 +116,9 @@ class Destination(Protocol):
     def distrust(self, disks: frozenset[str]) -> None:
         """From now on, nothing can be built upon these disks."""
 
+    def claim(self, vm: Vm) -> AbstractContextManager["Destination"]:
+        """The target for a run, whose plan is made: now it is made where it was not there."""
+
     def way(self, frame: Frame) -> Way:
         """The way of a run into it."""
 
@@ -125,26 +126,5 @@ class Destination(Protocol):
 class Opening(Protocol):
     """A target that is named, and about to be opened."""
 
-    def destination(
-        self, vm: Vm, approve: Callable[[Destination], object]
-    ) -> AbstractContextManager[Destination]:
-        """The target, opened and held. Where it would have to be made, `approve` may refuse before."""
-
-
-def seats(plans: Sequence[DiskPlan], target_id: str, point_id: str, chunk: int) -> tuple[Seat, ...]:
-    """The seats in a view that the disks of a plan take."""
-    return tuple(
-        Seat(
-            disk=plan.disk,
-            number=number,
-            new_bitmap=(
-                change_bitmap_name(target_id, point_id, plan.disk.id) if plan.keeps_bitmap else ""
-            ),
-            base_bitmap=plan.base_bitmap,
-            new_end_mark=(
-                end_mark_name(target_id, point_id, plan.disk.id) if plan.needs_end_mark else ""
-            ),
-            chunk=chunk,
-        )
-        for number, plan in enumerate(plans)
-    )
+    def found(self, vm: Vm) -> AbstractContextManager[Destination]:
+        """What is there, held for the block; nothing is made."""
