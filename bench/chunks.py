@@ -22,7 +22,7 @@ import zstandard
 from bench.index import packs
 from bench.machine import make_repository, measure, real_files, size_of, vm, write
 
-from qmpbackup.restic import index
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.tree import Node
 from qmpbackup.restic.tree import encode as encode_tree
 
@@ -95,7 +95,7 @@ def _metadata(chunks: int) -> tuple[int, int]:
     frame = zstandard.ZstdCompressor(level=1).compressobj()
     list_ = sum(len(frame.compress(block)) for block in encode_tree([disk])) + len(frame.flush())
     some = 50_000
-    documents = index.encode(packs(1, some))
+    documents = index_file.encode(packs(1, some))
     indexes = sum(len(zstandard.ZstdCompressor(level=1).compress(each)) for each in documents)
     return list_, indexes * chunks // some
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import zstandard
 
-from qmpbackup.restic import index
-from qmpbackup.restic.blobs import BlobIndex
+from qmpbackup.restic.index import index_file
+from qmpbackup.restic.index.lookup import BlobIndex
 from qmpbackup.restic.pack import BlobType, PackedBlob
 from qmpbackup.restic.storage.interface import Kind
 
@@ -40,7 +40,7 @@ class Synthetic:
 
     def make(self, number: int) -> None:
         """One index file more."""
-        document = b"".join(index.encode(packs(number, _A_FILE)))
+        document = b"".join(index_file.encode(packs(number, _A_FILE)))
         path = self._folder / f"{number:064x}"
         path.write_bytes(zstandard.ZstdCompressor(level=1).compress(document))
 
@@ -113,7 +113,7 @@ def measure(repository: Synthetic, cache: Path, blobs: int) -> None:
     report = Report()
     with report.timed("parse one index file", _A_FILE):
         document = repository.load_unpacked(Kind.INDEX, f"{0:064x}")
-        for _each in index.parse(document, "x"):
+        for _each in index_file.parse(document, "x"):
             pass
     with report.timed("build", blobs), BlobIndex.open(cache, "00" * 32) as known:
         known.sync(repository)

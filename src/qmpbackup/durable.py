@@ -8,7 +8,7 @@ fsync the folder. Folders are passed as descriptors, so that nobody can move the
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from qmpbackup.errors import Exhausted, StorageError, lack_of
 
 TEMPORARY = ".tmp"
 """What a name ends with while its file is being written."""
+
+_MOST_PARTS = 512
+"""Parts that are written at once; writev(2) takes 1024."""
 
 HINTS = {
     errno.ENOSPC: "Make room there, and run again.",
@@ -80,6 +83,21 @@ def make_folders(path: Path) -> None:
     path.mkdir(mode=0o755, exist_ok=True)
 
 
+def write_all(fd: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+    """Write parts one after the other into an open file, all of them: the kernel may take fewer bytes.
+
+    Raises:
+        OSError: not all could be written.
+    """
+    waiting = [memoryview(part) for part in parts if len(part)]
+    while waiting:
+        written = os.writev(fd, waiting[:_MOST_PARTS])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.pop(0))
+        if written:
+            waiting[0] = waiting[0][written:]
+
+
 @contextmanager
 def syncing(fd: int) -> Iterator[None]:
     """Make an open file durable while the block reads it, which costs less than one after the other.
@@ -131,9 +149,7 @@ def _write_new(folder: int, name: str, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=folder)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        write_all(fd, [data])
         os.fsync(fd)
     finally:
         os.close(fd)

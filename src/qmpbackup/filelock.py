@@ -11,6 +11,7 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import Locked, StorageError
+from qmpbackup.ownership import is_private
 
 _POLL_SECONDS = 0.1
 
@@ -76,7 +77,7 @@ def runtime_folder() -> Path:
             f"See that {folder.parent} is there and can be written to"
             + (", or unset XDG_RUNTIME_DIR." if folder.parent == Path(base) else "."),
         ) from error
-    if folder.is_symlink() or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+    if not is_private(state):
         raise StorageError(
             f"The folder for locks, {folder}, is not ours alone.",
             "Remove it; it holds nothing but locks.",

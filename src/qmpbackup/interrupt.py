@@ -72,7 +72,9 @@ def asking(question: Callable[[], None]) -> Iterator[None]:
 
 def check() -> None:
     """Raise `Interrupted` if a held signal is waiting, and take it off the queue; else what a question
-    raises."""
+    raises. Only the main thread can end a run: in any other this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     waiting = signal.sigpending() & heeded()
     for doorkeeper in _doorkeepers:
         waiting -= {signal.SIGHUP}

@@ -50,6 +50,25 @@ def require_ours(fd: int, path: Path) -> None:
         )
 
 
+def is_private(state: os.stat_result) -> bool:
+    """Whether this is a folder of ours, and no link to one, into which nobody else may write."""
+    writable = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not writable
+
+
+def make_private(path: Path) -> None:
+    """Make a folder for us alone, and those above it that are missing.
+
+    Raises:
+        OSError: it cannot be made, or others might have put there what they like.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    if not is_private(path.lstat()):
+        raise PermissionError("it is not for us alone")
+    path.chmod(0o700)
+
+
 def refuse_planted_links(path: Path) -> None:
     """Refuse what the kernel refuses where `fs.protected_symlinks` is set: a link on a path that somebody
     else has put into a folder that is open to all.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.restic import PASSWORD, Restic
-from qmpbackup.restic import index
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.pack import BlobType, PackedBlob
 from qmpbackup.restic.reader import Problem, check_packs, find_structure_problems, read_blobs
@@ -37,7 +37,7 @@ def known(repository: Repository) -> set[tuple[str, PackedBlob]]:
     """All that its index files say."""
     names = [name for name, _ in repository.storage.list(Kind.INDEX)]
     documents = ((repository.load_unpacked(Kind.INDEX, name), name) for name in names)
-    packs = (each for document in documents for each in index.parse(*document))
+    packs = (each for document in documents for each in index_file.parse(*document))
     return {(pack, blob) for pack, blobs in packs for blob in blobs}
 
 

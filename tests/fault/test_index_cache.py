@@ -10,7 +10,7 @@ import pytest
 
 from lab.indexes import ID, Indexes, agree
 from lab.small import needs_root, small_folder
-from qmpbackup.restic.blobs import BlobIndex
+from qmpbackup.restic.index.lookup import BlobIndex
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from lab.indexes import ID, Indexes
-from qmpbackup.restic.blobs import BlobIndex
+from qmpbackup.restic.index.lookup import BlobIndex
 indexes = Indexes()
 while True:
     with BlobIndex.open(Path(sys.argv[2]), ID) as blobs:

@@ -30,7 +30,6 @@ from qmpbackup.plan import names, retention, sizes
 from qmpbackup.process import Result
 from qmpbackup.restic import (
     config,
-    index,
     keyfile,
     lock,
     pack,
@@ -40,6 +39,7 @@ from qmpbackup.restic import (
     tree,
 )
 from qmpbackup.restic.crypto import Key, seal
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.storage import listing, location
 from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.targets import manifest
@@ -157,7 +157,7 @@ JSON: dict[str, tuple[Any, Callable[[bytes], object]]] = {
     "an index": (
         {"supersedes": [ID], "packs": [{"id": ID, "blobs": [
             {"id": ID, "type": "data", "offset": 0, "length": 60, "uncompressed_length": 90}]}]},
-        lambda data: list(index.parse(data, ID)),
+        lambda data: list(index_file.parse(data, ID)),
     ),
     "what qemu-img says": (
         {"virtual-size": 5, "format": "qcow2", "snapshots": [{"id": "1"}]},

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmpbackup.restic import index
-from qmpbackup.restic.blobs import BlobIndex, Place
+from qmpbackup.restic.index import index_file
+from qmpbackup.restic.index.lookup import BlobIndex
+from qmpbackup.restic.index.table import Spot
 from qmpbackup.restic.pack import BlobType, PackedBlob
 from qmpbackup.restic.storage.interface import Kind, Missing
 
@@ -38,7 +39,7 @@ class Indexes:
     def make(self, packs: int = 3, blobs: int = 10) -> str:
         """One index file more, with some blobs that others have too."""
         content = [(self.id().hex(), self.blobs(blobs)) for _ in range(packs)]
-        (document,) = index.encode(content)
+        (document,) = index_file.encode(content)
         name = self.id().hex()
         self.documents[name] = document
         return name
@@ -59,13 +60,13 @@ class Indexes:
             for number in range(count)
         ]
 
-    def places(self) -> dict[tuple[BlobType, bytes], set[Place]]:
+    def places(self) -> dict[tuple[BlobType, bytes], set[Spot]]:
         """What the index files say, worked out the simple way."""
-        found: dict[tuple[BlobType, bytes], set[Place]] = {}
+        found: dict[tuple[BlobType, bytes], set[Spot]] = {}
         for name, document in self.documents.items():
-            for pack, blobs in index.parse(document, name):
+            for pack, blobs in index_file.parse(document, name):
                 for blob in blobs:
-                    place = Place(bytes.fromhex(pack), blob.offset, blob.length, blob.raw_length)
+                    place = Spot(bytes.fromhex(pack), blob.offset, blob.length, blob.raw_length)
                     found.setdefault((blob.type, blob.id), set()).add(place)
         return found
 

@@ -16,10 +16,8 @@ STANDING_TWICE: Final = {
     "Image",
     "Inventory",
     "Opening",
-    "Place",
     "Reader",
     "Repository",
-    "Source",
     "Verdict",
 }
 """Names that still stand twice. None is to be added."""

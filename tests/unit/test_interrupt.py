@@ -63,3 +63,26 @@ def test_a_question() -> None:
         assert asked(run) == "goes on"
         out, _ = run.communicate(timeout=30)
     assert out == "over\n"
+
+
+IN_A_THREAD = """
+import signal, threading
+from qmpbackup import interrupt
+from qmpbackup.errors import Interrupted
+with interrupt.held():
+    signal.raise_signal(signal.SIGTERM)
+    thread = threading.Thread(target=interrupt.check)
+    thread.start()
+    thread.join()
+    try:
+        interrupt.check()
+    except Interrupted as error:
+        print("ends with", error.exit_status)
+"""
+
+
+def test_a_thread_takes_no_signal_from_the_run() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=True
+    )
+    assert (run.stdout, run.stderr) == ("ends with 143\n", "")

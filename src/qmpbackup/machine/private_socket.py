@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup.errors import VmError
+from qmpbackup.ownership import is_private
 
 _NAME = "qmpbackup-nbd"
 _LONGEST = 107
@@ -126,8 +127,7 @@ def _remove(path: Path) -> None:
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            state = os.fstat(folder)
-            if state.st_uid != os.geteuid() or state.st_mode & 0o022:
+            if not is_private(os.fstat(folder)):
                 return
             with suppress(FileNotFoundError):
                 if stat.S_ISSOCK(os.stat(_NAME, dir_fd=folder, follow_symlinks=False).st_mode):

@@ -11,10 +11,10 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Final
 
 from qmpbackup.errors import DamagedError
+from qmpbackup.ownership import make_private
 from qmpbackup.restic.crypto import Key, seal, unseal
 
 _log = logging.getLogger(__name__)
@@ -74,11 +74,7 @@ class Cache:
         """Whether the folder is there, for us alone, and has room; asked once."""
         if self._folder is not None and not self._ready:
             try:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                state = self._folder.lstat()
-                alone = state.st_uid == os.geteuid() and not state.st_mode & 0o077
-                if not (S_ISDIR(state.st_mode) and alone):
-                    raise PermissionError("it is not for us alone")
+                make_private(self._folder)
                 _limit(self._folder)
                 self._ready = True
             except OSError as error:

@@ -393,5 +393,4 @@ def _sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, _POLL_SECONDS))
-        if threading.current_thread() is threading.main_thread():
-            interrupt.check()
+        interrupt.check()

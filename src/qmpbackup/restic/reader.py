@@ -17,10 +17,10 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
-from qmpbackup.restic.blobs import BlobIndex
 from qmpbackup.restic.crypto import Key
+from qmpbackup.restic.index.lookup import BlobIndex
+from qmpbackup.restic.index.table import PackSize, Spot
 from qmpbackup.restic.pack import EMPTY_PACK, BlobType, PackedBlob, open_blob, read_header
-from qmpbackup.restic.places import PackSize, Place
 from qmpbackup.restic.storage.interface import (
     File,
     Kind,
@@ -325,7 +325,7 @@ def _index_problems(
     index: BlobIndex, pack: bytes, blobs: tuple[PackedBlob, ...]
 ) -> Iterator[Problem]:
     for blob in blobs:
-        place = Place(pack, blob.offset, blob.length, blob.raw_length)
+        place = Spot(pack, blob.offset, blob.length, blob.raw_length)
         if place not in index.find_all(blob.type, blob.id):
             yield Problem(pack.hex(), f"The index does not say that the {blob} is in it.")
 
@@ -354,7 +354,7 @@ def in_threads(
     is begun, `give_up` is called to break off what is under way, and its end is waited for.
 
     Raises:
-        Interrupted: a signal is waiting, and this is the main thread.
+        Interrupted: a signal is waiting.
         Exception: the first that a job or the source of jobs raised.
     """
     room = _Room(MEMORY)
@@ -398,17 +398,15 @@ class _Room:
         """Wait for room; returns how much was taken, at most all there is.
 
         Raises:
-            Interrupted: a signal is waiting, and this is the main thread.
+            Interrupted: a signal is waiting.
             Exception: the error that was told to `fail`.
         """
         amount = min(amount, self._size)
-        in_main = threading.current_thread() is threading.main_thread()
         with self._changed:
             while True:
                 if self._error is not None:
                     raise self._error
-                if in_main:
-                    interrupt.check()
+                interrupt.check()
                 if self._free >= amount:
                     self._free -= amount
                     return amount

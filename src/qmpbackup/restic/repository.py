@@ -27,11 +27,13 @@ from qmpbackup.errors import (
     WrongPassword,
 )
 from qmpbackup.restic import config as configs
-from qmpbackup.restic import index, keyfile, lock, snapshot, tree
-from qmpbackup.restic.blobs import BlobIndex, cache_folder
+from qmpbackup.restic import keyfile, lock, snapshot, tree
 from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
+from qmpbackup.restic.index import index_file
+from qmpbackup.restic.index.cache import cache_folder
+from qmpbackup.restic.index.lookup import BlobIndex
 from qmpbackup.restic.pack import (
     LARGEST_WINDOW,
     BlobType,
@@ -62,7 +64,7 @@ _LARGEST: Final = {
     Kind.KEY: keyfile.LARGEST,
     Kind.LOCK: lock.LARGEST,
     Kind.SNAPSHOT: snapshot.LARGEST,
-    Kind.INDEX: 4 * index.LARGEST,
+    Kind.INDEX: 4 * index_file.LARGEST,
 }
 """Bytes of JSON that are believed of each kind."""
 
@@ -248,8 +250,7 @@ class Repository:
             try:
                 waiting = [threads.submit(read, *each) for each in listed]
                 for (name, _), future in zip(listed, waiting, strict=True):
-                    if threading.current_thread() is threading.main_thread():
-                        interrupt.check()
+                    interrupt.check()
                     try:
                         one = future.result()
                     except Missing:
@@ -513,8 +514,7 @@ def _unlock(storage: Storage, password: str, hint: str) -> Key:
         listed.sort(key=lambda each: not each[0].startswith(hint))
     damaged: DamagedError | None = None
     for name, size in listed[:_MOST_KEYS]:
-        if threading.current_thread() is threading.main_thread():
-            interrupt.check()
+        interrupt.check()
         try:
             data = _bounded(storage, File(Kind.KEY, name), size)
             if hashlib.sha256(data).hexdigest() != name:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from qmpbackup import interrupt
-from qmpbackup.restic import index
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.pack import (
     BlobType,
     PackBuilder,
@@ -163,8 +163,7 @@ class Writer:
         """Wait for a free slot; signals and errors end the wait."""
         while not slots.acquire(timeout=_POLL_SECONDS):
             self._raise()
-            if threading.current_thread() is threading.main_thread():
-                interrupt.check()
+            interrupt.check()
         if self._error is not None:
             slots.release()
         self._raise()
@@ -272,6 +271,6 @@ class Writer:
             self._write_index(due)
 
     def _write_index(self, packs: list[tuple[str, tuple[PackedBlob, ...]]]) -> None:
-        for document in index.encode(packs):
+        for document in index_file.encode(packs):
             name = self._repository.save_unpacked(Kind.INDEX, document)
             self._repository.index.indexed(name, document)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError
-from qmpbackup.restic import index
 from qmpbackup.restic.crypto import OVERHEAD
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.pack import BlobType, PackedBlob
 
 NAME = "5a" * 32
@@ -36,7 +36,7 @@ GOOD = {
 
 
 def parse(data: bytes) -> list[tuple[str, list[PackedBlob]]]:
-    return list(index.parse(data, NAME))
+    return list(index_file.parse(data, NAME))
 
 
 def with_blob(**changes: object) -> bytes:
@@ -47,7 +47,7 @@ def with_blob(**changes: object) -> bytes:
 def test_what_was_written_is_read(
     packs: list[tuple[str, list[PackedBlob]]], old: list[str]
 ) -> None:
-    (document,) = index.encode(packs, old)
+    (document,) = index_file.encode(packs, old)
     assert parse(document) == packs
     whole = json.loads(document)
     assert whole.get("supersedes", []) == old
@@ -57,7 +57,7 @@ def test_what_was_written_is_read(
 
 
 def test_nothing_to_write_makes_no_file() -> None:
-    assert list(index.encode([])) == []
+    assert list(index_file.encode([])) == []
 
 
 def test_files_stay_below_8_mib_and_no_pack_is_split() -> None:
@@ -66,7 +66,7 @@ def test_files_stay_below_8_mib_and_no_pack_is_split() -> None:
         for n in range(1000)
     ]
     packs = [(os.urandom(32).hex(), blobs) for _ in range(120)]
-    documents = list(index.encode(packs, ["ef" * 32]))
+    documents = list(index_file.encode(packs, ["ef" * 32]))
     assert all(len(document) < 8 << 20 for document in documents)
     assert [pack for document in documents for pack in parse(document)] == packs
     assert "supersedes" in json.loads(documents[0])
@@ -202,10 +202,10 @@ def test_a_large_index_takes_little_more_memory_than_itself() -> None:
         (f"{p:064x}", [PackedBlob(BlobType.DATA, os.urandom(32), n * 99, 99, 0) for n in range(40)])
         for p in range(800)
     ]
-    (document,) = index.encode(packs)
+    (document,) = index_file.encode(packs)
     tracemalloc.start()
     try:
-        for _ in index.parse(document, NAME):
+        for _ in index_file.parse(document, NAME):
             pass
         assert tracemalloc.get_traced_memory()[1] < 1.5 * len(document)
     finally:

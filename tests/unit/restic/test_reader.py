@@ -14,7 +14,7 @@ import pytest
 
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, Interrupted, StorageError
-from qmpbackup.restic import index
+from qmpbackup.restic.index import index_file
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.pack import BlobType, PackBuilder, PackedBlob, read_header, seal_blob
 from qmpbackup.restic.reader import (
@@ -76,7 +76,7 @@ class Stored:
 
     def name(self, packs: Iterable[tuple[str, tuple[PackedBlob, ...]]]) -> None:
         """Save an index with these packs."""
-        for document in index.encode(packs):
+        for document in index_file.encode(packs):
             self.repository.save_unpacked(Kind.INDEX, document)
         self.repository.load_index()
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qmpbackup.durable import storage_error, sync_folder
+from qmpbackup.durable import storage_error, sync_folder, write_all
 from qmpbackup.errors import StorageError
 from qmpbackup.ownership import require_ours
 from qmpbackup.restic.storage.interface import (
@@ -48,9 +48,6 @@ _NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.EP
 _ANY_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
 _NO_LINK = frozenset({errno.ELOOP, errno.ENOTDIR})
-
-_MOST_PARTS = 512
-"""Parts that are written at once; writev(2) takes 1024."""
 
 
 def is_repository(folder: Path) -> bool:
@@ -342,7 +339,7 @@ def _write_nameless(path: Path, folder: int, parts: Sequence[Buffer]) -> bool:
             return False
         raise
     try:
-        _write_all(fd, parts)
+        write_all(fd, parts)
         os.fsync(fd)
         return _named(fd, path, folder)
     finally:
@@ -370,7 +367,7 @@ def _write_renamed(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
     fd = os.open(temporary, flags, 0o600, dir_fd=folder)
     try:
         try:
-            _write_all(fd, parts)
+            write_all(fd, parts)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -379,16 +376,6 @@ def _write_renamed(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
         with suppress(OSError):
             os.unlink(temporary, dir_fd=folder)
         raise
-
-
-def _write_all(fd: int, parts: Sequence[Buffer]) -> None:
-    waiting = [memoryview(part) for part in parts if len(part)]
-    while waiting:
-        written = os.writev(fd, waiting[:_MOST_PARTS])
-        while waiting and written >= len(waiting[0]):
-            written -= len(waiting.pop(0))
-        if written:
-            waiting[0] = waiting[0][written:]
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:

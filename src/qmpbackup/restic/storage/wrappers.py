@@ -145,8 +145,7 @@ class Retrying(_Wrapper):
         while (left := end - time.monotonic()) > 0 and not self._given_up.wait(
             min(left, _POLL_SECONDS)
         ):
-            if threading.current_thread() is threading.main_thread():
-                interrupt.check()
+            interrupt.check()
 
 
 class Limited(_Wrapper):

@@ -20,7 +20,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.sizes import human
-from qmpbackup.restic.index import LARGEST
+from qmpbackup.restic.index.index_file import LARGEST
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import Problem, check_packs, find_structure_problems, in_threads
 from qmpbackup.restic.storage.interface import Kind, Missing

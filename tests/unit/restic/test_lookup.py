@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from lab.indexes import ID, Indexes, agree, cached
 from lab.patience import PATIENCE
 from qmpbackup.errors import DamagedError, StorageError
-from qmpbackup.restic import index
-from qmpbackup.restic.blobs import BlobIndex, Place, cache_folder
+from qmpbackup.restic.index import index_file
+from qmpbackup.restic.index.cache import cache_folder
+from qmpbackup.restic.index.lookup import BlobIndex
+from qmpbackup.restic.index.table import Spot
 from qmpbackup.restic.storage.interface import Kind
 
 TESTS = str(Path(__file__).parents[2])
@@ -81,7 +83,7 @@ def test_blobs_of_an_index_file_that_is_gone_are_gone_unless_another_names_them(
 def test_an_index_file_counts_as_long_as_it_is_there_whatever_supersedes_it(tmp_path: Path) -> None:
     indexes = Indexes()
     old = indexes.make()
-    (document,) = index.encode([("cd" * 32, indexes.blobs(3))], [old])
+    (document,) = index_file.encode([("cd" * 32, indexes.blobs(3))], [old])
     indexes.documents["ef" * 32] = document
     with BlobIndex.open(tmp_path, ID) as blobs:
         blobs.sync(indexes)
@@ -100,9 +102,9 @@ def test_blobs_of_this_run_are_known_at_once_and_its_index_files_are_not_read_ag
             for pack, content in packs:
                 blobs.add(pack, content)
                 for blob in content:
-                    place = Place(bytes.fromhex(pack), blob.offset, blob.length, blob.raw_length)
+                    place = Spot(bytes.fromhex(pack), blob.offset, blob.length, blob.raw_length)
                     assert place in blobs.find_all(blob.type, blob.id)
-            (document,) = index.encode(packs)
+            (document,) = index_file.encode(packs)
             name = indexes.id().hex()
             indexes.documents[name] = document
             blobs.indexed(name, document)
@@ -123,7 +125,9 @@ def test_threads_may_ask_while_the_index_grows(tmp_path: Path) -> None:
     errors: list[BaseException] = []
     with BlobIndex.open(tmp_path, ID) as blobs:
         blobs.sync(indexes)
-        wanted = [(b.type, b.id) for _, bs in index.parse(indexes.documents[known], "") for b in bs]
+        wanted = [
+            (b.type, b.id) for _, bs in index_file.parse(indexes.documents[known], "") for b in bs
+        ]
         done = threading.Event()
 
         def ask() -> None:
@@ -278,7 +282,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from lab.indexes import ID, Indexes, agree
-from qmpbackup.restic.blobs import BlobIndex
+from qmpbackup.restic.index.lookup import BlobIndex
 indexes = Indexes()
 for _ in range(15):
     indexes.make(2, 10)
