@@ -37,3 +37,8 @@ def test_no_public_class_name_stands_twice() -> None:
     twice = {name: where for name, where in places.items() if len(where) > 1}
     new = twice.keys() - OF_EACH_USE_CASE - STANDING_TWICE
     assert not new, {name: twice[name] for name in new}
+
+
+def test_the_command_line_builds_no_document() -> None:
+    for path in (SOURCE / "cli").glob("*.py"):
+        assert '"schema"' not in path.read_text(), path

@@ -21,7 +21,7 @@ from qmpbackup.cli.arguments import (
     share,
     size,
 )
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import StorageError, UnrecordedChanges, UsageError
 from qmpbackup.model import AUDIT, Level, Quiesce, StoredDisk
 from qmpbackup.plan.sizes import human
@@ -255,16 +255,19 @@ def run(arguments: argparse.Namespace) -> int:
         log.info("%s has no effect here.", option)
     if arguments.dry_run:
         plan = dry_run(request)
-        say(*[_plan_json(plan)] if arguments.json else map(printable, _plan_lines(plan)))
+        if arguments.json:
+            from qmpbackup import documents
+
+            say_json(documents.plan(plan))
+        else:
+            say(*map(printable, _plan_lines(plan)))
         return 0
     from qmpbackup.cli.progress import Progress
 
     with Progress(sys.stderr) as progress:
         outcome = back_up(request, progress.show)
     try:
-        say(
-            *[_outcome_json(outcome)] if arguments.json else map(printable, _outcome_lines(outcome))
-        )
+        _print(outcome, arguments.json)
     except (StorageError, BrokenPipeError) as error:
         log.warning("Point %s is complete, but: %s", outcome.point.id, error)
         return DEGRADED
@@ -317,6 +320,15 @@ def _offline(arguments: argparse.Namespace) -> "Offline | None":
     return Offline(images, arguments.vm)
 
 
+def _print(outcome: "Outcome", as_json: bool) -> None:
+    if as_json:
+        from qmpbackup import documents
+
+        say_json(documents.backed_up(outcome))
+    else:
+        say(*map(printable, _outcome_lines(outcome)))
+
+
 def _outcome_lines(outcome: "Outcome") -> Iterable[str]:
     point = outcome.point
     for disk in point.disks:
@@ -335,20 +347,6 @@ def _count(disks: "Sequence[StoredDisk]") -> str:
     return "1 disk" if len(disks) == 1 else f"{len(disks)} disks"
 
 
-def _outcome_json(outcome: "Outcome") -> str:
-    from qmpbackup.targets.manifest import point_to_json
-
-    return json.dumps(
-        {
-            "schema": 1,
-            "type": "backup",
-            "point": point_to_json(outcome.point),
-            "degraded": list(outcome.degraded),
-            "alarm": outcome.alarm,
-        }
-    )
-
-
 def _plan_lines(plan: "Plan") -> Iterable[str]:
     yield f"Target {plan.target} (id {plan.target_id})"
     for disk in plan.disks:
@@ -361,30 +359,3 @@ def _plan_lines(plan: "Plan") -> Iterable[str]:
     yield "Transaction at the instant:"
     for command in plan.transaction:
         yield f"  {command.name} {json.dumps(command.arguments)}"
-
-
-def _plan_json(plan: "Plan") -> str:
-    return json.dumps(
-        {
-            "schema": 1,
-            "type": "plan",
-            "target": plan.target,
-            "level": plan.level,
-            "parent": plan.parent,
-            "disks": [
-                {
-                    "id": disk.disk.id,
-                    "level": disk.level,
-                    "reason": disk.reason,
-                    "parent": disk.base.id if disk.base else None,
-                    "bytes": disk.bytes_to_copy,
-                }
-                for disk in plan.disks
-            ],
-            "skipped": [
-                {"name": each.name, "reason": each.reason, "absence": each.absence}
-                for each in plan.skipped
-            ],
-            "transaction": [command.render() for command in plan.transaction],
-        }
-    )

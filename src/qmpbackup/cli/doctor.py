@@ -2,11 +2,9 @@
 """`qmpbackup doctor`: is everything well for backups, and if not, what to do."""
 
 import argparse
-import json
-from dataclasses import asdict
 
 from qmpbackup.cli.arguments import add_host, add_lock_wait, add_target, path, require_socket
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -45,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in findings:
         worst = max(worst, int(finding.health is Health.PROBLEM))
         if arguments.json:
-            say(json.dumps({"schema": 1, "type": "finding", **asdict(finding)}))
+            from qmpbackup import documents
+
+            say_json(documents.finding(finding))
         else:
             say(printable(f"{finding.health:<8} {finding.about}: {finding.text}"))
             if finding.todo:

@@ -2,11 +2,9 @@
 """`qmpbackup info`, `cleanup` and `recover`: what the VM has, and what of ours to remove from it."""
 
 import argparse
-import json
-from dataclasses import asdict
 
 from qmpbackup.cli.arguments import add_host, add_lock_wait, add_target, require_socket, target_id
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,20 +48,16 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def show(arguments: argparse.Namespace) -> int:
     """Print disks or bitmaps."""
+    from qmpbackup import documents
     from qmpbackup.service import session
 
     address, wait = require_socket(arguments), arguments.lock_wait
     with session.opened(address, lock_wait=wait, look_only=True) as opened:
         vm = opened.vm
-    for disk in vm.disks:
-        shown = asdict(disk)
-        if arguments.show == "bitmaps":
-            shown = {"disk": disk.id, "node": disk.format_node, "bitmaps": shown["bitmaps"]}
-        say(json.dumps(shown, indent=4))
     if arguments.show == "blockdev":
-        for skipped in vm.skipped:
-            shown = {"skipped": skipped.name, "reason": skipped.reason, "absence": skipped.absence}
-            say(json.dumps(shown, indent=4))
+        say_json(*documents.disks(vm.disks, vm.skipped), indent=4)
+    else:
+        say_json(*documents.bitmaps(vm.disks), indent=4)
     return 0
 
 

@@ -2,11 +2,10 @@
 """`qmpbackup init`: make a restic repository."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import place
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 
 if TYPE_CHECKING:
     from qmpbackup.service.init import Made
@@ -45,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(made: "Made", as_json: bool) -> None:
     if as_json:
-        say(json.dumps({"schema": 1, "type": "init", "id": made.id, "location": made.location}))
+        from qmpbackup import documents
+
+        say_json(documents.made(made))
     else:
         say(printable(f"Made the repository {made.id[:10]} at {made.location}."))

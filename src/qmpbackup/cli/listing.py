@@ -2,14 +2,13 @@
 """`qmpbackup list`: the points of a target."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -44,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     inventory = show.inventory(arguments.target, arguments.lock_wait, arguments.vm)
     broken = {each.id: show.known_damage(inventory, each) for each in inventory.points}
     if arguments.json:
-        say(*(_json_line(point, broken[point.id]) for point in inventory.points))
+        from qmpbackup import documents
+
+        say_json(*(documents.listed(point, broken[point.id]) for point in inventory.points))
     else:
         say(*table(inventory.points))
     if not (inventory.points or inventory.damaged or arguments.json):
@@ -74,30 +75,6 @@ def warn(damaged: "Sequence[Damage]") -> int:
     for damage in damaged:
         logging.getLogger("qmpbackup").warning("Damaged: %s: %s", damage.path, damage.reason)
     return DamagedError.exit_code if damaged else 0
-
-
-def _json_line(point: "Point", damaged: "Iterable[str]") -> str:
-    from qmpbackup.targets.manifest import time_to_json
-
-    return json.dumps(
-        {
-            "schema": 1,
-            "type": "point",
-            "id": point.id,
-            "time": time_to_json(point.time),
-            "level": point.level,
-            "parent": point.parent,
-            "vm": point.vm.identity.name,
-            "uuid": point.vm.identity.uuid,
-            "host": point.vm.identity.host,
-            "disks": [disk.id for disk in point.disks],
-            "labels": {disk.id: disk.label for disk in point.disks if disk.label},
-            "consistency": point.consistency,
-            "size": point.size,
-            "merged": [{"id": each.id, "into": each.into} for each in point.merged],
-            "damaged": list(damaged),
-        }
-    )
 
 
 def table(points: "Sequence[Point]") -> Iterable[str]:

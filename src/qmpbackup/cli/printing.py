@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results on standard output."""
 
+import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from qmpbackup.errors import StorageError
 
@@ -25,6 +28,15 @@ def say(*lines: str) -> None:
         raise StorageError(
             f"Cannot write to standard output: {error.strerror}.", "Look at where it leads."
         ) from error
+
+
+def say_json(*documents: Mapping[str, Any], indent: int | None = None) -> None:
+    """Print documents, one a line unless indented.
+
+    Raises:
+        StorageError, BrokenPipeError: as `say`.
+    """
+    say(*(json.dumps(each, indent=indent) for each in documents))
 
 
 def drop_output() -> None:

@@ -2,12 +2,11 @@
 """`qmpbackup prune`: remove the points that a policy does not keep."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.sizes import human
 
@@ -100,8 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
         lock_wait=arguments.lock_wait,
     )
     outcome = prune(request)
-    lines = _json_lines if arguments.json else _lines
-    say(*lines(outcome, dry_run=arguments.dry_run))
+    if arguments.json:
+        from qmpbackup import documents
+
+        say_json(*documents.pruned(outcome, dry_run=arguments.dry_run))
+    else:
+        say(*_lines(outcome, dry_run=arguments.dry_run))
     return 0
 
 
@@ -140,30 +143,3 @@ def _freed(freed: int | None, *, dry_run: bool) -> str:
     if freed < 0:
         return f", {human(-freed)} more stored"
     return f", about {human(freed)} freed" if dry_run else f", {human(freed)} freed"
-
-
-def _json_lines(outcome: "Outcome", *, dry_run: bool) -> Iterable[str]:
-    from qmpbackup.targets.manifest import time_to_json
-
-    for each in reversed(outcome.verdicts):
-        yield json.dumps(
-            {
-                "schema": 1,
-                "type": "verdict",
-                "id": each.point.id,
-                "time": time_to_json(each.point.time),
-                "keep": each.kept,
-                "reasons": list(each.reasons),
-            }
-        )
-    yield json.dumps(
-        {
-            "schema": 1,
-            "type": "summary",
-            "dry_run": dry_run,
-            "kept": len(outcome.kept),
-            "removed": len(outcome.removed),
-            "merged": outcome.merged,
-            "freed": outcome.freed,
-        }
-    )

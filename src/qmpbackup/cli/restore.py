@@ -2,7 +2,6 @@
 """`qmpbackup restore`: bring disks of a restore point back."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import (
@@ -14,7 +13,7 @@ from qmpbackup.cli.arguments import (
     names,
     path,
 )
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
@@ -91,21 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(outcome: "Outcome", as_json: bool) -> None:
     if as_json:
-        restored = [
-            {"id": each.disk_id, "file": str(each.path), "size": each.size}
-            for each in outcome.disks
-        ]
-        lacking = [
-            {
-                "id": each.id,
-                "reason": each.reason,
-                "newest": each.newest.id if each.newest else None,
-                "degrading": each.degrading,
-            }
-            for each in outcome.missing
-        ]
-        result = {"schema": 1, "type": "restore", "point": outcome.point.id, "disks": restored}
-        say(json.dumps(result | {"missing": lacking}))
+        from qmpbackup import documents
+
+        say_json(documents.restored(outcome))
         return
     for each in outcome.disks:
         say(printable(f"{each.disk_id:<20} {human(each.size):>10}  {each.path}"))

@@ -1,17 +1,14 @@
 """`qmpbackup serve`: the disks of a point as read-only NBD exports."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, disks, names, path, seconds
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
-    from qmpbackup.model import StoredDisk
     from qmpbackup.service.serve import Served
 
 
@@ -76,30 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _as_text(served: "Served") -> None:
+    from qmpbackup.documents import export_uri
+
     say(printable(f"Point {served.point.id}, until a signal comes:"))
     for disk in served.disks:
-        say(printable(f"{human(disk.size):>10}  {_uri(served, disk)}"))
+        say(printable(f"{human(disk.size):>10}  {export_uri(served, disk)}"))
     if not served.proved:
         say("The files are being read whole meanwhile; what is damaged is withdrawn.")
 
 
 def _as_json(served: "Served") -> None:
-    exports = [
-        {"disk": disk.id, "size": disk.size, "uri": _uri(served, disk)} for disk in served.disks
-    ]
-    say(
-        json.dumps(
-            {
-                "schema": 1,
-                "type": "serve",
-                "point": served.point.id,
-                "socket": str(served.socket),
-                "proved": served.proved,
-                "exports": exports,
-            }
-        )
-    )
+    from qmpbackup import documents
 
-
-def _uri(served: "Served", disk: "StoredDisk") -> str:
-    return f"nbd+unix:///{quote(disk.id, safe='')}?socket={quote(str(served.socket.absolute()))}"
+    say_json(documents.served(served))

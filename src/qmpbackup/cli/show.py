@@ -2,13 +2,12 @@
 """`qmpbackup show`: one restore point in full."""
 
 import argparse
-import json
 import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -43,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.target, arguments.point, arguments.lock_wait, arguments.vm
     )
     if arguments.json:
-        from qmpbackup.targets.manifest import point_to_json
+        from qmpbackup import documents
 
-        say(json.dumps({**point_to_json(point), "type": "point", "size": point.size}))
+        say_json(documents.shown(point))
         return 0
     say(*map(printable, _lines(point)), *(printable(f"lacking: {each}") for each in missing))
     return 0

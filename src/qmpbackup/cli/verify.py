@@ -2,12 +2,11 @@
 """`qmpbackup verify`: prove that the points of a target are whole."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, share
-from qmpbackup.cli.printing import printable, say
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
@@ -64,7 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.read_data,
         )
     )
-    say(*(_json_lines(report) if arguments.json else _lines(report)))
+    if arguments.json:
+        from qmpbackup import documents
+
+        say_json(*documents.verified(report))
+    else:
+        say(*_lines(report))
     return 0 if report.whole else DamagedError.exit_code
 
 
@@ -105,31 +109,3 @@ def _summary(report: "Report") -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _json_lines(report: "Report") -> Iterable[str]:
-    for verdict in report.verdicts:
-        yield json.dumps(
-            {
-                "schema": 1,
-                "type": "verdict",
-                "id": verdict.point.id,
-                "ok": not verdict.problems,
-                "problems": list(verdict.problems),
-            }
-        )
-    yield json.dumps(
-        {
-            "schema": 1,
-            "type": "summary",
-            "ok": report.whole,
-            "points": len(report.verdicts),
-            "files": report.files,
-            "size": report.size,
-            "read_files": report.read_files,
-            "read_size": report.read_size,
-            "damaged": [{"path": each.path, "reason": each.reason} for each in report.damaged],
-            "extra": list(report.extra),
-            "foreign": list(report.foreign),
-        }
-    )

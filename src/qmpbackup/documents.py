@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `--json` prints, and whatever else is to say the same: values as versioned JSON objects.
+
+Each has `schema` and `type`; members are added, and none is taken away or given another meaning
+(docs/reference/commands.md). Must not know who reads them, nor how they are printed.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from qmpbackup.model import Disk, Point, Skipped, StoredDisk
+from qmpbackup.targets.manifest import point_to_json, time_to_json
+
+if TYPE_CHECKING:
+    from qmpbackup.plan.missing import NotInPoint
+    from qmpbackup.service import backup, prune, restore, verify
+    from qmpbackup.service.doctor import Finding
+    from qmpbackup.service.init import Made
+    from qmpbackup.service.serve import Served
+
+SCHEMA = 1
+
+Document = dict[str, Any]
+
+
+def _document(kind: str, **members: object) -> Document:
+    return {"schema": SCHEMA, "type": kind, **members}
+
+
+def backed_up(outcome: "backup.Outcome") -> Document:
+    """A point that was made."""
+    return _document(
+        "backup",
+        point=point_to_json(outcome.point),
+        degraded=list(outcome.degraded),
+        alarm=outcome.alarm,
+    )
+
+
+def plan(what: "backup.Plan") -> Document:
+    """What a backup would do."""
+    return _document(
+        "plan",
+        target=what.target,
+        level=what.level,
+        parent=what.parent,
+        disks=[
+            {
+                "id": disk.disk.id,
+                "level": disk.level,
+                "reason": disk.reason,
+                "parent": disk.base.id if disk.base else None,
+                "bytes": disk.bytes_to_copy,
+            }
+            for disk in what.disks
+        ],
+        skipped=[
+            {"name": each.name, "reason": each.reason, "absence": each.absence}
+            for each in what.skipped
+        ],
+        transaction=[command.render() for command in what.transaction],
+    )
+
+
+def listed(point: Point, damaged: Iterable[str]) -> Document:
+    """A point in a list; `damaged` are its disks of which a file is known to be."""
+    return _document(
+        "point",
+        id=point.id,
+        time=time_to_json(point.time),
+        level=point.level,
+        parent=point.parent,
+        vm=point.vm.identity.name,
+        uuid=point.vm.identity.uuid,
+        host=point.vm.identity.host,
+        disks=[disk.id for disk in point.disks],
+        labels={disk.id: disk.label for disk in point.disks if disk.label},
+        consistency=point.consistency,
+        size=point.size,
+        merged=[{"id": each.id, "into": each.into} for each in point.merged],
+        damaged=list(damaged),
+    )
+
+
+def shown(point: Point) -> Document:
+    """A point in full: its manifest."""
+    return {**point_to_json(point), "type": "point", "size": point.size}
+
+
+def restored(outcome: "restore.Outcome") -> Document:
+    """What was restored, and what the point lacks."""
+    return _document(
+        "restore",
+        point=outcome.point.id,
+        disks=[
+            {"id": each.disk_id, "file": str(each.path), "size": each.size}
+            for each in outcome.disks
+        ],
+        missing=[_missing(each) for each in outcome.missing],
+    )
+
+
+def _missing(each: "NotInPoint") -> Document:
+    return {
+        "id": each.id,
+        "reason": each.reason,
+        "newest": each.newest.id if each.newest else None,
+        "degrading": each.degrading,
+    }
+
+
+def verified(report: "verify.Report") -> Iterator[Document]:
+    """What was found about each point, and then about all."""
+    for verdict in report.verdicts:
+        yield _document(
+            "verdict",
+            id=verdict.point.id,
+            ok=not verdict.problems,
+            problems=list(verdict.problems),
+        )
+    yield _document(
+        "summary",
+        ok=report.whole,
+        points=len(report.verdicts),
+        files=report.files,
+        size=report.size,
+        read_files=report.read_files,
+        read_size=report.read_size,
+        damaged=[{"path": each.path, "reason": each.reason} for each in report.damaged],
+        extra=list(report.extra),
+        foreign=list(report.foreign),
+    )
+
+
+def pruned(outcome: "prune.Outcome", *, dry_run: bool) -> Iterator[Document]:
+    """What became of each point, the newest last, and then of all."""
+    for each in reversed(outcome.verdicts):
+        yield _document(
+            "verdict",
+            id=each.point.id,
+            time=time_to_json(each.point.time),
+            keep=each.kept,
+            reasons=list(each.reasons),
+        )
+    yield _document(
+        "summary",
+        dry_run=dry_run,
+        kept=len(outcome.kept),
+        removed=len(outcome.removed),
+        merged=outcome.merged,
+        freed=outcome.freed,
+    )
+
+
+def finding(found: "Finding") -> Document:
+    """Something that `doctor` has to say."""
+    return _document("finding", **asdict(found))
+
+
+def made(repository: "Made") -> Document:
+    """A repository that was made."""
+    return _document("init", id=repository.id, location=repository.location)
+
+
+def served(what: "Served") -> Document:
+    """Exports that can be read from now on."""
+    return _document(
+        "serve",
+        point=what.point.id,
+        socket=str(what.socket),
+        proved=what.proved,
+        exports=[
+            {"disk": disk.id, "size": disk.size, "uri": export_uri(what, disk)}
+            for disk in what.disks
+        ],
+    )
+
+
+def export_uri(what: "Served", disk: StoredDisk) -> str:
+    """Where an export is reached, as tools take it."""
+    return f"nbd+unix:///{quote(disk.id, safe='')}?socket={quote(str(what.socket.absolute()))}"
+
+
+def disks(found: Sequence[Disk], skipped: Sequence[Skipped]) -> Iterator[Document]:
+    """The disks of a VM, as the original showed them: without a schema."""
+    yield from map(asdict, found)
+    for each in skipped:
+        yield {"skipped": each.name, "reason": each.reason, "absence": each.absence}
+
+
+def bitmaps(found: Sequence[Disk]) -> Iterator[Document]:
+    """The bitmaps of a VM's disks, likewise."""
+    for disk in found:
+        yield {"disk": disk.id, "node": disk.format_node, "bitmaps": asdict(disk)["bitmaps"]}
