@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -p no:cacheprovider
 # A test file is one unit of distribution, so that a guest booted for a file is booted once.
 PYTEST_PARALLEL := $(PYTEST) -n $(JOBS) --dist loadfile
-REAL := $(wildcard tests/lab tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
+REAL := $(wildcard tests/lab tests/images tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
 
 .PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from lab.backups import back_up
 from lab.disks import CLUSTER, MIB, Disk, create
 from lab.qemu import Qemu
-from lab.repositories import repository
+from stock.repositories import repository
 
 SIZE = 9 * MIB
 NAME, UUID = "earlier", "3f0c8a52-9a70-4a4e-8d0c-1c5e8e2f7b11"

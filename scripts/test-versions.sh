@@ -22,4 +22,4 @@ fi
 export PATH=$qemu:$restic:$PATH
 say "$(qemu-system-x86_64 --version | head -n 1)"
 say "$(restic version)"
-exec "$@" -m 'not slow and not guest' tests/lab tests/qemu tests/fault tests/contract
+exec "$@" -m 'not slow and not guest' tests/lab tests/images tests/qemu tests/fault tests/contract

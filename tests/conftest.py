@@ -5,14 +5,14 @@ import pwd
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 # How long an example takes says more about what else the machine does than about us.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,7 +26,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 
 @pytest.fixture
-def start_qemu() -> Iterator[Callable[..., Qemu]]:
+def start_qemu() -> Iterator[StartQemu]:
     """Starts VMs that are ended with the test: `vm = start_qemu([Disk(…)])`, see `lab.qemu.Qemu`."""
     with ExitStack() as stack:
         yield lambda *args, **options: stack.enter_context(Qemu(*args, **options))

@@ -13,7 +13,7 @@ import pytest
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.model import Level, VmIdentity
 from qmpbackup.targets.folder.target import DirectoryTarget
-from stored import MIB, VM, Stored, Write
+from stock.stored import MIB, VM, Stored, Write
 
 NOW = datetime(2026, 11, 2, 3, 4, 5, tzinfo=UTC)
 ID = "20261102T030405Z-abcdef"

@@ -19,7 +19,7 @@ from lab.small import needs_root
 from qmpbackup.errors import StorageError
 from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Strange
 from qmpbackup.restic.storage.local import LocalStorage
-from stored_repository import StoredRepository
+from stock.stored_repository import StoredRepository
 
 STORAGE, DAMAGED = 7, 8
 NOBODY = 65534

@@ -9,7 +9,7 @@ import pytest
 
 from qmpbackup.model import Level, StoredDisk
 from qmpbackup.service.verify import Request, verify
-from stored import MIB, Stored, Write
+from stock.stored import MIB, Stored, Write
 
 DISK = "scsi0.0:%1/é"
 

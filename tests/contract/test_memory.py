@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab import repositories
 from lab.disks import MIB, create
 from qmpbackup.images import qemu_nbd
 from qmpbackup.images.layers import Layer
 from qmpbackup.nbd import client
 from qmpbackup.nbd.reader import Flow, Reader
+from stock import repositories
 
 PROGRAM = Path(__file__).with_name("large_disk.py")
 MOST_MIB = 200

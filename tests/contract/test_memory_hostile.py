@@ -20,7 +20,7 @@ from lab.repositories import Repository
 from lab.scripted import FakeMonitor, ScriptedServer
 from lab.servers import BUCKET, KEYS
 from qmpbackup.restic.keyfile import Scrypt
-from stored_repository import StoredRepository
+from stock.stored_repository import StoredRepository
 
 MOST_MIB = 200
 """What docs/explanation/threat-model.md promises."""

@@ -25,7 +25,7 @@ from qmpbackup.restic.writer import Writer
 from qmpbackup.targets import manifest
 from qmpbackup.targets.repository.catalog import tags_of
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
-from stored_repository import START, StoredRepository
+from stock.stored_repository import START, StoredRepository
 
 MIB = 1 << 20
 MOST_MIB = 200

@@ -15,7 +15,7 @@ from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.storage.wrappers import Retrying
 from qmpbackup.targets.repository.target import RepositoryTarget
 from qmpbackup.undo import UndoStack
-from stored_repository import VM, StoredRepository
+from stock.stored_repository import VM, StoredRepository
 
 MIB = 1024 * 1024
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pytest
 
-from lab.faulty import FaultyStorage
 from lab.http_proxy import Fate, HttpProxy, Request
 from lab.patience import PATIENCE
 from lab.rest_server import RestServer
@@ -48,6 +47,7 @@ from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.storage.location import connect
 from qmpbackup.restic.storage.rest import RestStorage
 from qmpbackup.restic.storage.wrappers import Limited, Logged, Retries, Retrying
+from stock.faulty import FaultyStorage
 
 MIB = 1024 * 1024
 MANY = 1050

@@ -13,7 +13,7 @@ import pytest
 from lab import cli
 from lab.repositories import Repository
 from lab.restic import Restic
-from stored_repository import StoredRepository
+from stock.stored_repository import StoredRepository
 
 DAMAGED, NONE = 8, 10
 DISKS = {"vda": b"a" * 5000, "vdb": b"b" * 7000}

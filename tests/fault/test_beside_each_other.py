@@ -18,7 +18,7 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.backups import restored
 from lab.disks import first_difference
-from lab.scene import SIZES, Scene, scene
+from stock.scene import SIZES, Scene, scene
 
 LOCKED = 11
 READERS = ("list", "show", "verify", "restore")

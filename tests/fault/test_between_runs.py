@@ -3,7 +3,6 @@
 where it is not, and never a wrong restore."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 from lab.aftermath import assert_clean, manifests
 from lab.backups import assert_restores, back_up, levels, try_backup
 from lab.disks import CLUSTER, MIB, Disk, create, pattern, qemu_img
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 10 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 class Yard:

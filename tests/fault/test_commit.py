@@ -15,7 +15,7 @@ import pytest
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Level
 from qmpbackup.targets.folder.target import DirectoryTarget, Pending
-from stored import MIB, VM, Stored, Write
+from stock.stored import MIB, VM, Stored, Write
 
 SELF = Path(__file__)
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}

@@ -13,7 +13,7 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.backups import restored
 from lab.disks import first_difference
-from lab.scene import SIZES, Scene, scene
+from stock.scene import SIZES, Scene, scene
 
 DAMAGED = 8
 

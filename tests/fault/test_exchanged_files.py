@@ -3,7 +3,7 @@
 gets into what we write, nothing outside is written to, and we do not call it a success."""
 
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +14,12 @@ from lab import cli
 from lab.disks import Disk, create
 from lab.exchanging import SECRET, attacking, flipping, forged_head, secret_file
 from lab.proxy import Place, Proxy
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from qmpbackup import landlock
 from qmpbackup.model import Level
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
-from stored import MIB, Stored, Write, run
+from stock.stored import MIB, Stored, Write, run
 
 STORAGE = 7
 DISK = "hd0"
@@ -212,7 +212,7 @@ def test_a_server_that_changes_the_file_being_written_has_nothing_else_written_t
 
 
 def test_a_backup_whose_new_file_is_exchanged_writes_no_data_elsewhere(
-    start_qemu: Callable[..., Qemu], tmp_path: Path
+    start_qemu: StartQemu, tmp_path: Path
 ) -> None:
     image = tmp_path / "vda.qcow2"
     create(image, 4 * MIB, "qcow2")

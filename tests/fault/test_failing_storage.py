@@ -3,7 +3,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from lab.aftermath import manifests
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.patience import PATIENCE, wait_until
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 32 * MIB
-StartQemu = Callable[..., Qemu]
+
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount file systems")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.scene import Scene, scene
+from stock.scene import Scene, scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 STORAGE, DAMAGED = 7, 8

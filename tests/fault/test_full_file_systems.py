@@ -22,9 +22,10 @@ from lab.backups import assert_restores, back_up, is_copying, leftovers, try_bac
 from lab.disks import CLUSTER, MIB, Disk, create
 from lab.guest import Guest
 from lab.qemu import Qemu
-from lab.repositories import Target, environment_of, repository
-from lab.scene import WHERE, Where
+from lab.repositories import Target, environment_of
 from lab.small import fill_up_to, free, needs_root, small_disk
+from stock.repositories import repository
+from stock.scene import WHERE, Where
 
 STORAGE, DAMAGED = 7, 8
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lab.indexes import ID, Indexes, agree
 from lab.small import needs_root, small_folder
 from qmpbackup.restic.index.lookup import BlobIndex
+from stock.indexes import ID, Indexes, agree
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -18,7 +18,7 @@ PROCESS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from lab.indexes import ID, Indexes
+from stock.indexes import ID, Indexes
 from qmpbackup.restic.index.lookup import BlobIndex
 indexes = Indexes()
 while True:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab.proxy import Place, Proxy
-from lab.scene import KINDS, WHERE, Scene, Where, scene
+from stock.scene import KINDS, WHERE, Scene, Where, scene
 
 DELICATE = frozenset({"stop", "transaction", "cont"})
 RUNS_PER_TARGET = 8

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.aftermath import assert_clean, manifests
-from lab.scene import KINDS, WHERE, Scene, Where, scene
+from stock.scene import KINDS, WHERE, Scene, Where, scene
 
 PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
 RUNS_PER_TARGET = 8

@@ -27,10 +27,10 @@ from hypothesis.stateful import (
 from lab.disks import CLUSTER, MIB
 from lab.folder_world import FolderWorld
 from lab.proxy import When
-from lab.repository_world import RepositoryWorld
 from lab.rig import SHARED
-from lab.scene import WHERE, Where
 from lab.world import Accident, Damage, Meddling, World
+from stock.repository_world import RepositoryWorld
+from stock.scene import WHERE, Where
 
 MINUTES = float(os.environ.get("QMPBACKUP_SOAK_MINUTES", "0"))
 SEED = os.environ.get("QMPBACKUP_SOAK_SEED", "")

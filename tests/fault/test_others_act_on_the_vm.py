@@ -11,11 +11,10 @@ from lab.aftermath import manifests
 from lab.backups import assert_restores, back_up, is_copying, leftovers, try_backup
 from lab.disks import MIB, Disk, contents, create, first_difference, pattern
 from lab.proxy import Place, Proxy
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 VM = 6
 SIZE = 16 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def one_disk(start_qemu: StartQemu, folder: Path) -> Qemu:

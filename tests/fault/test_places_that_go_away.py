@@ -16,13 +16,14 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.backups import leftovers
 from lab.proxy import Place, Proxy
-from lab.repositories import Repository, repository
+from lab.repositories import Repository
 from lab.rest_server import RestServer
-from lab.scene import WHERE, Scene, Where, scene
 from lab.servers import BUCKET, KEYS, s3_server
 from lab.small import needs_root
 from qmpbackup.restic.storage.interface import CONFIG, Missing
 from qmpbackup.restic.storage.location import connect
+from stock.repositories import made, repository
+from stock.scene import WHERE, Scene, Where, scene
 
 STORAGE = 7
 
@@ -172,7 +173,7 @@ def test_a_server_that_serves_something_else(tmp_path: Path, kind: str, instead:
         with RestServer(tmp_path / "served") if kind == "rest" else s3_server() as server:
             url = server if isinstance(server, str) else server.url
             place = f"s3:{url}/{BUCKET}/here" if kind == "s3" else f"rest:{url}/"
-            stage.repository = Repository(place, tmp_path / "caches", variables=KEYS).make()
+            stage.repository = made(Repository(place, tmp_path / "caches", variables=KEYS))
             stage.run("full").check()
             stage.write()
             change = exchange(place)

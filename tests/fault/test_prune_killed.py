@@ -20,7 +20,7 @@ from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
 from qmpbackup.targets.folder.target import DirectoryTarget
-from stored import MIB, Stored, Write
+from stock.stored import MIB, Stored, Write
 
 PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
 KEPT = (1, 4, 5)

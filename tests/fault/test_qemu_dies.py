@@ -15,7 +15,7 @@ from lab import cli
 from lab.aftermath import assert_clean, assert_only_named, manifests
 from lab.backups import assert_restores
 from lab.proxy import Place, Proxy
-from lab.scene import SIZES, WHERE, Scene, Where, scene
+from stock.scene import SIZES, WHERE, Scene, Where, scene
 
 SPREAD = 40
 PARTS = 3

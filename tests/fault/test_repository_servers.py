@@ -24,7 +24,8 @@ from lab.http_proxy import Fate, HttpProxy, Request
 from lab.patience import PATIENCE
 from lab.repositories import Repository
 from lab.rest_server import RestServer
-from lab.scene import Scene, scene
+from stock.repositories import made
+from stock.scene import Scene, scene
 
 STORAGE = 7
 FATES: tuple[Fate, ...] = ("503", "500", "cut", "lose the answer", "cut the answer")
@@ -44,7 +45,7 @@ def remote(folder: Path, *, append_only: bool = False) -> Iterator[tuple[Scene, 
         HttpProxy(server.url) as proxy,
     ):
         caches = folder / "caches"
-        stage.repository = Repository(f"rest:{proxy.url}/", caches).make()
+        stage.repository = made(Repository(f"rest:{proxy.url}/", caches))
         stage.run("full").check()
         yield stage, proxy
         proxy.hook = healthy
@@ -290,7 +291,7 @@ def remote_s3(folder: Path) -> Iterator[tuple[Scene, HttpProxy]]:
             bucket.close()
             keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "not so secret"}
             place = f"s3:{proxy.url}/backups/vm"
-            stage.repository = Repository(place, folder / "caches", variables=keys).make()
+            stage.repository = made(Repository(place, folder / "caches", variables=keys))
             stage.run("full").check()
             yield stage, proxy
             proxy.hook = healthy

@@ -18,12 +18,13 @@ from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB
 from lab.patience import wait_until
 from lab.proxy import Place, Proxy
-from lab.pulling import Puller
-from lab.repositories import Repository, repository
-from lab.scene import Scene, scene
+from lab.repositories import Repository
 from lab.small import fill, needs_root, small_folder
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted
+from stock.pulling import Puller
+from stock.repositories import held_alone, repository
+from stock.scene import Scene, scene
 
 STORAGE, VM, DAMAGED, LOCKED = 7, 6, 8, 11
 
@@ -172,7 +173,7 @@ def test_a_signal_ends_the_wait_for_a_lock(stage: Scene, tmp_path: Path) -> None
     stage.renew("inc")
     made, logged = of(stage), tmp_path / "log"
     arguments = ("-L", logged, *stage.arguments("inc", stage.vm.socket), "--lock-wait", "100")
-    with made.held_alone(), cli.start(*arguments, env=made.environment) as running:
+    with held_alone(made), cli.start(*arguments, env=made.environment) as running:
         wait_until(lambda: logged.exists() and "Waiting" in logged.read_text())
         running.signal(signal.SIGTERM)
         running.wait().check(143)
@@ -184,7 +185,7 @@ def test_a_second_run_waits_until_the_repository_is_free(stage: Scene) -> None:
     stage.renew("inc")
     made = of(stage)
     arguments = stage.arguments("inc", stage.vm.socket)
-    with made.held_alone():
+    with held_alone(made):
         stage.run("inc", "--lock-wait", "0.5").check(LOCKED)
         patient = cli.start(*arguments, "--lock-wait", "600", env=made.environment)
     with patient:

@@ -14,7 +14,7 @@ from lab.backups import assert_restores
 from lab.disks import CLUSTER, MIB
 from lab.proxy import Place, Proxy
 from lab.qmp import QmpError
-from lab.scene import SIZES, Scene, scene
+from stock.scene import SIZES, Scene, scene
 
 DELICATE = frozenset({"stop", "transaction"})
 

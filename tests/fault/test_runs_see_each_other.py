@@ -17,7 +17,7 @@ import pytest
 from lab import cli
 from lab.aftermath import assert_clean
 from lab.backups import is_copying, leftovers
-from lab.scene import Scene, scene
+from stock.scene import Scene, scene
 
 LOCKED = 11
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.scene import WHERE, Scene, Where, scene
+from stock.scene import WHERE, Scene, Where, scene
 
 LIMITS = {
     "descriptors": [f"--nofile={number}:{number}" for number in range(6, 40, 2)],

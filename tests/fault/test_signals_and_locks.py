@@ -16,7 +16,7 @@ from lab import cli
 from lab.aftermath import assert_clean, manifests
 from lab.patience import PATIENCE
 from lab.proxy import Place, Proxy
-from lab.scene import Scene, scene
+from stock.scene import Scene, scene
 
 LOCKED, VM = 11, 6
 

@@ -13,7 +13,7 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.disks import MIB
 from lab.proxy import Place, Proxy
-from lab.scene import Scene, scene
+from stock.scene import Scene, scene
 
 PARTS = 2
 """Tests that share the places of a complete run, so that each is over in minutes."""

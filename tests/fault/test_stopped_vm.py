@@ -10,9 +10,10 @@ from lab import cli
 from lab.backups import assert_restores, back_up, leftovers, try_backup
 from lab.disks import MIB, Disk, create, pattern
 from lab.qemu import Qemu
-from lab.repositories import environment_of, repository
-from lab.scene import WHERE, Where
+from lab.repositories import environment_of
 from lab.small import free, needs_root, small_disk
+from stock.repositories import repository
+from stock.scene import WHERE, Where
 
 
 def ours_open_in(vm: Qemu, folder: Path) -> list[str]:

@@ -14,9 +14,9 @@ from lab import cli
 from lab.aftermath import assert_clean, manifests
 from lab.disks import CLUSTER, MIB
 from lab.proxy import Place, Proxy
-from lab.scene import Scene, scene
 from lab.small import fill, needs_root, small_folder
 from qmpbackup.targets.folder.target import DirectoryTarget
+from stock.scene import Scene, scene
 
 STORAGE, LOCKED, VM = 7, 11, 6
 

@@ -14,7 +14,7 @@ import pytest
 from lab import cli
 from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB
-from lab.scene import Scene, scene
+from stock.scene import Scene, scene
 
 TCP = ("-qmp", "tcp:127.0.0.1:0,server=on,wait=off")
 

@@ -7,7 +7,7 @@ from lab import cli
 from lab.small import fuse_folder
 from qmpbackup.images.layers import Layer, require_unchanged
 from qmpbackup.model import Level
-from stored import MIB, Stored, Write
+from stock.stored import MIB, Stored, Write
 
 
 def test_a_file_over_fuse_may_change_its_times_by_itself(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 from lab.backups import assert_restores, back_up, leftovers, levels, restored
 from lab.disks import MIB, Disk, create
 from lab.guest import Guest
-from lab.repositories import Target, repository
+from lab.repositories import Target
+from stock.repositories import repository
 
 pytestmark = pytest.mark.guest
 

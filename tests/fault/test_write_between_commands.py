@@ -2,7 +2,7 @@
 """The guest writes before every single command of a run, on every disk, and nothing is lost."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from lab.backups import assert_restores, back_up, restored
 from lab.disks import CLUSTER, MIB, Disk, create, pattern
 from lab.load import Write
 from lab.proxy import Place, Proxy
-from lab.qemu import Qemu
-from lab.repositories import Target, environment_of, repository
+from lab.qemu import Qemu, StartQemu
+from lab.repositories import Target, environment_of
+from stock.repositories import repository
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512, "vdc": 12 * MIB}
 LEVELS = ("full", "inc", "diff", "copy")
@@ -63,14 +64,14 @@ class Injector:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_write_before_every_command_is_in_one_point_or_the_next(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, seed: int
+    start_qemu: StartQemu, tmp_path: Path, seed: int
 ) -> None:
     write_everywhere(start_qemu, tmp_path, tmp_path / "target", LEVELS, seed)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_write_before_every_command_of_a_run_into_a_repository(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, seed: int
+    start_qemu: StartQemu, tmp_path: Path, seed: int
 ) -> None:
     target = repository(tmp_path / "target")
     write_everywhere(start_qemu, tmp_path, target, LEVELS_OF_REPOSITORIES, seed)
@@ -78,7 +79,7 @@ def test_a_write_before_every_command_of_a_run_into_a_repository(
 
 
 def write_everywhere(
-    start_qemu: Callable[..., Qemu],
+    start_qemu: StartQemu,
     tmp_path: Path,
     target: Target,
     levels: Sequence[str],

@@ -4,7 +4,6 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from fuzz import mutations
 from lab.disks import Disk, create
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from lab.scripted import RenderedMonitor, ScriptedServer
 from qmpbackup.errors import QuiesceError, VmError
 from qmpbackup.machine import inventory
@@ -40,7 +39,7 @@ LINES = [
 
 
 @pytest.fixture
-def replies(start_qemu: Callable[..., Qemu], tmp_path: Path) -> dict[str, Any]:
+def replies(start_qemu: StartQemu, tmp_path: Path) -> dict[str, Any]:
     """What a real QEMU answers to each question."""
     disks = [
         Disk("vda", create(tmp_path / "a.qcow2", 1 << 20), filters=("throttle",)),

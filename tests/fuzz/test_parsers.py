@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from fuzz import mutations
 from lab.disks import MIB, create
-from parsers import PARSERS
 from qmpbackup import bounded_json
 from qmpbackup.errors import QmpBackupError
 from qmpbackup.images import qcow2, qemu_img
@@ -48,6 +47,7 @@ from qmpbackup.targets.folder.marks import Mark
 from qmpbackup.targets.folder.pending import Journal
 from qmpbackup.targets.folder.target import Owner
 from qmpbackup.targets.names import parse_file
+from stock.parsers import PARSERS
 
 EXAMPLES = int(os.environ.get("QMPBACKUP_FUZZ", "40"))
 MOST_MEMORY = 128 * MIB

@@ -12,11 +12,11 @@ import pytest
 from lab.backups import leftovers
 from lab.disks import MIB, Disk, contents, create, first_difference
 from lab.guest import Guest
-from lab.pulling import CHUNK, Puller, Read
 from qmpbackup.machine import push
 from qmpbackup.machine.pull import Method
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
+from stock.pulling import CHUNK, Puller, Read
 
 pytestmark = pytest.mark.guest
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from lab.disks import MIB, Disk, create
-from lab.doomed import DoomedRun
 from lab.guest import Guest
+from stock.doomed import DoomedRun
 
 pytestmark = pytest.mark.guest
 

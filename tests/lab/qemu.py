@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -211,3 +211,7 @@ class Qemu(Machine):
     def _end(self) -> None:
         self._finish(signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+StartQemu = Callable[..., Qemu]
+"""What the fixture `start_qemu` gives."""

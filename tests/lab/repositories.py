@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restic repositories as targets of tests: made cheaply, and read with the real restic alone."""
+"""Restic repositories as targets of tests: read with the real restic alone."""
 
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lab.restic import PASSWORD, Restic
-from qmpbackup.restic.keyfile import Scrypt
-from qmpbackup.restic.repository import Repository as Made
-from qmpbackup.restic.storage.location import connect
-
-CHEAP = Scrypt(2, 1, 1)
-"""What a password may cost in tests, where nobody guesses."""
 
 MANIFEST = "manifest.json"
 
@@ -51,22 +44,6 @@ class Repository:
         """The real restic with this repository, and without what the product has cached."""
         cache = self.folder / "restic-cache"
         return Restic(self.location, cache, self.password, environment=self.variables)
-
-    def make(self) -> "Repository":
-        """Make it."""
-        with connect(self.location, self.environment) as storage:
-            Made.create(storage, self.password, cost=CHEAP, environment=self.environment).close()
-        return self
-
-    @contextmanager
-    def held_alone(self) -> Iterator[None]:
-        """This process holds it as `restic prune` does."""
-        with (
-            connect(self.location, self.environment) as storage,
-            Made.open(storage, self.password, environment=self.environment) as opened,
-            opened.lock(exclusive=True),
-        ):
-            yield
 
     @property
     def id(self) -> str:
@@ -129,11 +106,6 @@ class Repository:
 
 Target = Path | Repository
 """Where points go."""
-
-
-def repository(folder: Path) -> Repository:
-    """A new repository in a folder, with the caches beside it."""
-    return Repository(str(folder / "repository"), folder).make()
 
 
 def environment_of(target: Target) -> Mapping[str, str]:

@@ -2,20 +2,19 @@
 """The laboratory itself: a test is worth what its equipment is worth."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lab.disks import CLUSTER, MIB, Disk, contents, create, first_difference, pattern
 from lab.load import Write, Writer, instants
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 4 * MIB
 
 
 def test_contents_of_a_live_disk_are_what_was_written(
-    start_qemu: Callable[..., Qemu], tmp_path: Path
+    start_qemu: StartQemu, tmp_path: Path
 ) -> None:
     original = pattern(SIZE, seed=1)
     disk = Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=original))
@@ -26,7 +25,7 @@ def test_contents_of_a_live_disk_are_what_was_written(
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi", "ide", "nvme", "usb", "floppy"])
-def test_every_bus_takes_writes(bus: str, start_qemu: Callable[..., Qemu], tmp_path: Path) -> None:
+def test_every_bus_takes_writes(bus: str, start_qemu: StartQemu, tmp_path: Path) -> None:
     size = 1440 * 1024
     image = create(tmp_path / "a.raw", size, "raw")
     vm = start_qemu([Disk("d", image, "raw", bus=bus)])  # type: ignore[arg-type]
@@ -34,14 +33,14 @@ def test_every_bus_takes_writes(bus: str, start_qemu: Callable[..., Qemu], tmp_p
     assert first_difference(vm.contents("d"), b"\x09" * 512 + bytes(size - 512)) == ""
 
 
-def test_contents_are_found_below_filters(start_qemu: Callable[..., Qemu], tmp_path: Path) -> None:
+def test_contents_are_found_below_filters(start_qemu: StartQemu, tmp_path: Path) -> None:
     image = create(tmp_path / "a.qcow2", SIZE)
     vm = start_qemu([Disk("vda", image, filters=("throttle", "copy-on-read"))])
     vm.write("vda", 0, SIZE, 3)
     assert first_difference(vm.contents("vda"), b"\x03" * SIZE) == ""
 
 
-def test_a_failed_write_fails_the_test(start_qemu: Callable[..., Qemu], tmp_path: Path) -> None:
+def test_a_failed_write_fails_the_test(start_qemu: StartQemu, tmp_path: Path) -> None:
     vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
     with pytest.raises(AssertionError, match=r"beyond|Input/output|write failed"):
         vm.write("vda", SIZE, 512, 1)
@@ -62,7 +61,7 @@ def test_a_vm_survives_neither_kill_nor_the_end_of_the_test(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a QEMU of another user")
-def test_qemu_of_another_user(start_qemu: Callable[..., Qemu], open_folder: Path) -> None:
+def test_qemu_of_another_user(start_qemu: StartQemu, open_folder: Path) -> None:
     image = create(open_folder / "a.qcow2", SIZE)
     image.chmod(0o666)
     vm = start_qemu([Disk("vda", image)], user="nobody")
@@ -71,7 +70,7 @@ def test_qemu_of_another_user(start_qemu: Callable[..., Qemu], open_folder: Path
     assert vm.contents("vda")[:512] == b"\x05" * 512
 
 
-def test_the_load_logs_what_it_writes(start_qemu: Callable[..., Qemu], tmp_path: Path) -> None:
+def test_the_load_logs_what_it_writes(start_qemu: StartQemu, tmp_path: Path) -> None:
     names = ("vda", "vdb")
     vm = start_qemu([Disk(name, create(tmp_path / name, SIZE)) for name in names])
     with Writer(vm, dict.fromkeys(names, SIZE)) as load:

@@ -14,7 +14,8 @@ from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, first_difference
 from lab.libvirt import Managed
 from lab.patience import wait_until
-from lab.repositories import Repository, Target, repository
+from lab.repositories import Repository, Target
+from stock.repositories import repository
 
 from .conftest import SDB, VDA, VDB, live, managed, started
 

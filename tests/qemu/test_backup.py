@@ -3,7 +3,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,9 @@ from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.disks import contents as image_contents
 from lab.load import Writer, instants
 from lab.ports import free_port
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 16 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def disk(folder: Path, name: str, seed: int = 1, **options: object) -> Disk:

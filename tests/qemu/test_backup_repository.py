@@ -4,7 +4,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,13 @@ from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, re
 from lab.disks import MIB, Disk, create, pattern
 from lab.load import Writer, instants
 from lab.patience import wait_until
-from lab.qemu import Qemu
-from lab.repositories import Repository, repository
+from lab.qemu import Qemu, StartQemu
+from lab.repositories import Repository
 from lab.restic import Backing, Restic
+from stock.repositories import held_alone, made, repository
 
 SIZE = 16 * MIB
 USAGE, NO_INCREMENTAL, UNRECORDED, NONE, LOCKED, PASSWORD = 2, 4, 9, 10, 11, 12
-StartQemu = Callable[..., Qemu]
 
 
 def disk(folder: Path, name: str, seed: int = 1, form: str = "qcow2", **options: object) -> Disk:
@@ -142,7 +142,7 @@ def test_restic_beside_us_and_alone(
     with Backing(target.restic):
         wait_for_locks(target, 1)
         back_up(vm, target)
-    with target.held_alone():
+    with held_alone(target):
         result = try_backup(vm, target, "inc").check(LOCKED)
         assert str(os.getpid()) in result.err
         assert leftovers(vm) == []
@@ -395,7 +395,7 @@ class TestAfterRestic:
     def test_the_repository_is_replaced(self, tmp_path: Path, vm: Qemu, target: Repository) -> None:
         back_up(vm, target)
         shutil.rmtree(target.location)
-        new = Repository(target.location, target.folder).make()
+        new = made(Repository(target.location, target.folder))
         refused = try_backup(vm, new, "inc").check(NO_INCREMENTAL)
         assert "no earlier point" in refused.err
         point = back_up(vm, new)

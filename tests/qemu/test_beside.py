@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from lab.disks import MIB, Disk, create
 from lab.proxy import Place, Proxy
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from qmpbackup.machine import scratch
 from qmpbackup.machine.beside import is_image_folder
 from qmpbackup.service import session
@@ -68,7 +68,7 @@ def test_not_in_a_folder_that_only_a_link_leads_out_of(image: Path) -> None:
 
 
 def test_a_lock_of_qemus_programs_will_do_where_images_can_lie(
-    start_qemu: Callable[..., Qemu], tmp_path: Path
+    start_qemu: StartQemu, tmp_path: Path
 ) -> None:
     disk = tmp_path / "vda.qcow2"
     create(disk, MIB, "qcow2")
@@ -79,7 +79,7 @@ def test_a_lock_of_qemus_programs_will_do_where_images_can_lie(
 
 @pytest.mark.parametrize("name", ["not-its-own", "/etc/passwd", "/boot/vmlinuz", "/nowhere/x"])
 def test_a_qemu_that_names_another_file_gets_no_room_beside_it(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, name: str
+    start_qemu: StartQemu, tmp_path: Path, name: str
 ) -> None:
     disk = tmp_path / "vda.qcow2"
     create(disk, MIB, "qcow2")

@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,12 @@ import pytest
 from lab import cli
 from lab.disks import MIB, Disk, contents, create
 from lab.ports import free_port
-from lab.qemu import Qemu
-from lab.repositories import repository
+from lab.qemu import Qemu, StartQemu
 from qmpbackup.machine.view import CBW_TIMEOUT_SECONDS
 from qmpbackup.model import Level
-from stored import Stored, Write
+from stock.repositories import repository
+from stock.stored import Stored, Write
 
-StartQemu = Callable[..., Qemu]
 PROGRAM = str(Path(sys.executable).with_name("qmpbackup"))
 
 

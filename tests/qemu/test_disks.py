@@ -4,7 +4,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, Bus, Disk, contents, create, pattern, qemu_img
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 16 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def goes_through_two_points(vm: Qemu, target: Path, folder: Path, *ids: str) -> None:

@@ -2,17 +2,15 @@
 """`qmpbackup doctor` finds what matters, says what to do, and changes nothing."""
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lab import cli
 from lab.backups import back_up, bitmaps
 from lab.disks import MIB, Disk, create
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 16 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def findings(vm: Qemu, *more: cli.Argument, code: int = 0) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ differ from those before.
 import hashlib
 import json
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lab import cli
 from lab.aftermath import assert_clean
 from lab.backups import assert_restores, back_up, levels, restored
 from lab.disks import Disk
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 from lab.repositories import Repository, Target, environment_of
 
 ARCHIVES = sorted((Path(__file__).parent.parent / "earlier").glob("*.tar.xz"))
@@ -52,7 +51,7 @@ class Earlier:
             command, "--target", str(self.target), *more, env=environment_of(self.target)
         )
 
-    def start(self, start_qemu: Callable[..., Qemu]) -> Qemu:
+    def start(self, start_qemu: StartQemu) -> Qemu:
         """The VM that the points are of, as it was when it ended."""
         images = self.folder / "images"
         disks = [
@@ -92,7 +91,7 @@ def test_every_one_gives_back_its_bytes(earlier: Earlier, tmp_path: Path) -> Non
 
 
 def test_the_next_backup_is_an_incremental(
-    earlier: Earlier, tmp_path: Path, start_qemu: Callable[..., Qemu]
+    earlier: Earlier, tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     vm = earlier.start(start_qemu)
     before = earlier.points()

@@ -5,14 +5,14 @@ Every value in every reply that the inventory reads is replaced in turn by somet
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.disks import Disk, create
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from lab.scripted import FakeMonitor, ScriptedServer
 from qmpbackup.errors import VmError
 from qmpbackup.machine import inventory
@@ -24,7 +24,7 @@ GRAPH = Command("x-debug-query-block-graph")
 
 
 @pytest.fixture
-def replies(start_qemu: Callable[..., Qemu], tmp_path: Path) -> dict[str, Any]:
+def replies(start_qemu: StartQemu, tmp_path: Path) -> dict[str, Any]:
     disks = [
         Disk("vda", create(tmp_path / "a.qcow2", 1 << 20), filters=("throttle",)),
         Disk("sda", create(tmp_path / "b.raw", 1 << 20, "raw"), format="raw", bus="virtio-scsi"),

@@ -2,7 +2,6 @@
 """QEMU loads no internal snapshot while change bitmaps are in the VM: doctor says it, and one command is
 the way out, also after an attempt that has left the VM stopped."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up, bitmaps, levels, try_backup
 from lab.disks import MIB, Disk, create
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 
 SIZE = 10 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 @pytest.mark.parametrize("attempted", [True, False])

@@ -3,7 +3,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up, levels, try_backup
 from lab.disks import MIB, Disk, create, pattern, qemu_img, write_contents
-from lab.qemu import Qemu
-from lab.repositories import Target, repository
+from lab.qemu import StartQemu
+from lab.repositories import Target
+from stock.repositories import repository
 
 SIZE = 10 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 class Stack:

@@ -2,7 +2,6 @@
 """Monitors as set-ups have them: printed prettily, at a path longer than a socket's address, over TCP."""
 
 import select
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,9 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, leftovers
 from lab.disks import MIB, Disk, create, pattern
-from lab.doomed import DoomedRun
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 from lab.scripted import FakeAgent, ScriptedServer
-
-StartQemu = Callable[..., Qemu]
+from stock.doomed import DoomedRun
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up, levels, try_backup
 from lab.disks import MIB, Disk, create
-from lab.qemu import Qemu
-from lab.repositories import Target, environment_of, repository
+from lab.qemu import Qemu, StartQemu
+from lab.repositories import Target, environment_of
+from stock.repositories import repository
 
 SIZE = 10 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def plain(folder: Path) -> Disk:

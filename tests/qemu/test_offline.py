@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from lab import cli
 from lab.aftermath import assert_clean
 from lab.backups import assert_restores, back_up, levels
 from lab.disks import CLUSTER, MIB, Disk, contents, create, pattern
-from lab.qemu import Qemu
-from lab.repositories import Target, environment_of, repository
+from lab.qemu import StartQemu
+from lab.repositories import Target, environment_of
+from stock.repositories import repository
 
 SIZE = 16 * MIB
 USAGE, NO_INCREMENTAL, VM = 2, 4, 6
 UUID = "5c2f7a44-0d52-4a3e-9c5b-5f2b7d1c9e10"
-StartQemu = Callable[..., Qemu]
 
 
 @pytest.fixture(params=["folder", "repository"])

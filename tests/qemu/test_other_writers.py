@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -18,17 +18,18 @@ from lab import cli
 from lab.aftermath import assert_clean
 from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, try_backup
 from lab.disks import MIB, Disk, create, pattern
-from lab.qemu import Qemu
-from lab.repositories import Target, repository
+from lab.qemu import Qemu, StartQemu
+from lab.repositories import Target
 from lab.scripted import FakeMonitor, ScriptedServer
 from qmpbackup.machine import inventory
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.sharing import Locks
 from qmpbackup.machine.underlays import Files
 from qmpbackup.model import Absence
+from stock.repositories import repository
 
 SIZE = 10 * MIB
-StartQemu = Callable[..., Qemu]
+
 
 SHARED = ("share-rw=on",)
 

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.images import qemu_img
 from qmpbackup.images.layers import Layer, stand_in
@@ -30,7 +30,7 @@ from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
 from qmpbackup.targets.folder.target import DirectoryTarget
-from stored import MIB, Stored, Write, contents, run
+from stock.stored import MIB, Stored, Write, contents, run
 
 DISK, OTHER = "hd0", "b"
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
@@ -450,7 +450,7 @@ def test_wrong_arguments(stored: Stored, option: list[str]) -> None:
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_incrementals_go_on_after_pruning(
-    tmp_path: Path, start_qemu: Callable[..., Qemu], compress: bool
+    tmp_path: Path, start_qemu: StartQemu, compress: bool
 ) -> None:
     vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
     target = tmp_path / "target"

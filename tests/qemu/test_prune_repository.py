@@ -4,7 +4,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ from lab import cli
 from lab.backups import back_up, levels
 from lab.disks import MIB, Disk, create, pattern
 from lab.patience import wait_until
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from lab.restic import Backing
 from qmpbackup.model import VmIdentity
-from stored_repository import StoredRepository
+from stock.repositories import held_alone
+from stock.stored_repository import StoredRepository
 
 DISK = "hd0"
 
@@ -145,7 +146,7 @@ def test_what_is_refused(stored: StoredRepository, option: list[cli.Argument]) -
 
 
 def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> None:
-    with stored.made.held_alone():
+    with held_alone(stored.made):
         prune(stored, "--keep-last", 1).check(11)
     with Backing(stored.made.restic) as backup:  # whom our own lock leaves alone
         wait_until(lambda: bool(stored.files("locks")))
@@ -159,7 +160,7 @@ def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> 
     assert_left(stored, [2, 3])
 
 
-def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: Callable[..., Qemu]) -> None:
+def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: StartQemu) -> None:
     made = StoredRepository(tmp_path / "live").made
     vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
     for value in range(1, 4):

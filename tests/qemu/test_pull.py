@@ -2,19 +2,17 @@
 """Reading a view over NBD: the bytes of the instant, of what changed and nothing else."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lab.backups import leftovers
 from lab.disks import CLUSTER, MIB, Disk, create, first_difference, pattern
-from lab.pulling import CHUNK, Puller
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 from qmpbackup.machine.pull import Method
 from qmpbackup.nbd.reader import Flow
+from stock.pulling import CHUNK, Puller
 
-StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB
 ODD = 9 * MIB + 512
 

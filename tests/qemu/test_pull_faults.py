@@ -4,7 +4,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,13 @@ import pytest
 from lab.backups import leftovers
 from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.ports import free_port
-from lab.pulling import CHUNK, Puller, collect
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
 from qmpbackup.machine.pull import Method
 from qmpbackup.nbd.reader import Flow
+from stock.pulling import CHUNK, Puller, collect
 
-StartQemu = Callable[..., Qemu]
 SIZE = 20 * MIB
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

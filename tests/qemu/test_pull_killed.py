@@ -11,10 +11,10 @@ from lab import cli
 from lab.backups import leftovers
 from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.proxy import Place, Proxy
-from lab.pulling import Puller, command
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 from lab.qmp import QmpError
 from qmpbackup.machine.pull import Method
+from stock.pulling import Puller, command
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512}
 DELICATE = {"getfd", "nbd-server-start", "nbd-server-stop"}
@@ -118,7 +118,7 @@ def kill_at_all(stage: Stage, way: Method | None, step: int) -> int:
     return kills
 
 
-def two_disks(vm: Callable[..., Qemu], folder: Path, **options: object) -> Qemu:
+def two_disks(vm: StartQemu, folder: Path, **options: object) -> Qemu:
     """A disk that stores bitmaps and one that cannot."""
     disks = [
         Disk("vda", create(folder / "a", SIZES["vda"], contents=pattern(SIZES["vda"], 1))),
@@ -127,7 +127,7 @@ def two_disks(vm: Callable[..., Qemu], folder: Path, **options: object) -> Qemu:
     return vm(disks, **options)
 
 
-def test_killed_at_a_spread_of_places(start_qemu: Callable[..., Qemu], tmp_path: Path) -> None:
+def test_killed_at_a_spread_of_places(start_qemu: StartQemu, tmp_path: Path) -> None:
     stage = Stage(two_disks(start_qemu, tmp_path), tmp_path)
     assert kill_at_all(stage, None, 19) > 8
     assert stage.sockets == []
@@ -135,9 +135,7 @@ def test_killed_at_a_spread_of_places(start_qemu: Callable[..., Qemu], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [None, Method.STAGED])
-def test_killed_everywhere(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, way: Method | None
-) -> None:
+def test_killed_everywhere(start_qemu: StartQemu, tmp_path: Path, way: Method | None) -> None:
     assert kill_at_all(Stage(two_disks(start_qemu, tmp_path), tmp_path), way, 1) > 100
 
 
@@ -153,9 +151,7 @@ def exports(vm: Qemu) -> list[str]:
     return [str(each["id"]) for each in vm.qmp("query-block-exports")]
 
 
-def test_the_server_of_somebody_else_is_read_past(
-    start_qemu: Callable[..., Qemu], tmp_path: Path
-) -> None:
+def test_the_server_of_somebody_else_is_read_past(start_qemu: StartQemu, tmp_path: Path) -> None:
     vm = two_disks(start_qemu, tmp_path)
     serve(vm)
     base = {disk: vm.contents(disk) for disk in SIZES}
@@ -177,7 +173,7 @@ def test_the_server_of_somebody_else_is_read_past(
 
 @pytest.mark.parametrize("when", ["object-add", "getfd"])
 def test_the_server_of_somebody_else_outlives_a_recovery(
-    start_qemu: Callable[..., Qemu], tmp_path: Path, when: str
+    start_qemu: StartQemu, tmp_path: Path, when: str
 ) -> None:
     """Even where a run died when it was about to start its own."""
 

@@ -8,7 +8,8 @@ import shutil
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lab import cli
 from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
 from lab.patience import wait_until
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
 from qmpbackup.model import Level, Point
 from qmpbackup.plan.merge import Operation
@@ -29,7 +30,7 @@ from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
-from stored import MIB, Stored, Write, contents, run
+from stock.stored import MIB, Stored, Write, contents, run
 
 COMMIT, SNAPSHOTS = Operation.COMMIT, Operation.SNAPSHOTS
 DISK = "hd0"
@@ -661,7 +662,7 @@ def test_images_that_are_not_qcow2_are_refused(original: Path) -> None:
 
 
 def test_a_vm_goes_on_with_incrementals_after_a_merge(
-    tmp_path: Path, start_qemu: Callable[..., Qemu]
+    tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     image = create(tmp_path / "vda.qcow2", 16 * MIB)
     vm = start_qemu([Disk("vda", image)])
@@ -683,7 +684,7 @@ def test_a_vm_goes_on_with_incrementals_after_a_merge(
 
 
 def test_a_backup_finishes_a_merge_that_was_interrupted(
-    tmp_path: Path, start_qemu: Callable[..., Qemu]
+    tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     image = create(tmp_path / "vda.qcow2", 16 * MIB)
     vm = start_qemu([Disk("vda", image)])
@@ -733,6 +734,19 @@ def test_where_skip_check_stands_does_not_matter(stored: Stored, tmp_path: Path)
     cli.run("merge", *where, tmp_path / "2", "--skip-check", program="qmprestore").check()
     rate = ("--rate-limit", "50M")
     cli.run("--skip-check", "merge", *where, tmp_path / "3", *rate, program="qmprestore").check()
+
+
+def test_states_of_one_second_are_kept_again_by_a_later_merge(
+    stored: Stored, tmp_path: Path
+) -> None:
+    with stored.target.lock(remove=True):
+        for point in stored.points:
+            stored.target.replace_manifest(replace(point, time=stored.points[0].time))
+    merge(request(stored), SNAPSHOTS)
+    reload(stored)
+    stored.add(Level.INC, {DISK: [Write(5, 2 * MIB, 65536)]})
+    merge(request(stored), SNAPSHOTS)
+    assert_right(stored, stored.points, tmp_path / "out")
 
 
 def test_what_is_wrong_is_said_in_a_sentence_with_its_exit_code(

@@ -7,7 +7,7 @@ import random
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import pytest
 
 from lab import cli
 from lab.disks import MIB, first_difference, pattern, qemu_img
-from lab.qemu import Qemu
+from lab.qemu import StartQemu
 from lab.repositories import environment_of
 from qmpbackup.model import Level
-from stored import Stored, Write
-from stored_repository import StoredRepository
+from stock.stored import Stored, Write
+from stock.stored_repository import StoredRepository
 
 DAMAGED, LOCKED, USAGE = 8, 11, 2
 
@@ -134,7 +134,7 @@ def test_nbdinfo_sees_data_and_zeros(point: Point) -> None:
 
 
 def test_a_vm_reads_it_below_an_overlay(
-    point: Point, tmp_path: Path, start_qemu: Callable[..., Qemu]
+    point: Point, tmp_path: Path, start_qemu: StartQemu
 ) -> None:
     with point.served() as (_, uri):
         overlay = tmp_path / "overlay"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An external snapshot taken while a backup runs: the VM stays whole, and can be started again."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ from lab import cli
 from lab.backups import assert_restores, back_up, leftovers, levels
 from lab.disks import MIB, Disk, create, pattern, qemu_img
 from lab.patience import wait_until
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 SIZE = 32 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 def slow_backup(vm: Qemu, target: Path) -> cli.Running:

@@ -2,7 +2,6 @@
 """VMs in every state that QEMU knows: backed up, or refused with a sentence that leads to the cause."""
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import pytest
 from lab import cli
 from lab.backups import leftovers, try_backup
 from lab.disks import MIB, Disk, create
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
 
 VM = 6
-StartQemu = Callable[..., Qemu]
+
 
 BACKED_UP = {
     *("running", "paused", "prelaunch", "shutdown", "suspended", "guest-panicked"),

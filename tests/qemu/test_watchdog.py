@@ -4,21 +4,21 @@
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from lab.doomed import DoomedRun
 from lab.patience import PATIENCE
-from lab.qemu import Qemu
+from lab.qemu import Qemu, StartQemu
+from stock.doomed import DoomedRun
 
 MARKER = {"qom-type": "throttle-group", "id": "qmpbackup-stopped"}
 
 
 @pytest.fixture
-def vm(start_qemu: Callable[..., Qemu]) -> Qemu:
+def vm(start_qemu: StartQemu) -> Qemu:
     return start_qemu(machine="none")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lab.doomed import DoomedRun
 from lab.patience import PATIENCE
 from lab.scripted import FakeAgent, ScriptedServer
+from stock.doomed import DoomedRun
 
 
 class SlowFreeze:

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,15 @@ import pytest
 from lab import cli
 from lab.backups import back_up, levels, restored, try_backup
 from lab.disks import MIB, Disk, create, pattern
-from lab.qemu import Qemu
-from lab.repositories import Repository, repository
+from lab.qemu import StartQemu
+from lab.repositories import Repository
 from lab.small import needs_root
+from stock.repositories import repository
 
 USAGE, NO_INCREMENTAL, NONE = 2, 4, 10
 UUID = "7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a"
 OTHER = "00000000-0000-0000-0000-000000000002"
 SIZE = 9 * MIB
-StartQemu = Callable[..., Qemu]
 
 
 @pytest.fixture

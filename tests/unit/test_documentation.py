@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from parsers import PARSERS, actions
 from qmpbackup import errors
+from stock.parsers import PARSERS, actions
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

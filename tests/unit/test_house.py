@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-SOURCE = Path(__file__).parents[2] / "src" / "qmpbackup"
+TESTS = Path(__file__).parents[1]
+SOURCE = TESTS.parent / "src" / "qmpbackup"
 
 OF_EACH_USE_CASE: Final = {"Request", "Outcome"}
 
@@ -42,3 +43,18 @@ def test_no_public_class_name_stands_twice() -> None:
 def test_the_command_line_builds_no_document() -> None:
     for path in (SOURCE / "cli").glob("*.py"):
         assert '"schema"' not in path.read_text(), path
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_the_laboratory_knows_nothing_of_the_product() -> None:
+    for path in (TESTS / "lab").rglob("*.py"):
+        packages = {module.partition(".")[0] for module in imported(path)}
+        assert not packages & {"qmpbackup", "stock"}, path

@@ -5,7 +5,7 @@ import argparse
 
 import pytest
 
-from parsers import PARSERS, actions
+from stock.parsers import PARSERS, actions
 
 
 @pytest.mark.parametrize("parser", PARSERS)

@@ -24,7 +24,7 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.interface import Buffer, File, Kind, Refused
 from qmpbackup.restic.storage.local import LocalStorage
-from remembered import Remembered
+from stock.remembered import Remembered
 
 QUICK = Timing(settle=0.0, retry=0.01)
 SNAPSHOT = Snapshot(datetime(2026, 1, 1, tzinfo=UTC), bytes(32), ("/vm",))

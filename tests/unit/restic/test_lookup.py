@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab.indexes import ID, Indexes, agree, cached
 from lab.patience import PATIENCE
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.restic.index import index_file
@@ -21,6 +20,7 @@ from qmpbackup.restic.index.cache import cache_folder
 from qmpbackup.restic.index.lookup import BlobIndex
 from qmpbackup.restic.index.table import Spot
 from qmpbackup.restic.storage.interface import Kind
+from stock.indexes import ID, Indexes, agree, cached
 
 TESTS = str(Path(__file__).parents[2])
 
@@ -281,7 +281,7 @@ PROCESS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from lab.indexes import ID, Indexes, agree
+from stock.indexes import ID, Indexes, agree
 from qmpbackup.restic.index.lookup import BlobIndex
 indexes = Indexes()
 for _ in range(15):

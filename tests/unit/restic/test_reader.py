@@ -28,7 +28,7 @@ from qmpbackup.restic.reader import (
 )
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.interface import File, Kind, Temporary
-from remembered import Remembered
+from stock.remembered import Remembered
 
 DATA = BlobType.DATA
 CHOOSE = random.Random(7)  # noqa: S311 - no secret

@@ -23,7 +23,7 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing
 from qmpbackup.restic.writer import Writer
-from remembered import Remembered
+from stock.remembered import Remembered
 
 CHEAP = Scrypt(2, 1, 1)
 TIME = datetime(2026, 1, 1, tzinfo=UTC)

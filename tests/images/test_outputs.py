@@ -15,8 +15,8 @@ import pytest
 from lab import cli
 from lab.small import needs_root, small_folder
 from qmpbackup.model import Level
-from stored import MIB, Stored, Write, run
-from stored_repository import StoredRepository
+from stock.stored import MIB, Stored, Write, run
+from stock.stored_repository import StoredRepository
 
 USAGE, STORAGE = 2, 7
 DISKS = ("d1", "d2", "d3")

@@ -5,8 +5,9 @@ import os
 from typing import Any
 
 from lab.cli import Result
-from lab.repositories import Repository, repository
+from lab.repositories import Repository
 from lab.world import ELSEWHERE, Meddling, World
+from stock.repositories import repository
 
 
 class RepositoryWorld(World):

@@ -14,8 +14,9 @@ from lab.aftermath import assert_clean
 from lab.backups import assert_restores, is_copying
 from lab.disks import CLUSTER, MIB, Disk, create, pattern
 from lab.qemu import Qemu
-from lab.repositories import Repository, Target, environment_of, repository
+from lab.repositories import Repository, Target, environment_of
 from lab.scripted import FakeAgent, ScriptedServer
+from stock.repositories import repository
 
 SIZES = {"vda": 10 * MIB, "vdb": 9 * MIB + 512}
 Where = Literal["directory", "repository"]

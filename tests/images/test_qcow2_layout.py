@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qmpbackup.images.qcow2_layout import CLUSTER, Layout
-from stored import MIB, run
+from stock.stored import MIB, run
 
 GIB = 1024 * MIB
 SIZES = [512, CLUSTER, MIB - 512, MIB, MIB + 512, 512 * MIB, 512 * MIB + 512, 5 * GIB + 3 * CLUSTER]

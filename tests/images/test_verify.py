@@ -12,7 +12,7 @@ from qmpbackup.errors import Locked, NoSuchTarget
 from qmpbackup.images.digest import digest
 from qmpbackup.model import Level, StoredDisk
 from qmpbackup.service.verify import Report, Request, verify
-from stored import MIB, Stored, Write, run
+from stock.stored import MIB, Stored, Write, run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.images import qemu_img, relink
 from qmpbackup.images.layers import Layer, opened, require_unchanged
-from stored import run
+from stock.stored import run
 
 SIZE = 4 * 1024 * 1024
 KINDS = {

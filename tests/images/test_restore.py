@@ -25,7 +25,7 @@ from qmpbackup.errors import (
 from qmpbackup.images.digest import digest
 from qmpbackup.model import Level
 from qmpbackup.service.restore import Request, restore
-from stored import MIB, Stored, Write, contents, run
+from stock.stored import MIB, Stored, Write, contents, run
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

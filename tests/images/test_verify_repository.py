@@ -14,8 +14,9 @@ from lab import cli
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget
 from qmpbackup.model import Location
 from qmpbackup.service.verify import Report, Request, verify
-from stored import MIB
-from stored_repository import VM, StoredRepository
+from stock.repositories import held_alone
+from stock.stored import MIB
+from stock.stored_repository import VM, StoredRepository
 
 DAMAGED = 8
 
@@ -200,7 +201,7 @@ def test_the_points_of_another_vm_are_its_own(stored: StoredRepository) -> None:
 def test_what_cannot_be_verified_at_all(stored: StoredRepository, tmp_path: Path) -> None:
     with pytest.raises(NoSuchTarget):
         verify(Request(Location(str(tmp_path / "nowhere"))))
-    with stored.made.held_alone(), pytest.raises(Locked):
+    with held_alone(stored.made), pytest.raises(Locked):
         look(stored)
     for each in stored.files("snapshots"):
         flip(each, 60)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from lab import repositories
 from qmpbackup.model import Consistency, Level, Location, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.writer import Writer
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 from qmpbackup.targets.repository.target import RepositoryTarget, disk_file
+from stock import repositories
 
 VM = VmIdentity(
     uuid="7a1c7e7e-6f0c-4d3c-9a27-0d5c1f1c2b3a", name="vm", address="/run/vm.qmp", host="hv1"

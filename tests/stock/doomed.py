@@ -23,7 +23,7 @@ class DoomedRun:
     def __init__(self, monitor: Path | None, agent: Path | None = None) -> None:
         tests = Path(__file__).parents[1]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lab.doomed", str(monitor or ""), str(agent or "")],
+            [sys.executable, "-m", "stock.doomed", str(monitor or ""), str(agent or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": f"{tests}:{tests.parent / 'src'}"},

@@ -28,7 +28,7 @@ from qmpbackup.service.verify import verify
 from qmpbackup.targets.folder import journal
 from qmpbackup.targets.folder.journal import SUFFIX
 from qmpbackup.targets.folder.target import DirectoryTarget
-from stored import MIB, Stored, Write, contents
+from stock.stored import MIB, Stored, Write, contents
 
 DISK = "hd0"
 SWAPPING = "journal of swapping"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading views over NBD as a backup does, step by step, so that tests can come between the steps.
 
-As a program it is one whole run that a test may kill: `python -m lab.pulling` with one JSON object,
+As a program it is one whole run that a test may kill: `python -m stock.pulling` with one JSON object,
 the arguments of `command`.
 """
 
@@ -179,7 +179,7 @@ def command(
     arguments = [str(socket), str(folder), dict(bitmaps), way.value if way else None]
     tests = Path(__file__).parents[1]
     return subprocess.run(
-        [sys.executable, "-m", "lab.pulling", json.dumps(arguments)],
+        [sys.executable, "-m", "stock.pulling", json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

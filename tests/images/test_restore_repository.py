@@ -32,8 +32,8 @@ from qmpbackup.errors import (
 )
 from qmpbackup.service.restore import Request, restore
 from qmpbackup.targets.names import folder_name
-from stored import MIB, contents, run
-from stored_repository import VM, StoredRepository
+from stock.stored import MIB, contents, run
+from stock.stored_repository import VM, StoredRepository
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WILD = "a/../b: c"

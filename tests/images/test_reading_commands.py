@@ -7,7 +7,7 @@ import pytest
 
 from lab import cli
 from qmpbackup.model import Level
-from stored import MIB, Stored, Write
+from stock.stored import MIB, Stored, Write
 
 
 @pytest.fixture
