@@ -533,8 +533,33 @@ def test_no_server_at_all() -> None:
     for location in ("s3:http://127.0.0.1:1/bucket", "rest:http://127.0.0.1:1/"):
         bare = connect(location, KEYS)
         assert isinstance(bare, Retrying)
-        with Retrying(bare._storage, AT_ONCE) as storage, pytest.raises(Temporary):
+        with Retrying(bare._storage, AT_ONCE) as storage, pytest.raises(Temporary) as raised:
             storage.load(CONFIG)
+        assert raised.value.hint
+        assert "error" not in raised.value.message
+
+
+def test_an_object_store_that_cannot_be_spoken_to(tmp_path: Path) -> None:
+    """What is wrong is said, though the library hides it, and is not tried again."""
+    own = certificate(tmp_path / "own")
+    with answering(200, certificate=own) as strange, answering(200) as without:
+        said = {
+            strange: "certificate is not trusted",
+            without.replace("http", "https"): "does not speak TLS",
+        }
+        for url, sentence in said.items():
+            bare = connect(f"s3:{url}/{BUCKET}", KEYS)
+            assert isinstance(bare, Retrying)
+            with (
+                Retrying(bare._storage, AT_ONCE) as storage,
+                pytest.raises(StorageError, match=sentence) as raised,
+            ):
+                storage.load(CONFIG)
+            assert not isinstance(raised.value, Temporary)
+    with answering(400) as url, connect(f"s3:{url}/{BUCKET}", KEYS) as storage:
+        with pytest.raises(StorageError, match="answers 400 Bad Request") as raised:
+            storage.load(CONFIG)
+        assert "AWS_DEFAULT_REGION" in raised.value.hint
 
 
 # Wrappers

@@ -14,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from qmpbackup.errors import UsageError
+from qmpbackup.restic.storage.causes import setting
 from qmpbackup.restic.storage.interface import Storage
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.storage.wrappers import Limited, Logged, Retrying
@@ -223,9 +224,8 @@ def _explained(kind: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError, ValueError) as error:
-        why = str(error).partition("\n")[0].rstrip(".")
         raise UsageError(
-            f"The location behind {kind}: cannot be used: {why}.",
+            f"The location behind {kind}: cannot be used: {setting(str(error))}.",
             "Check it, and the variables of the store in the environment.",
         ) from None
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from qmpbackup.errors import StorageError
+from qmpbackup.restic.storage.causes import DENIED, asks_for_keys, cause
 from qmpbackup.restic.storage.guarded import Guard, Overrun, twice
 from qmpbackup.restic.storage.interface import (
     Buffer,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LONGEST_REASON: Final = 300
 _LARGEST_WHOLE: Final = 64 << 20
 """Bytes of a file that is asked for without a length; what is read in a run has one always."""
 
@@ -42,7 +42,6 @@ _PAGE_SECONDS: Final = 150.0
 
 _LISTED_AT_ONCE: Final = 1000
 _STATUS: Final = re.compile(r"status code: (\d{3})")
-_QUERY: Final = re.compile(r"(?<!<)\?\S+")
 _NOT_THERE: Final = 404
 _NOT_ALLOWED: Final = frozenset({401, 403})
 _LASTING: Final = frozenset({501, 507})
@@ -173,7 +172,8 @@ class ObjectStorage(Storage):
             yield
         except (exceptions.BaseError, OSError, ValueError) as error:
             # Without its cause: in some stores the addresses in it are secrets.
-            raise _failure(f"Cannot {action} at {self._name}", error) from None
+            scheme = self._name.partition(":")[0]
+            raise _failure(f"Cannot {action} at {self._name}", error, scheme) from None
 
 
 def _path(file: File) -> str:
@@ -186,39 +186,27 @@ class _Exists(Temporary):
     """The store says that it is there already, or that somebody else is at it."""
 
 
-def _failure(cannot: str, error: Exception) -> StorageError:
+def _failure(cannot: str, error: Exception, scheme: str) -> StorageError:
     from obstore import exceptions
 
-    status = _status(error)
-    if isinstance(error, exceptions.NotFoundError | FileNotFoundError) or status == _NOT_THERE:
+    text, status = str(error), _status(error)
+    missing = isinstance(error, exceptions.NotFoundError | FileNotFoundError)
+    if (missing or status == _NOT_THERE) and not asks_for_keys(text):
         return Missing(f"{cannot}: it is not there.")
     denied = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
-    if isinstance(error, denied) or status in _NOT_ALLOWED:
-        return Refused(
-            f"{cannot}: the store does not allow it.",
-            "Check the keys, and what they are allowed to do.",
-        )
-    said = f"{cannot}: {_reason(error)}."
+    found = DENIED if isinstance(error, denied) else cause(text, scheme)
+    said = f"{cannot}: {found.said}."
+    if found is DENIED or status in _NOT_ALLOWED:
+        return Refused(said, found.hint)
     if isinstance(error, exceptions.AlreadyExistsError):
-        return _Exists(said)
-    if "incorrectly configured region" in said:
-        return StorageError(said, "AWS_DEFAULT_REGION names the region of the bucket.")
+        return _Exists(said, found.hint)
     passing = status is None or (status >= 500 and status not in _LASTING) or status in _PASSING
-    passing = passing and not any(sign in said for sign in _NOT_UNDERSTOOD)
+    passing = passing and found.passes and not any(sign in text for sign in _NOT_UNDERSTOOD)
     lost = isinstance(error, exceptions.GenericError | TimeoutError | ConnectionError)
-    return Temporary(said) if lost and passing else StorageError(said)
+    return Temporary(said, found.hint) if lost and passing else StorageError(said, found.hint)
 
 
 def _status(error: Exception) -> int | None:
     """The server's answer, which the library tells in words alone."""
     found = _STATUS.search(str(error))
     return int(found[1]) if found else None
-
-
-def _reason(error: Exception) -> str:
-    """What the library says, without the chain of causes that it shows for developers, and without
-    what follows an address, where Azure's signatures are."""
-    said = str(error).partition("\n\nDebug source")[0].strip().splitlines()
-    first = _QUERY.sub("?…", said[0]) if said else type(error).__name__
-    first = first.partition(": <")[0]  # the answer's XML
-    return first[:_LONGEST_REASON].rstrip(".")

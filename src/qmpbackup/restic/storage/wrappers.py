@@ -120,6 +120,7 @@ class Retrying(_Wrapper):
     def _persist(self, what: Callable[..., T], arguments: Sequence[object], least: int) -> T:
         started = time.monotonic()
         pause = self._patience.first
+        said = ""
         for tries in itertools.count(1):
             try:
                 result = what(*arguments)
@@ -131,7 +132,10 @@ class Retrying(_Wrapper):
                     time.sleep(_POLL_SECONDS)
                 elif time.monotonic() - started + pause > total:
                     raise
-                _log.warning("%s Trying again.", error.message)
+                # Once: what goes on for minutes is no news.
+                level = logging.DEBUG if error.message == said else logging.WARNING
+                _log.log(level, "%s Trying again.", error.message)
+                said = error.message
             else:
                 self._known = True
                 return result
