@@ -44,8 +44,8 @@ from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.targets import manifest
 from qmpbackup.targets.folder.journal import Intent, Phase
 from qmpbackup.targets.folder.marks import Mark
+from qmpbackup.targets.folder.owner import Owner
 from qmpbackup.targets.folder.pending import Journal
-from qmpbackup.targets.folder.target import Owner
 from qmpbackup.targets.names import parse_file
 from stock.parsers import PARSERS
 

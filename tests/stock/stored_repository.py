@@ -14,7 +14,8 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.restic.writer import Writer
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
-from qmpbackup.targets.repository.target import RepositoryTarget, disk_file
+from qmpbackup.targets.repository.committing import disk_file
+from qmpbackup.targets.repository.target import RepositoryTarget
 from stock import repositories
 
 VM = VmIdentity(

@@ -5,13 +5,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qmpbackup.errors import UsageError
-from qmpbackup.model import Location, Place
 from qmpbackup.plan.sizes import parse_size
 
-_RESTIC = "restic:"
+if TYPE_CHECKING:
+    from qmpbackup.targets.interface import Address
 
 _LARGEST_SIZE = 2**63 - 1
 """QEMU counts in signed 64-bit numbers."""
@@ -73,19 +73,14 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def place(text: str) -> Place:
-    """An `argparse` type for targets: a folder, or `restic:` and where a repository lies."""
-    if text.startswith(_RESTIC):
-        return Location(text.removeprefix(_RESTIC))
-    if ":" in text:
-        from qmpbackup.restic.storage.location import is_remote
+def place(text: str) -> "Address":
+    """An `argparse` type for targets."""
+    from qmpbackup.targets import opening
 
-        if is_remote(text):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} reads like the location of a repository; write restic:{text}, or ./{text} "
-                "for a folder."
-            )
-    return path(text)
+    try:
+        return opening.place(text) if text else path(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def target_id(text: str) -> str:

@@ -2,13 +2,14 @@
 """Look at everything a backup needs, change nothing, and say what to do about what is not well."""
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from qmpbackup.errors import NoSuchTarget, QmpBackupError, StorageError
+from qmpbackup.errors import QmpBackupError, StorageError
 from qmpbackup.machine import push, scratch, starved
 from qmpbackup.machine.inventory import Leftovers
-from qmpbackup.model import Absence, Bitmap, Disk, Location, Place, Skipped, Vm
+from qmpbackup.model import Absence, Bitmap, Disk, Skipped, Vm
+from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.plan.levels import (
     SMALL,
     bitmap_obstacle,
@@ -21,7 +22,8 @@ from qmpbackup.plan.sizes import human
 from qmpbackup.plan.vm_states import OBSTACLES
 from qmpbackup.service import room_findings, session
 from qmpbackup.service.backup import rooms
-from qmpbackup.service.finding import Finding, Health
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address
 from qmpbackup.targets.inventory import Inventory
 
 __all__ = ["Finding", "Health", "examine"]
@@ -35,7 +37,7 @@ _ADVISED_FREE = 64 * 1024 * 1024
 def examine(
     address: str,
     agent_address: str = "",
-    target: Place | None = None,
+    target: Address | None = None,
     scratch_dir: Path | None = None,
     lock_wait: float = 0.0,
     host: str = "",
@@ -66,12 +68,41 @@ def examine(
     for skipped in vm.skipped:
         yield _skipped(skipped)
     yield _agent(agent_address)
-    if isinstance(target, Location):
-        stored = yield from _repository(vm, target, lock_wait, host)
-    else:
-        stored = None if target is None else (yield from _folder(vm, target))
-    if target is not None and stored is not None:
-        yield from room_findings.of_next_backup(vm, files, target, stored, scratch_dir)
+    if target is not None:
+        yield from _target(vm, files, target, scratch_dir, lock_wait, strict=not host)
+
+
+def _target(
+    vm: Vm,
+    files: rooms.Files,
+    target: Address,
+    scratch_dir: Path | None,
+    lock_wait: float,
+    *,
+    strict: bool,
+) -> Iterator[Finding]:
+    """Whether a target is well, and what the next backup into it will be."""
+    entrance = opening.entrance(target)
+    if entrance.chunk:
+        yield from _reading(vm)
+    found = yield from entrance.advice(vm.config.identity, lock_wait, strict=strict)
+    if found is not None:
+        ground, stored = found
+        yield from _next_backup(vm, stored, ground.name)
+        yield from room_findings.of_next_backup(vm, files, ground, stored, scratch_dir)
+
+
+def _reading(vm: Vm) -> Iterator[Finding]:
+    from qmpbackup.machine.pull import Method, method
+
+    if method(vm) is Method.STAGED:
+        yield Finding(
+            "reading",
+            Health.ADVICE,
+            "this QEMU with iothreads cannot be read over NBD safely; what changed is copied to the "
+            "scratch's folder first",
+            "QEMU 9.0 or later is read directly.",
+        )
 
 
 def _qemu(vm: Vm) -> Iterator[Finding]:
@@ -244,109 +275,6 @@ def _agent(address: str) -> Finding:
             "Find out who froze them, or thaw them: guest-fsfreeze-thaw.",
         )
     return Finding("guest agent", Health.FINE, "answers, file systems are not frozen")
-
-
-def _folder(vm: Vm, path: Path) -> Generator[Finding, None, Inventory | None]:
-    from qmpbackup.targets.folder.target import DirectoryTarget
-
-    if path.exists() and not path.is_dir():
-        todo = "Choose another path for the target."
-        yield Finding("target", Health.PROBLEM, f"{path} is not a folder", todo)
-        return None
-    try:
-        target = DirectoryTarget.open(path)
-    except NoSuchTarget:
-        yield from _writing(path)
-        yield Finding("target", Health.FINE, f"{path} holds no points yet; the first run makes it")
-        return Inventory()
-    yield from _writing(path)
-    for folder in target.interrupted():
-        text = f"a merge in {folder} was interrupted, or is under way"
-        yield Finding("target", Health.ADVICE, text, target.merge_hint(folder))
-    stored = target.load()
-    for damage in (*stored.damaged, *stored.marked):
-        yield Finding(
-            "target",
-            Health.PROBLEM,
-            f"{damage.path}: {damage.reason}",
-            "Run `qmpbackup verify`; the next `auto` starts a new chain where needed.",
-        )
-    yield Finding(
-        "target",
-        Health.FINE,
-        f"{path} holds {len(stored.points)} points, {human(scratch.free_bytes(path))} free",
-    )
-    yield from _next_backup(vm, stored, str(path))
-    return stored
-
-
-def _writing(path: Path) -> Iterator[Finding]:
-    """Whether backups can be written there, tried with a file that has no name."""
-    from qmpbackup.durable import storage_errors
-    from qmpbackup.folder import Folder
-
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    try:
-        with storage_errors(f"open {there}"), Folder.open(there.resolve()) as folder:
-            folder.require_random_access()
-    except QmpBackupError as error:
-        yield Finding("target", Health.PROBLEM, error.message, error.hint)
-
-
-def _repository(
-    vm: Vm, place: Location, lock_wait: float, host: str
-) -> Generator[Finding, None, Inventory | None]:
-    yield from _programs()
-    from qmpbackup.machine.pull import Method, method
-    from qmpbackup.service import targets
-    from qmpbackup.targets.repository.target import RepositoryTarget
-
-    if method(vm) is Method.STAGED:
-        yield Finding(
-            "reading",
-            Health.ADVICE,
-            "this QEMU with iothreads cannot be read over NBD safely; what changed is copied to the "
-            "scratch's folder first",
-            "QEMU 9.0 or later is read directly.",
-        )
-    try:
-        with targets.repository(place) as repository:
-            target = RepositoryTarget(repository, vm.config.identity)
-            with target.lock(wait=lock_wait):
-                stored = target.load()
-            if not host:
-                target.require_known()
-    except QmpBackupError as error:
-        yield Finding("target", Health.PROBLEM, error.message, error.hint)
-        return None
-    for damage in stored.damaged:
-        todo = "Run `qmpbackup verify`; other points can be restored."
-        yield Finding("target", Health.PROBLEM, f"{damage.path}: {damage.reason}", todo)
-    count = len(stored.points)
-    yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
-    yield from _next_backup(vm, stored, target.name)
-    return stored
-
-
-def _programs() -> Iterator[Finding]:
-    """What a repository needs besides QEMU."""
-    import shutil
-    from importlib.util import find_spec
-
-    if find_spec("nbd") is None:
-        yield Finding(
-            "libnbd",
-            Health.PROBLEM,
-            "libnbd's module for Python is not installed",
-            "On Debian and Ubuntu: apt install python3-libnbd.",
-        )
-    if shutil.which("restic") is None:
-        yield Finding(
-            "restic",
-            Health.ADVICE,
-            "the program restic is not installed; only `prune` needs it",
-            "On Debian and Ubuntu: apt install restic.",
-        )
 
 
 def _next_backup(vm: Vm, stored: Inventory, place: str) -> Iterator[Finding]:

@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.errors import UsageError
 from qmpbackup.machine import inventory, launching
 from qmpbackup.machine.inventory import Inventory
 from qmpbackup.machine.launching import Image
 from qmpbackup.machine.monitor import Monitor
-from qmpbackup.model import Location, Place, Point, VmConfig, VmIdentity
+from qmpbackup.model import Point, VmConfig, VmIdentity
 from qmpbackup.service.session import Session
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,14 @@ class Offline:
 
 
 @contextmanager
-def opened(offline: Offline, place: Place, host: str = "") -> Iterator[Session]:
+def opened(offline: Offline, place: Address, host: str = "") -> Iterator[Session]:
     """Open the images of a VM for the block; `host` is what the host of a new VM is called.
 
     Raises:
         UsageError: it cannot be told which VM it is, which images it has, or of what format.
         VmError: an image is open elsewhere, or QEMU cannot open it.
     """
-    newest = _newest(place, offline.vm)
+    newest = opening.entrance(place).newest(offline.vm)
     config = newest.vm if newest else _config_of(offline, host)
     images = _images(offline, newest)
     program = next(iter(config.command_line), "")
@@ -62,26 +64,6 @@ def opened(offline: Offline, place: Place, host: str = "") -> Iterator[Session]:
             return _as_recorded(monitor, config, images)
 
         yield Session(monitor, look(), look)
-
-
-def _newest(place: Place, vm: str) -> Point | None:
-    """The newest point of the VM in the target."""
-    from qmpbackup.service import targets
-
-    try:
-        with targets.opened(place, vm if isinstance(place, Location) else "") as target:
-            points = target.load().points
-    except NoSuchTarget:
-        return None
-    newest = points[-1] if points else None
-    # A repository has chosen by it already.
-    strange = vm not in {newest.vm.identity.name, newest.vm.identity.uuid} if newest else False
-    if newest and vm and strange and not isinstance(place, Location):
-        raise UsageError(
-            f"The newest point in {place} is of another VM, {newest.vm.identity.name}.",
-            "Leave --vm out, or use the target of this VM.",
-        )
-    return newest
 
 
 def _config_of(offline: Offline, host: str) -> VmConfig:

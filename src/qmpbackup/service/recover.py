@@ -2,24 +2,20 @@
 """Clean up in a VM what a run of ours left when it died. Each backup does this first by itself."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
 
 from qmpbackup import interrupt
 from qmpbackup.machine import recovery, starved
 from qmpbackup.machine.inventory import Inventory
-from qmpbackup.model import Location, Place, Quiesce
+from qmpbackup.model import Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
 from qmpbackup.service import session
 from qmpbackup.service.quiesce import Guest
 from qmpbackup.service.session import Session
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address, Target
 from qmpbackup.targets.inventory import Inventory as Stored
-
-if TYPE_CHECKING:
-    from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +24,7 @@ def recover(
     address: str,
     *,
     agent_address: str = "",
-    target: Place | None = None,
+    target: Address | None = None,
     dry_run: bool = False,
     lock_wait: float = 0.0,
     host: str = "",
@@ -47,11 +43,14 @@ def recover(
         done = recovery.recover(vm.monitor, vm.found)
         if vm.found.was_frozen:
             done += Guest(vm.monitor, agent_address, Quiesce.TRY).heal()
-        if isinstance(target, Location):
-            done += _recover_repository(vm, target, lock_wait)
-        elif target is not None:
-            done += _recover_folder(vm, DirectoryTarget.open(target), lock_wait)
+        if target is not None:
+            with _opened(vm, target) as found, found.writing(lock_wait) as cleared:
+                done += cleared + _remove_rubbish(vm, found.load(), found.id)
         return done
+
+
+def _opened(vm: Session, target: Address) -> AbstractContextManager[Target]:
+    return opening.entrance(target).of(vm.vm.config.identity)
 
 
 def _hungry(vm: Session) -> list[str]:
@@ -69,17 +68,12 @@ def _left(found: Inventory) -> list[str]:
     return [f"would remove {name}" for name in (*names, *sets)]
 
 
-def _left_in(vm: Session, place: Place | None, lock_wait: float) -> list[str]:
+def _left_in(vm: Session, target: Address | None, lock_wait: float) -> list[str]:
     """What there is to do in a target, and for it in the VM."""
-    if place is None:
+    if target is None:
         return []
-    if isinstance(place, Location):
-        with _repository(vm, place) as repository, repository.lock(wait=lock_wait):
-            return _left_bitmaps(vm, repository.load(), repository.id)
-    folder = DirectoryTarget.open(place)
-    with folder.lock(wait=lock_wait):
-        merges = [f"would finish the merge in {name}" for name in folder.interrupted()]
-        return merges + folder.left() + _left_bitmaps(vm, folder.load(), folder.id)
+    with _opened(vm, target) as found, found.lock(wait=lock_wait):
+        return found.left() + _left_bitmaps(vm, found.load(), found.id)
 
 
 def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
@@ -88,28 +82,6 @@ def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
         for disk in vm.vm.disks
         for name in rubbish(disk, stored.points, target_id)
     ]
-
-
-def _recover_folder(vm: Session, target: DirectoryTarget, lock_wait: float) -> list[str]:
-    target.settle(lock_wait)
-    with target.lock(write=True, wait=lock_wait):
-        done = target.recover()
-        return done + _remove_rubbish(vm, target.load(), target.id)
-
-
-def _recover_repository(vm: Session, place: Location, lock_wait: float) -> list[str]:
-    """What a dead run stored there no snapshot names; `prune` removes it."""
-    with _repository(vm, place) as target, target.lock(wait=lock_wait):
-        return _remove_rubbish(vm, target.load(), target.id)
-
-
-@contextmanager
-def _repository(vm: Session, place: Location) -> "Iterator[RepositoryTarget]":
-    from qmpbackup.service import targets
-    from qmpbackup.targets.repository.target import RepositoryTarget
-
-    with targets.repository(place) as repository:
-        yield RepositoryTarget(repository, vm.vm.config.identity)
 
 
 def _remove_rubbish(vm: Session, stored: Stored, target_id: str) -> list[str]:

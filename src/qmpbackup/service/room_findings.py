@@ -7,12 +7,13 @@ from pathlib import Path
 
 from qmpbackup.machine import starved
 from qmpbackup.machine.inventory import Leftovers
-from qmpbackup.model import Level, Location, Place, Vm
+from qmpbackup.model import Level, Vm
 from qmpbackup.plan import room as plan_room
+from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.plan.levels import NewPoint, plan_disks
 from qmpbackup.service import room
 from qmpbackup.service.backup import rooms
-from qmpbackup.service.finding import Finding, Health
+from qmpbackup.targets.interface import Ground
 from qmpbackup.targets.inventory import Inventory
 
 
@@ -29,29 +30,29 @@ def of_hungry(hungry: starved.Starved, leftovers: Leftovers) -> Finding:
 class _Taker:
     """What the next backup takes room for."""
 
-    place: Place
+    ground: Ground
 
     @property
     def folder(self) -> Path | None:
-        return None if isinstance(self.place, Location) else self.place
+        return self.ground.folder
 
     @property
     def stores_plain(self) -> bool:
-        return not isinstance(self.place, Location)
+        return self.ground.stores_plain
 
     def stages(self, vm: Vm) -> bool:
         from qmpbackup.machine.pull import Method, method
 
-        return isinstance(self.place, Location) and method(vm) is Method.STAGED
+        return self.ground.chunk > 0 and method(vm) is Method.STAGED
 
 
 def of_next_backup(
-    vm: Vm, files: rooms.Files, place: Place, stored: Inventory, scratch_dir: Path | None
+    vm: Vm, files: rooms.Files, ground: Ground, stored: Inventory, scratch_dir: Path | None
 ) -> Iterator[Finding]:
     """Whether the next backup fits beside the images of running VMs."""
     new, process = NewPoint("", "next"), vm.config.process
     plans = plan_disks(vm.disks, Level.AUTO, stored.points, lambda *_: "", new, process)
-    for space, here in room.by_space(rooms.needs(files, vm, plans, _Taker(place), scratch_dir)):
+    for space, here in room.by_space(rooms.needs(files, vm, plans, _Taker(ground), scratch_dir)):
         missing = plan_room.shortage(space, here, None)
         if missing:
             yield Finding("room", Health.PROBLEM, missing, f"{rooms.HINT}.")

@@ -31,11 +31,11 @@ from qmpbackup.errors import (
 )
 from qmpbackup.filelock import runtime_folder
 from qmpbackup.images.times import Stamp
-from qmpbackup.model import Place, Point, StoredDisk
+from qmpbackup.model import Point, StoredDisk
 from qmpbackup.nbd.server import Server
-from qmpbackup.service import targets
 from qmpbackup.service.show import chosen_disks, find_point
-from qmpbackup.service.stored import OpenDisks, opened
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address, OpenDisks
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Request:
     `allocation` offers `base:allocation`, for tools that copy; never for a QEMU that boots.
     """
 
-    target: Place
+    target: Address
     point: str
     vm: str = ""
     disks: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def serve(request: Request, announce: Callable[[Served], None]) -> None:
     """
     with (
         interrupt.held(),
-        targets.opened(request.target, request.vm) as target,
+        opening.entrance(request.target).opened(request.vm) as target,
         target.lock(wait=request.lock_wait),
         ExitStack() as stack,
     ):
@@ -91,12 +91,12 @@ def serve(request: Request, announce: Callable[[Served], None]) -> None:
         point = find_point(target, found, request.point)
         disks = chosen_disks(point, request.disks)
         listener, path = stack.enter_context(_listening(request.socket))
-        stored = stack.enter_context(opened(target, found.points, point, disks))
+        stored = stack.enter_context(target.images(found.points, point, disks))
         server = Server(
             listener, stored.images, allocation=request.allocation, let_go=stored.let_go
         )
         proof = stack.enter_context(_proving(stored, server))
-        announce(Served(point, path, disks, proved=not stored.files))
+        announce(Served(point, path, disks, proved=not stored.unproved))
         with suppress(Interrupted):  # which is how somebody ends it
             server.run(request.until_idle)
     if proof.damage is not None:
@@ -117,7 +117,7 @@ class _Proof(threading.Thread):
 
     def run(self) -> None:
         """Prove one disk after the other, until the end."""
-        left = list(self._stored.files)
+        left = list(self._stored.unproved)
         try:
             while left:
                 left = [disk_id for disk_id in left if self._is_served(disk_id)]
@@ -132,9 +132,11 @@ class _Proof(threading.Thread):
     def _is_served(self, disk_id: str) -> bool:
         """Whether a disk is to be served on, as its files are proved or cannot be."""
         try:
-            stamps = self._stored.stamps(disk_id)  # what is written from here on makes others
+            stamps = self._stored.unproved[
+                disk_id
+            ].stamps()  # what is written from here on makes others
             if self._proved.get(disk_id) != stamps:
-                self._stored.prove(disk_id, self._go_on)
+                self._stored.unproved[disk_id].prove(self._go_on)
                 self._proved[disk_id] = stamps
                 log.info("Disk %s is proved: its files are what the manifests say.", disk_id)
         except DamagedError as error:
@@ -152,7 +154,9 @@ class _Proof(threading.Thread):
         """See whether what was proved has been written to since."""
         try:
             changed = [
-                each for each, then in self._proved.items() if self._stored.stamps(each) != then
+                each
+                for each, then in self._proved.items()
+                if self._stored.unproved[each].stamps() != then
             ]
         except StorageError as error:
             self.damage = self.damage or error

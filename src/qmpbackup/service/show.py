@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
-from qmpbackup.model import Place, Point, StoredDisk
+from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import LATEST, chain, find
 from qmpbackup.plan.missing import NotInPoint, missing
-from qmpbackup.service.targets import Target, opened
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address, Target
 from qmpbackup.targets.inventory import Inventory
 
 log = logging.getLogger(__name__)
 
 
-def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
+def inventory(place: Address, lock_wait: float = 0.0, vm: str = "") -> Inventory:
     """All points of a target, oldest first, and what is damaged.
 
     Raises:
@@ -24,19 +24,13 @@ def inventory(place: Place, lock_wait: float = 0.0, vm: str = "") -> Inventory:
         Locked: points are being removed or changed.
         StorageError: it cannot be read.
     """
-    with opened(place, vm) as target:
+    with opening.entrance(place).opened(vm) as target:
         with target.lock(wait=lock_wait):
             found = target.load()
-            _warn_of_merges(target)
+            for sentence in target.unfinished():
+                log.warning("%s", sentence)
         _require_own_points(target, found)
         return found
-
-
-def _warn_of_merges(target: Target) -> None:
-    """Who holds the lock and finds a journal of a merge knows that nobody works on it any more."""
-    if isinstance(target, DirectoryTarget):
-        for folder in target.interrupted():
-            log.warning("A merge in %s was interrupted. %s", folder, target.merge_hint(folder))
 
 
 def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
@@ -52,7 +46,7 @@ def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
 
 
 def point(
-    place: Place, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = ""
+    place: Address, wanted: str = LATEST, lock_wait: float = 0.0, vm: str = ""
 ) -> tuple[Point, tuple[NotInPoint, ...]]:
     """One point of a target, and what it lacks of its VM.
 
@@ -60,7 +54,7 @@ def point(
         NoSuchTarget: there is no such target or point.
         UsageError: several points could be meant.
     """
-    with opened(place, vm) as target, target.lock(wait=lock_wait):
+    with opening.entrance(place).opened(vm) as target, target.lock(wait=lock_wait):
         found = target.load()
         chosen = find_point(target, found, wanted)
         return chosen, missing(found.points, chosen)

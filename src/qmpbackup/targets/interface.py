@@ -1,8 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kinds of target have in common for those who read points."""
+"""What a target is, whichever kind: what use cases stand on, so that none of them asks for the kind.
 
-from collections.abc import Iterator
+    Entrance     a target that is named, and how it is opened; `opening` finds it for a place
+    Target       points of one VM: held, listed, read, proved
+    OpenDisks    disks of a point, each a `StoredImage`
+
+Each kind is a package beside this; `tests/contract/test_target.py` puts all of them to the same tests.
+Knows points; must not know where they lie, nor the VM that they are of.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from qmpbackup.images.times import Stamp
+from qmpbackup.model import Location, Point, StoredDisk, VmIdentity
+from qmpbackup.plan.finding import Finding
+from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.report import Report
 
 
 class Extent(NamedTuple):
@@ -38,3 +55,180 @@ class StoredImage(Protocol):
 
     def peek(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same where it can be had without waiting for anything, else nothing."""
+
+
+class Unproved(Protocol):
+    """What an image is read from where a read does not prove it: files that can be proved as a whole."""
+
+    def prove(self, each: Callable[[], None]) -> None:
+        """Read all of it; `each` is called after every MiB, and ends it by raising.
+
+        Raises:
+            DamagedError: it is not what its manifests say; the target knows it from now on.
+            StorageError: it cannot be read.
+        """
+
+    def stamps(self) -> tuple[Stamp, ...]:
+        """What changes when somebody writes to it.
+
+        Raises:
+            StorageError: it cannot be looked at.
+        """
+
+
+def _nothing() -> None:
+    """There is nothing to let go of."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDisks:
+    """Images of disks by disk id; `unproved` has what is behind those whose reads prove nothing.
+    `let_go` has reads under way end soon."""
+
+    images: Mapping[str, StoredImage]
+    unproved: Mapping[str, Unproved] = field(default_factory=dict)
+    let_go: Callable[[], None] = _nothing
+
+
+class Ground(Protocol):
+    """A target that is there, or is not made yet, as far as a plan needs to know it."""
+
+    @property
+    def id(self) -> str:
+        """Part of the names of its change bitmaps."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of a chunk, where it takes disks in chunks (0: it has files that QEMU fills)."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies, if that is a file system of this machine."""
+
+    @property
+    def stores_plain(self) -> bool:
+        """Whether it takes as much room as what is copied."""
+
+    def load(self) -> Inventory:
+        """All points, and what could not be read.
+
+        Raises:
+            StorageError: the target itself cannot be read.
+        """
+
+
+class Target(Ground, Protocol):
+    """The points of one VM, somewhere."""
+
+    def elsewhere(self) -> str:
+        """Where points are that this target does not hold itself, as a sentence; empty: nowhere."""
+
+    def unfinished(self) -> Sequence[str]:
+        """What commands that died have left half done, as sentences; the lock must be held."""
+
+    def lock(self, *, wait: float = 0.0) -> AbstractContextManager[None]:
+        """Hold it for reading: nothing goes that is there.
+
+        Raises:
+            Locked: somebody else held it for all of `wait` seconds.
+        """
+
+    def images(
+        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+    ) -> AbstractContextManager[OpenDisks]:
+        """Disks of a point, open for the block. `points` are all of the target; the lock must be held.
+
+        Raises:
+            DamagedError: what can be looked at cheaply is not what the manifest says.
+            StorageError: the target cannot be read.
+        """
+
+    def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
+        """See whether what is stored is what was written: for one point, or for all of them and
+        whatever else lies there; the lock must be held.
+
+        Args:
+            found: what `load` said.
+            point: the only one that is meant, if any.
+            share: how much of the data is read where that is up to whoever asks (0 to 1).
+
+        Raises:
+            QmpBackupError: it cannot be looked at as a whole.
+        """
+
+    def left(self) -> list[str]:
+        """What `writing` would clear up, as clauses; the lock must be held.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+
+    def writing(self, wait: float = 0.0) -> AbstractContextManager[list[str]]:
+        """Hold it for writing, rid of what commands that died have left; gives what was done for that,
+        as clauses.
+
+        Raises:
+            Locked: somebody else held it for all of `wait` seconds.
+            QmpBackupError: what was left cannot be cleared up.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A new target: its id, and where it lies (with secrets masked)."""
+
+    id: str
+    location: str
+
+
+class Entrance(Protocol):
+    """A target that is named. Nothing is looked at before one of these is called."""
+
+    @property
+    def chunk(self) -> int:
+        """As of the target itself."""
+
+    def opened(self, vm: str = "") -> AbstractContextManager[Target]:
+        """Open it to read from: the points of the VM that a user calls so, or of the only one.
+
+        Raises:
+            NoSuchTarget: there is none.
+            UsageError: it holds several VMs and none was named, or can hold one alone and one was.
+            WrongPassword: it does not open.
+        """
+
+    def of(self, vm: VmIdentity) -> AbstractContextManager[Target]:
+        """Open it to read, or clear up, the points of this VM.
+
+        Raises:
+            NoSuchTarget, WrongPassword: as `opened`.
+        """
+
+    def newest(self, vm: str) -> Point | None:
+        """The newest point of the VM that a user calls so, or of the only one; None without any.
+
+        Raises:
+            UsageError, WrongPassword: as `opened`, or the newest point is of another VM.
+        """
+
+    def advice(
+        self, vm: VmIdentity, wait: float, *, strict: bool
+    ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
+        """Look whether backups of a VM can go on there, and change nothing; returns what is there, or
+        will be, and what it holds. With `strict`, a VM that may be another of the same name is a problem."""
+
+    def make(self) -> Made:
+        """Make it, where that has to be done before the first backup.
+
+        Raises:
+            UsageError: it need not be, is there already, or there is no password.
+            StorageError: it could not be written.
+        """
+
+
+Address = Path | Location | Entrance
+"""Where a target is: a folder, a restic repository, or whatever else lets itself be opened."""

@@ -52,7 +52,7 @@ class Directory:
         reason = self._target.quick_check(point, disk_id, self.stored.points)
         if reason:
             return reason
-        from qmpbackup.service import chains
+        from qmpbackup.targets.folder import chains
 
         limit = None if self._opening.request.verify_chain else chains.SMALL
         return chains.fault(self._target, self.stored.points, point, disk_id, limit)

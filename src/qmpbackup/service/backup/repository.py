@@ -30,7 +30,6 @@ from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository as OpenRepository
 from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
-from qmpbackup.service import targets
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Frame, Stored
 from qmpbackup.targets.inventory import Inventory
@@ -41,7 +40,9 @@ from qmpbackup.targets.repository.chunk_list import (
     ChunkList,
     count_chunks,
 )
-from qmpbackup.targets.repository.target import RepositoryTarget, disk_file
+from qmpbackup.targets.repository.committing import disk_file
+from qmpbackup.targets.repository.entrance import RepositoryEntrance
+from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def opening(request: Request, location: Location) -> Iterator[Opening]:
         UsageError: the request is none for a repository, or there is no password.
     """
     _refuse_what_makes_no_sense(request)
-    with targets.repository_ahead(location) as found:
+    with RepositoryEntrance(location).ahead() as found:
         yield Opening(request, found)
 
 

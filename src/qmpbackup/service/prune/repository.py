@@ -30,9 +30,9 @@ from qmpbackup.plan.retention import Verdict, decide
 from qmpbackup.process import Result
 from qmpbackup.restic import password
 from qmpbackup.restic.storage.interface import Kind
-from qmpbackup.service import targets
 from qmpbackup.service.prune import Outcome, Request
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.repository.entrance import RepositoryEntrance
 from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,8 @@ def prune(request: Request, location: Location, now: datetime) -> Outcome:
     until = time.monotonic() + request.lock_wait
     # Once: what was typed here is not in the environment that restic inherits.
     secret = password.read(os.environ)
-    with interrupt.held(), targets.opened(location, request.vm, secret) as target:
-        if not isinstance(target, RepositoryTarget):
-            raise TypeError("a location is that of a repository")
+    with interrupt.held(), RepositoryEntrance(location).repository(secret) as repository:
+        target = RepositoryTarget.only(repository, request.vm)
         target.repository.storage.require_ours()
         with target.lock(wait=request.lock_wait):
             found = target.load()

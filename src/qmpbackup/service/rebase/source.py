@@ -24,8 +24,8 @@ from qmpbackup.plan import chain, levels, lineage
 from qmpbackup.plan.chain import Link
 from qmpbackup.plan.lineage import Bond, Image
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
-from qmpbackup.service import chains
 from qmpbackup.service.rebase.place import Place
+from qmpbackup.targets.folder import chains
 from qmpbackup.targets.folder.target import DirectoryTarget
 
 log = logging.getLogger(__name__)

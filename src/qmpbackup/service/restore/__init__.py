@@ -19,10 +19,10 @@ from qmpbackup import interrupt
 from qmpbackup.errors import UsageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.missing import missing
-from qmpbackup.service import targets
 from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
 from qmpbackup.service.show import chosen_disks, find_point
+from qmpbackup.targets import opening
 from qmpbackup.targets.folder.target import DirectoryTarget
 
 __all__ = ["FORMATS", "Outcome", "Request", "Restored", "restore"]
@@ -37,7 +37,7 @@ def restore(request: Request) -> Outcome:
     """
     with (
         interrupt.held(),
-        targets.opened(request.target, request.vm) as target,
+        opening.entrance(request.target).opened(request.vm) as target,
         target.lock(wait=request.lock_wait),
     ):
         inventory = target.load()
@@ -50,7 +50,10 @@ def restore(request: Request) -> Outcome:
             directory.restore(target, inventory.points, point, disks, places, request)
         else:
             from qmpbackup.service.restore import repository
+            from qmpbackup.targets.repository.target import RepositoryTarget
 
+            if not isinstance(target, RepositoryTarget):
+                raise TypeError(target)
             repository.restore(target, point, disks, places, request)
     pairs = zip(disks, places, strict=True)
     return Outcome(

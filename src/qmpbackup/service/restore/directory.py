@@ -18,12 +18,12 @@ from qmpbackup.images import merging, qemu_img
 from qmpbackup.images.layers import require_unchanged
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.process import Child
-from qmpbackup.service import chains
-from qmpbackup.service.chains import OpenFile
 from qmpbackup.service.restore import place
 from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
+from qmpbackup.targets.folder import chains
+from qmpbackup.targets.folder.chains import OpenFile
 from qmpbackup.targets.folder.target import DirectoryTarget
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,9 @@ from qmpbackup.errors import StorageError, UsageError
 from qmpbackup.images import qemu_img
 from qmpbackup.model import StoredDisk
 from qmpbackup.ownership import refuse_planted_links
-from qmpbackup.restic.storage.local import is_repository
 from qmpbackup.service.restore.request import Request
-from qmpbackup.service.targets import Target
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Target
 from qmpbackup.targets.names import folder_name
 
 _ANOTHER = "Choose another place."
@@ -116,10 +115,10 @@ def _refuse_harm(target: Target, path: Path) -> None:
     """What `--force` does not mean either: a place in the backup itself, an image in use."""
     where = path.parent.resolve()
     above = (where, *where.parents)
-    if isinstance(target, DirectoryTarget) and target.path in above:
-        raise UsageError(f"{path} lies in the target itself, where only backups go.", _ANOTHER)
-    if any(map(is_repository, above)):
+    if opening.is_inside_repository(above):
         raise UsageError(f"{path} lies in a restic repository, where only backups go.", _ANOTHER)
+    if target.folder in above:
+        raise UsageError(f"{path} lies in the target itself, where only backups go.", _ANOTHER)
     if qemu_img.in_use(path):
         raise UsageError(
             f"{path} is in use, most likely by a VM that runs.",

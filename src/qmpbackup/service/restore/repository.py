@@ -31,7 +31,8 @@ from qmpbackup.service.restore.outputs import Output
 from qmpbackup.service.restore.place import Partial
 from qmpbackup.service.restore.request import Request
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList, places
-from qmpbackup.targets.repository.target import HINT, RepositoryTarget
+from qmpbackup.targets.repository.points import HINT
+from qmpbackup.targets.repository.target import RepositoryTarget
 
 log = logging.getLogger(__name__)
 

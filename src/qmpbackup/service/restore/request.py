@@ -4,9 +4,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpbackup.model import Place, Point
+from qmpbackup.model import Point
 from qmpbackup.plan.chain import LATEST
 from qmpbackup.plan.missing import NotInPoint
+from qmpbackup.targets.interface import Address
 
 FORMATS = ("qcow2", "raw")
 
@@ -19,7 +20,7 @@ class Request:
     `reserve` is the bytes that stay free where files are written (`None`: see `plan.room`).
     """
 
-    target: Place
+    target: Address
     point: str = LATEST
     disks: tuple[str, ...] = ()
     folder: Path | None = None

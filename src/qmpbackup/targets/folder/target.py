@@ -14,8 +14,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -25,22 +24,24 @@ from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError, UsageEr
 from qmpbackup.filelock import locked
 from qmpbackup.folder import Folder
 from qmpbackup.model import Level, Point, StoredDisk, VmIdentity
-from qmpbackup.plan.chain import chain, ordered
+from qmpbackup.plan.chain import ordered
 from qmpbackup.plan.names import TARGET_ID
 from qmpbackup.targets import manifest
 from qmpbackup.targets.folder import journal, marks, pending
+from qmpbackup.targets.folder.files import StoredFiles
+from qmpbackup.targets.folder.owner import Owner, of_another
 from qmpbackup.targets.folder.pending import Pending
-from qmpbackup.targets.inventory import Damage, Inventory, describe, same_vm
+from qmpbackup.targets.interface import OpenDisks
+from qmpbackup.targets.inventory import Damage, Inventory, same_vm
 from qmpbackup.targets.names import (
     MANIFEST,
     POINTS,
     REMOVER_LOCK,
     VM_FILE,
     WRITER_LOCK,
-    is_folder_name,
     is_point_id,
-    parse_file,
 )
+from qmpbackup.targets.report import Report
 
 __all__ = ["Damage", "DirectoryTarget", "Inventory", "Pending"]
 
@@ -50,44 +51,11 @@ _LARGEST_VM_FILE = 64 * 1024
 _CREATION_WAIT = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The contents of `vm.json`: the id of the target, and the VM it belongs to."""
-
-    id: str
-    vm: VmIdentity
-
-    def encode(self) -> bytes:
-        """As it is written."""
-        import json
-
-        content = {
-            "schema": manifest.SCHEMA,
-            "id": self.id,
-            "vm": manifest.identity_to_json(self.vm),
-        }
-        return (json.dumps(content, indent=1) + "\n").encode("ascii")
-
-    @classmethod
-    def decode(cls, data: bytes, name: str) -> "Owner":
-        """Parse.
-
-        Raises:
-            DamagedError: it is not what the schema says.
-            StorageError: a newer version of qmpbackup wrote it.
-        """
-        reader = manifest.Reader(manifest.parse_object(data, name), name)
-        reader.schema()
-        owner = cls(reader.matching("id", TARGET_ID), reader.member("vm", manifest.read_identity))
-        reader.end()
-        return owner
-
-
-class DirectoryTarget:
-    """A target in a directory. Holds nothing open between calls."""
+class DirectoryTarget(StoredFiles):
+    """See `Target`: a target in a directory. Holds nothing open between calls."""
 
     def __init__(self, path: Path, owner: Owner | None, damage: str = "") -> None:
-        self.path = path
+        super().__init__(path)
         self.owner = owner
         self._damage = damage
 
@@ -96,10 +64,18 @@ class DirectoryTarget:
         """The target's id, part of the names of its change bitmaps; empty if `vm.json` is lost."""
         return self.owner.id if self.owner else ""
 
+    chunk = 0
+    stores_plain = True
+
     @property
     def name(self) -> str:
         """What messages call it."""
         return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.path
 
     @classmethod
     def open(cls, path: Path) -> "DirectoryTarget":
@@ -203,7 +179,7 @@ class DirectoryTarget:
                 "Put that file back, or use another folder.",
             )
         if not same_vm(self.owner.vm, identity):
-            raise self._of_another(self.owner.vm, identity)
+            raise of_another(self.name, self.owner.vm, identity)
         if uuid and uuid != self.id:
             raise UsageError(
                 f"The target {self.path} has the id {self.id}, not {uuid}.",
@@ -221,20 +197,7 @@ class DirectoryTarget:
             return  # it says so itself
         newest = stored.points[-1].vm.identity if stored.points else identity
         if not same_vm(newest, identity):
-            raise self._of_another(newest, identity)
-
-    def _of_another(self, owner: VmIdentity, identity: VmIdentity) -> UsageError:
-        hint = "Use one folder for each VM."
-        if same_vm(replace(owner, host=""), identity):
-            hint = (
-                "Use one folder for each VM. If it is the same one, whose host was renamed or which was "
-                f"moved: --host {owner.host}; a VM with a UUID (-uuid) is known by that on every host."
-            )
-        return UsageError(
-            f"The target {self.path} belongs to another VM ({describe(owner)}; this one is "
-            f"{describe(identity)}).",
-            hint,
-        )
+            raise of_another(self.name, newest, identity)
 
     @contextmanager
     def lock(
@@ -295,85 +258,6 @@ class DirectoryTarget:
             marked = _marked(top, points)
         return Inventory(ordered(points), tuple(damaged), marked)
 
-    def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
-        """Why the files of a disk of a point cannot be whole; empty if nothing speaks against it.
-
-        Looks at manifests, names, lengths and marks only, never into a file.
-        """
-        try:
-            with Folder.open(self.path) as top:
-                for link in chain(points, point, disk_id):
-                    reason = _file_fault(top, link.disk)
-                    if reason:
-                        return reason
-        except QmpBackupError as error:
-            return error.message
-        except OSError as error:
-            return f"{self.path}: {error.strerror}"
-        return ""
-
-    def mark_damaged(self, disk: StoredDisk, reason: str) -> None:
-        """Leave a mark that the file of a disk is damaged, so that no later run builds on it.
-
-        The one who found it has worse to tell, so what goes wrong here is only logged.
-        """
-        try:
-            with storage_errors("write into it"), Folder.open(self.path) as top:
-                marks.put(top, disk, reason)
-        except QmpBackupError as error:
-            log.warning(
-                "The target could not be marked: %s The next backup may build on %s.",
-                error.message,
-                disk.file,
-            )
-
-    def remove_mark(self, file: str) -> None:
-        """Remove the mark of a file, if it has one; what goes wrong is only logged."""
-        try:
-            with storage_errors(f"remove the mark of {file}"), Folder.open(self.path) as top:
-                if marks.remove(top, file):
-                    log.info("%s does not count as damaged any more.", file)
-        except QmpBackupError as error:
-            log.warning("%s", error)
-
-    def marked_files(self) -> tuple[str, ...]:
-        """Names of all files that have a mark, also one that means nothing any more."""
-        with storage_errors(f"read {self.path}"), Folder.open(self.path) as top:
-            return marks.marked_files(top) if top.exists(POINTS) else ()
-
-    def open_file(self, name: str) -> int:
-        """Open a backup file, `<folder>/<NAME>`, for reading; the caller closes it.
-
-        Raises:
-            DamagedError: it is missing, or no plain file in a folder of its own.
-            StorageError: it cannot be opened.
-        """
-        file = parse_file(name)
-        if file is None:
-            raise DamagedError(f"{name!r} is not the name of a backup file.")
-        with storage_errors(f"open {self.path / name}"):
-            try:
-                with Folder.open(self.path) as top, top.sub(file.folder) as folder:
-                    return folder.open_file(file.name)
-            except FileNotFoundError:
-                raise DamagedError(
-                    f"{self.path / name} is missing.", "Put it back, or restore another point."
-                ) from None
-
-    def stored_names(self) -> tuple[str, ...]:
-        """Everything in the folders that disks could have, as `<folder>/<name>`, sorted."""
-        found: list[str] = []
-        with storage_errors(f"read {self.path}"), Folder.open(self.path) as top:
-            for name in top.names():
-                if is_folder_name(name) and top.is_folder(name):
-                    with top.sub(name) as folder:
-                        found += [f"{name}/{each}" for each in folder.names()]
-        return tuple(found)
-
-    def unfinished_files(self) -> tuple[str, ...]:
-        """Files of points in the making, or of runs that died: the next backup clears up."""
-        return pending.unfinished_files(self.path)
-
     def elsewhere(self) -> str:
         """Where points are that this target does not hold itself, as a sentence; empty: nowhere."""
         months = self.months()
@@ -385,13 +269,45 @@ class DirectoryTarget:
             found = sorted(self.path.glob(f"[0-9][0-9][0-9][0-9]-[0-9][0-9]/{VM_FILE}"))
         return tuple(each.parent.name for each in found)
 
+    def unfinished(self) -> Sequence[str]:
+        """Who holds the lock and finds a journal of a merge knows that nobody works on it any more."""
+        return [
+            f"A merge in {folder} was interrupted. {self.merge_hint(folder)}"
+            for folder in self.interrupted()
+        ]
+
     def left(self) -> list[str]:
-        """What `recover` would do, as clauses; nothing is changed.
+        """What `writing` would clear up, as clauses; nothing is changed.
 
         Raises:
             StorageError: the target cannot be read.
         """
-        return pending.left(self.path)
+        merges = [f"would finish the merge in {folder}" for folder in self.interrupted()]
+        return merges + pending.left(self.path)
+
+    @contextmanager
+    def writing(self, wait: float = 0.0) -> Iterator[list[str]]:
+        """Hold it for writing; see `Target.writing`."""
+        self.settle(wait)
+        with self.lock(write=True, wait=wait):
+            yield self.recover()
+
+    def images(
+        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+    ) -> AbstractContextManager[OpenDisks]:
+        """Disks of a point, open for the block."""
+        from qmpbackup.targets.folder import reading
+
+        return reading.opened(self, points, point, disks)
+
+    def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
+        """Read every file that the points need, whatever the share."""
+        from qmpbackup.targets.folder import proof
+
+        del share
+        if point is not None:
+            return proof.prove(self, found.points, point)
+        return proof.prove_all(self, self.load)
 
     def recover(self) -> list[str]:
         """Clear up after runs that died; the lock to write must be held.
@@ -403,21 +319,6 @@ class DirectoryTarget:
             StorageError: something could not be removed.
         """
         return pending.recover(self.path)
-
-    def interrupted(self) -> tuple[str, ...]:
-        """Names of the disks' folders in which a merge was interrupted, or is under way.
-
-        Raises:
-            StorageError: the target cannot be read.
-        """
-        return journal.interrupted(self.path)
-
-    def merge_hint(self, folder: str) -> str:
-        """What to do about a merge in a disk's folder that was interrupted."""
-        return (
-            "The next backup finishes it, and so does "
-            f"`qmprestore commit --dir {self.path / folder}`."
-        )
 
     def settle(self, wait: float = 0.0) -> None:
         """Bring interrupted merges to an end, if there are any; no lock may be held.
@@ -504,20 +405,3 @@ def _marked(top: Folder, points: Iterable[Point]) -> tuple[Damage, ...]:
     disks = {disk.file: disk for point in points for disk in point.disks if disk.file in files}
     found = ((file, marks.find(top, disk)) for file, disk in sorted(disks.items()))
     return tuple(Damage(file, mark.text) for file, mark in found if mark)
-
-
-def _file_fault(top: Folder, disk: StoredDisk) -> str:
-    """Why a file cannot be the one that its manifest means; empty if it can."""
-    name = disk.file
-    file = parse_file(name)
-    if file is None:
-        return f"{name} is not the name of a backup file"
-    try:
-        with top.sub(file.folder) as folder:
-            found = folder.size(file.name)
-    except FileNotFoundError:
-        return f"{name} is missing"
-    if found != disk.file_size:
-        return f"{name} has {found} bytes instead of {disk.file_size}"
-    mark = marks.find(top, disk)
-    return f"{name}: {mark.text}" if mark else ""

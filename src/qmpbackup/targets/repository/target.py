@@ -9,251 +9,35 @@ Every point is complete in itself: any may be forgotten. A repository may hold m
 this is the view of one of them. Which snapshots are its points, `catalog` finds out. Knows manifests and the repository format; must not know QEMU.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
-from qmpbackup import __version__
-from qmpbackup.errors import DamagedError, QmpBackupError, UsageError
-from qmpbackup.model import Point, StoredDisk, VmIdentity
-from qmpbackup.plan.chain import ordered
-from qmpbackup.restic.pack import BlobType
-from qmpbackup.restic.repository import Repository
-from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.storage.interface import Kind
-from qmpbackup.restic.tree import Node
-from qmpbackup.restic.tree import encode as encode_tree
+from qmpbackup.model import Point, StoredDisk
+from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
-from qmpbackup.targets import manifest
-from qmpbackup.targets.inventory import Inventory, describe
-from qmpbackup.targets.names import folder_name
-from qmpbackup.targets.repository import catalog
-from qmpbackup.targets.repository.catalog import MANIFEST, RAW
-from qmpbackup.targets.repository.chunk_list import ChunkList, numbers
-from qmpbackup.targets.repository.whose import Known, choose, namesakes, vm_name
-
-HINT = 'Run "restic check --read-data" and see restic\'s manual on repairing repositories.'
-"""What to do about chunks that are damaged or missing."""
+from qmpbackup.targets.interface import OpenDisks
+from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.report import Report
+from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
+from qmpbackup.targets.repository.points import VmPoints
 
 
-class RepositoryTarget:
-    """The points of one VM in an open repository."""
+class RepositoryTarget(VmPoints):
+    """See `Target`: the points of one VM in an open repository."""
 
-    def __init__(self, repository: Repository, identity: VmIdentity) -> None:
-        self.repository = repository
-        self.identity = identity
-        self._snapshots: dict[str, list[Snapshot]] = {}
-        self._contents: dict[str, tuple[str, ChunkList]] = {}
-        self._namesakes: tuple[Known, ...] = ()
-
-    @classmethod
-    def only(cls, repository: Repository, vm: str = "") -> Self:
-        """The target of the named VM, or of the only one there is.
-
-        Raises:
-            NoSuchTarget: there is no point of it, or of any VM.
-            UsageError: there are several, and none was named, or the name may mean several.
-            DamagedError: a snapshot is damaged, and nothing else is there.
-        """
-        found = catalog.read(repository)
-        if found.damaged and not found.vms:
-            raise DamagedError(f"{found.damaged[0][1].path}: {found.damaged[0][1].reason}")
-        return cls(repository, choose(found.vms, vm, repository.storage.name).identity)
+    chunk = CHUNK
+    stores_plain = False
 
     @property
-    def vm(self) -> str:
-        """What the VM is called in paths and tags."""
-        return vm_name(self.identity)
-
-    @property
-    def id(self) -> str:
-        """The target's id, part of the names of its change bitmaps."""
-        return self.repository.config.id[:16]
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.repository.storage.name
+    def folder(self) -> Path | None:
+        """The folder of a repository on this machine."""
+        path = Path(self.name)
+        return None if is_remote(self.name) or not path.is_dir() else path
 
     def elsewhere(self) -> str:
         """Where points are that this target does not hold itself: nowhere."""
         return ""
-
-    def namesakes(self) -> str:
-        """Others that have points here and are called like this VM, which has none, as a sentence."""
-        if self._snapshots or not self._namesakes:
-            return ""
-        return (
-            f"{self.name} holds no point of this VM ({describe(self.identity)}), but of others called "
-            f"like it: {', '.join(map(str, self._namesakes))}."
-        )
-
-    def require_known(self) -> None:
-        """Refuse a VM without a UUID that may be the one of its name whose points are here, on a host
-        that was renamed, or another on another host: only its owner knows.
-
-        Raises:
-            UsageError: it is such a VM.
-        """
-        hosts = [each.identity.host for each in self._namesakes if not each.identity.uuid]
-        if (others := self.namesakes()) and hosts and not self.identity.uuid:
-            raise UsageError(
-                others,
-                "Without a UUID (-uuid) a VM is known by its host and name. If this is the same VM, "
-                f"whose host was renamed: --host {hosts[0]}. If it is another: --host "
-                f"{self.identity.host}, this once.",
-            )
-
-    def load(self) -> Inventory:
-        """Read all manifests; what cannot be read is listed as damage and left out.
-
-        Raises:
-            StorageError: the repository cannot be read.
-        """
-        found = catalog.read(self.repository, self.identity)
-        points: dict[str, Point] = {}
-        self._snapshots = {}
-        for entry in found.entries:
-            if entry.point is not None:
-                self._take(points, entry.snapshot, entry.point)
-        self._namesakes = namesakes(found.vms, self.identity)
-        return Inventory(ordered(points.values()), found.damage_of(self.identity))
-
-    def _take(self, points: dict[str, Point], snapshot: Snapshot, point: Point) -> None:
-        """Enter a point. restic may have made several snapshots of one: the fullest counts."""
-        others = self._snapshots.setdefault(point.id, [])
-        fuller = point.id not in points or len(point.disks) > len(points[point.id].disks)
-        others.insert(0 if fuller else len(others), snapshot)
-        if fuller:
-            points[point.id] = point
-
-    def _nodes(self, snapshot: Snapshot) -> Mapping[str, Node]:
-        folder = catalog.folder_id(self.repository, snapshot)
-        return {node.name: node for node in self.repository.load_tree(folder)}
-
-    def description(self, point: Point) -> list[tuple[BlobType, bytes]]:
-        """Types and ids of the blobs that describe a point: its trees, which are read for it, and the
-        chunks of its manifest.
-
-        Raises:
-            DamagedError: a tree is damaged, or they hold no manifest.
-        """
-        snapshot = self.snapshot_of(point)
-        folder = catalog.folder_id(self.repository, snapshot)
-        chunks = catalog.manifest_chunks(self.repository, self._nodes(snapshot), snapshot)
-        trees = [(BlobType.TREE, snapshot.tree), (BlobType.TREE, folder)]
-        return [*trees, *((BlobType.DATA, each) for each in chunks)]
-
-    def snapshot_of(self, point: Point) -> Snapshot:
-        """The snapshot that holds a point which `load` has found."""
-        return self._snapshots[point.id][0]
-
-    def snapshots_of(self, point: Point) -> tuple[Snapshot, ...]:
-        """All snapshots that hold this point, or what restic has left of it."""
-        return tuple(self._snapshots[point.id])
-
-    def contents(self, point: Point, disk: StoredDisk) -> ChunkList:
-        """The list of chunks of a disk of a point.
-
-        Raises:
-            DamagedError: it is missing, or not what the manifest says.
-        """
-        kept = self._contents.get(disk.id)
-        if kept is None or kept[0] != point.id:
-            snapshot = self.snapshot_of(point)
-            node = self._nodes(snapshot).get(disk.file.rpartition("/")[2])
-            what = f"Disk {disk.id} of point {point.id}"
-            if node is None:
-                raise DamagedError(f"{what} is missing in snapshot {snapshot.id[:8]}.")
-            found = ChunkList(node.size, node.content)
-            if node.size != disk.size or not found.is_whole or found.digest != disk.digest:
-                raise DamagedError(f"{what} is not what its manifest says.")
-            # One list of each disk is kept and no more: a terabyte's takes 32 MiB.
-            self._contents[disk.id] = kept = (point.id, found)
-        return kept[1]
-
-    def forget_contents(self) -> None:
-        """Drop the lists that `contents` keeps for being asked again."""
-        self._contents.clear()
-
-    def quick_check(self, point: Point, disk_id: str, points: Iterable[Point]) -> str:
-        """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
-        del points  # each stands for itself
-        disk = point.disk(disk_id)
-        if disk is None:
-            return "it does not hold the disk"
-        try:
-            missing = self.missing_chunks(self.contents(point, disk))
-        except QmpBackupError as error:
-            return error.message
-        return f"{missing} of its chunks are missing in the repository" if missing else ""
-
-    def missing_chunks(self, contents: ChunkList) -> int:
-        """How many different chunks of a disk no index names."""
-        return len(set(self.repository.index.missing(BlobType.DATA, contents.ids())))
-
-    def require_packs(self, contents: ChunkList) -> None:
-        """See that the index names all chunks of a disk, and that the packs that it names are there.
-
-        Raises:
-            DamagedError: something is missing.
-            StorageError: the repository cannot be read.
-        """
-        packs: dict[bytes, int] = {}
-        for index in numbers(contents.with_data()):
-            place = self.repository.index.find(BlobType.DATA, contents.id_of(index))
-            if place is None:
-                name = contents.id_of(index).hex()
-                raise DamagedError(f"Its chunk {name} is missing in the repository.", HINT)
-            if place.packed(BlobType.DATA, b"").plain_length != contents.length_of(index):
-                name = contents.id_of(index).hex()
-                raise DamagedError(f"Its chunk {name} is not as long as it must be.", HINT)
-            packs[place.pack] = max(packs.get(place.pack, 0), place.offset + place.length)
-        for name, size in self.repository.storage.list(Kind.DATA):
-            if size >= packs.get(bytes.fromhex(name), 0):
-                packs.pop(bytes.fromhex(name), None)
-        if packs:
-            name = next(iter(packs)).hex()
-            raise DamagedError(f"The pack {name} is missing or too short.", HINT)
-
-    def commit(self, writer: Writer, point: Point, disks: Mapping[str, ChunkList]) -> Point:
-        """Make a point appear: trees, packs, indexes, and last of all its snapshot.
-
-        Raises:
-            QmpBackupError: there is no such point, and nothing refers to what was written.
-        """
-        parent = next(iter(self._snapshots.get(point.parent or "", ())), None)
-        data = manifest.encode(point)
-        manifest_id = writer.add_now(BlobType.DATA, data)
-        nodes = [_file(MANIFEST, len(data), manifest_id, point.time)]
-        for disk in point.disks:
-            contents = disks[disk.id]
-            name = disk.file.rpartition("/")[2]
-            nodes.append(_file(name, contents.size, contents.chunks, point.time))
-        folder = writer.add_large(BlobType.TREE, lambda: encode_tree(nodes))
-        top = [_folder(self.vm, folder, point.time)]
-        root = writer.add_large(BlobType.TREE, lambda: encode_tree(top))
-        writer.flush()
-        self.repository.save_snapshot(
-            Snapshot(
-                time=point.time.astimezone(),  # restic counts days by it
-                tree=root,
-                paths=(f"/{self.vm}",),
-                hostname=self.identity.host,
-                username=_user(),
-                uid=os.geteuid(),
-                gid=os.getegid(),
-                tags=catalog.tags_of(self.identity, point.id),
-                parent=parent.id if parent else None,
-                program_version=f"qmpbackup {__version__}",
-                summary=_summary(point, disks, writer, is_first=parent is None),
-            )
-        )
-        self.repository.cache(f"point-{root.hex()}", data)
-        return point
 
     @contextmanager
     def lock(
@@ -268,69 +52,43 @@ class RepositoryTarget:
         with self.repository.lock(exclusive=remove, wait=wait):
             yield
 
+    @staticmethod
+    def unfinished() -> Sequence[str]:
+        """Nothing: what no snapshot names is no point, and `prune` removes it."""
+        return ()
 
-def disk_file(vm: str, disk_id: str) -> str:
-    """Where a snapshot has a disk: `<vm>/<disk>.raw`."""
-    return f"{vm}/{folder_name(disk_id)}{RAW}"
+    @staticmethod
+    def left() -> list[str]:
+        """Nothing, likewise."""
+        return []
 
+    @contextmanager
+    def writing(self, wait: float = 0.0) -> Iterator[list[str]]:
+        """Hold the repository as restic's own backups do."""
+        with self.lock(write=True, wait=wait):
+            yield []
 
-def _file(name: str, size: int, content: bytes, time: datetime) -> Node:
-    return replace(_node(name, time), type="file", mode=0o600, size=size, content=content)
+    def images(
+        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+    ) -> AbstractContextManager[OpenDisks]:
+        """Disks of a point, open for the block."""
+        from qmpbackup.targets.repository import reading
 
+        del points  # each stands for itself
+        return reading.opened(self, point, disks)
 
-def _folder(name: str, subtree: bytes, time: datetime) -> Node:
-    # Go's os.FileMode has the bit of folders at the top (io/fs, ModeDir).
-    return replace(_node(name, time), type="dir", mode=(1 << 31) | 0o700, subtree=subtree)
+    def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
+        """See whether every chunk of the points is there, and read a share of the packs."""
+        from qmpbackup.targets.repository import proof
 
+        return proof.prove(self, found, point, share)
 
-def _node(name: str, time: datetime) -> Node:
-    return Node(
-        name=name,
-        type="file",
-        mode=0o600,
-        mtime=time,
-        atime=time,
-        ctime=time,
-        uid=os.geteuid(),
-        gid=os.getegid(),
-        user=_user(),
-        group="",
-        inode=0,
-        device_id=0,
-        links=1,
-        size=0,
-        content=b"",
-        subtree=None,
-    )
+    def commit(self, writer: Writer, point: Point, disks: Mapping[str, ChunkList]) -> Point:
+        """Make a point appear: trees, packs, indexes, and last of all its snapshot.
 
+        Raises:
+            QmpBackupError: there is no such point, and nothing refers to what was written.
+        """
+        from qmpbackup.targets.repository import committing
 
-def _user() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return ""
-
-
-def _summary(
-    point: Point, disks: Mapping[str, ChunkList], writer: Writer, *, is_first: bool
-) -> dict[str, object]:
-    """What restic 0.17 and later show of a snapshot (doc/design.rst, "Snapshots")."""
-    files = len(disks) + 1
-    return {
-        "backup_start": point.time,
-        "backup_end": datetime.now(point.time.tzinfo),
-        "files_new": files if is_first else 0,
-        "files_changed": 0 if is_first else files,
-        "files_unmodified": 0,
-        "dirs_new": 1 if is_first else 0,
-        "dirs_changed": 0 if is_first else 1,
-        "dirs_unmodified": 0,
-        "data_blobs": writer.new_blobs,
-        "tree_blobs": 2,
-        "data_added": writer.new_bytes,
-        "data_added_packed": writer.stored,
-        "total_files_processed": files,
-        "total_bytes_processed": sum(each.size for each in disks.values()),
-    }
+        return committing.commit(self, writer, point, disks)

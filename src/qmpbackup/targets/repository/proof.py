@@ -24,11 +24,10 @@ from qmpbackup.restic.index.index_file import LARGEST
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import Problem, check_packs, find_structure_problems, in_threads
 from qmpbackup.restic.storage.interface import Kind, Missing
-from qmpbackup.service.show import find_point
-from qmpbackup.service.verify.report import Report, Request, Verdict
-from qmpbackup.targets.inventory import Damage
+from qmpbackup.targets.inventory import Damage, Inventory
+from qmpbackup.targets.report import Proved, Report
 from qmpbackup.targets.repository.chunk_list import CHUNK, ID, ChunkList
-from qmpbackup.targets.repository.target import RepositoryTarget
+from qmpbackup.targets.repository.points import VmPoints
 
 log = logging.getLogger(__name__)
 
@@ -37,25 +36,23 @@ _BLOCK: Final = 1024 * ID
 """Bytes of a list that are compared at a time."""
 
 
-def verify(target: RepositoryTarget, request: Request) -> Report:
-    """Verify one point or all of a VM's in a repository, which is locked.
+def prove(target: VmPoints, found: Inventory, point: Point | None, share: float) -> Report:
+    """Prove one point or all of a VM's, reading a share of the packs that they need.
 
     Raises:
         QmpBackupError: it cannot be looked at as a whole.
     """
-    inventory = target.load()
-    one = find_point(target, inventory, request.point) if request.point else None
-    check = _Verification(target, (one,) if one else inventory.points)
+    check = _Verification(target, (point,) if point else found.points)
     check.look_at_indexes()
     check.look_at_points()
-    check.look_at_packs(only_needed=one is not None)
-    if request.read_data:
-        check.read(request.read_data)
+    check.look_at_packs(only_needed=point is not None)
+    if share:
+        check.read(share)
     check.find_broken_chunks()
-    damaged = {each.path: each for each in (() if one else inventory.damaged)}
+    damaged = {each.path: each for each in (() if point else found.damaged)}
     damaged |= {each.path: each for each in check.damaged()}
     return Report(
-        verdicts=tuple(Verdict(point, check.problems_of(point)) for point in check.points),
+        verdicts=tuple(Proved(each, check.problems_of(each)) for each in check.points),
         damaged=tuple(damaged.values()),
         files=len(check.needed),
         size=check.needed_size,
@@ -67,7 +64,7 @@ def verify(target: RepositoryTarget, request: Request) -> Report:
 class _Verification:
     """What was found so far, about these points and all that they need."""
 
-    def __init__(self, target: RepositoryTarget, points: Sequence[Point]) -> None:
+    def __init__(self, target: VmPoints, points: Sequence[Point]) -> None:
         self.points = points
         self.needed: set[bytes] = set()
         """The packs that the points need."""
@@ -220,7 +217,7 @@ class _Lists:
     """The lists of chunks of points in their order, each looked at only where it differs from the
     list of the same disk before it."""
 
-    def __init__(self, target: RepositoryTarget) -> None:
+    def __init__(self, target: VmPoints) -> None:
         self._target = target
         self._before: dict[str, bytes] = {}
 

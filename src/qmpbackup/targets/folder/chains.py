@@ -16,7 +16,7 @@ from qmpbackup.images.layers import Layer, check_link
 from qmpbackup.images.qcow2 import Header
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import Link, chain
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.folder.files import StoredFiles
 
 SMALL = 64 * 1024 * 1024
 """Bytes of a file that is read whole before a backup builds on it: below a second from most disks."""
@@ -34,7 +34,7 @@ class OpenFile:
 
 @contextmanager
 def opened(
-    target: DirectoryTarget, points: Sequence[Point], point: Point, disk: StoredDisk
+    target: StoredFiles, points: Sequence[Point], point: Point, disk: StoredDisk
 ) -> Iterator[tuple[OpenFile, ...]]:
     """Open all files of a disk's chain, the one that stands alone first, and check their headers.
 
@@ -59,7 +59,7 @@ def opened(
         yield tuple(files)
 
 
-def _check_links(target: DirectoryTarget, files: Sequence[OpenFile], disk: StoredDisk) -> None:
+def _check_links(target: StoredFiles, files: Sequence[OpenFile], disk: StoredDisk) -> None:
     """The links inside the images are those of the manifests, and the last is the disk's size."""
     parent = ""
     for file in files:
@@ -79,7 +79,7 @@ def _check_size(header: Header, disk: StoredDisk) -> None:
 
 
 @contextmanager
-def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
+def marking(target: StoredFiles, disk: StoredDisk) -> Iterator[None]:
     """Mark the file of a disk in the target if the block finds it damaged.
 
     In the middle of a merge files are missing that are not lost; that is said instead. The lock to
@@ -98,7 +98,7 @@ def marking(target: DirectoryTarget, disk: StoredDisk) -> Iterator[None]:
 
 
 def fault(
-    target: DirectoryTarget,
+    target: StoredFiles,
     points: Iterable[Point],
     point: Point,
     disk_id: str,
@@ -122,7 +122,7 @@ def fault(
     return ""
 
 
-def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, whole: bool) -> None:
+def _check_inside(target: StoredFiles, disk: StoredDisk, parent: str, *, whole: bool) -> None:
     fd = target.open_file(disk.file)
     try:
         check_length(target, disk, fd)
@@ -135,7 +135,7 @@ def _check_inside(target: DirectoryTarget, disk: StoredDisk, parent: str, *, who
         os.close(fd)
 
 
-def check_length(target: DirectoryTarget, disk: StoredDisk, fd: int) -> None:
+def check_length(target: StoredFiles, disk: StoredDisk, fd: int) -> None:
     """The file is as long as its manifest says.
 
     Raises:
@@ -149,7 +149,7 @@ def check_length(target: DirectoryTarget, disk: StoredDisk, fd: int) -> None:
 
 
 def check_digest(
-    target: DirectoryTarget,
+    target: StoredFiles,
     disk: StoredDisk,
     layer: Layer,
     each: Callable[[], None] | None = None,

@@ -8,7 +8,7 @@ found whole lose it.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, QmpBackupError
@@ -16,37 +16,44 @@ from qmpbackup.images import qemu_img
 from qmpbackup.images.layers import Layer, check_link, require_unchanged
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.chain import chain
-from qmpbackup.service import chains
-from qmpbackup.service.show import find_point
-from qmpbackup.service.verify.report import Report, Request, Verdict
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.folder import chains
+from qmpbackup.targets.folder.files import StoredFiles
+from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.names import epoch_of
+from qmpbackup.targets.report import Proved, Report
 
 log = logging.getLogger(__name__)
 
 
-def verify(target: DirectoryTarget, request: Request) -> Report:
-    """Verify one point or all of a directory, which is locked.
+def prove(files: StoredFiles, points: Sequence[Point], point: Point) -> Report:
+    """Prove one of the points.
+
+    Raises:
+        QmpBackupError: it cannot be looked at as a whole.
+    """
+    check = _Verification(files, points)
+    verdict = Proved(point, check.problems_of(point))
+    return Report((verdict,), (), (), (), check.files, check.size, check.files, check.size)
+
+
+def prove_all(files: StoredFiles, load: Callable[[], Inventory]) -> Report:
+    """Prove all points, and find what else lies there; `load` reads the manifests.
 
     Raises:
         QmpBackupError: it cannot be looked at as a whole.
     """
     # Names first and manifests last: a backup that commits meanwhile then leaves nothing that looks
     # as if no manifest named it.
-    names = target.stored_names()
-    unfinished = target.unfinished_files()
-    inventory = target.load()
-    one = find_point(target, inventory, request.point) if request.point else None
-    check = _Verification(target, inventory.points)
-    points = (one,) if one else inventory.points
-    verdicts = tuple(Verdict(point, check.problems_of(point)) for point in points)
-    files, size = check.files, check.size
-    if one:
-        return Report(verdicts, (), (), (), files, size, files, size)
-    if not inventory.damaged:  # else nobody knows what is needed
+    names = files.stored_names()
+    unfinished = files.unfinished_files()
+    found = load()
+    check = _Verification(files, found.points)
+    verdicts = tuple(Proved(point, check.problems_of(point)) for point in found.points)
+    if not found.damaged:  # else nobody knows what is needed
         check.forget_stale_marks()
-    extra, foreign = _unnamed(names, unfinished, inventory.points)
-    return Report(verdicts, inventory.damaged, extra, foreign, files, size, files, size)
+    extra, foreign = _unnamed(names, unfinished, found.points)
+    count, size = check.files, check.size
+    return Report(verdicts, found.damaged, extra, foreign, count, size, count, size)
 
 
 def _unnamed(
@@ -62,7 +69,7 @@ def _unnamed(
 class _Verification:
     """Remembers what was found about each file, so that none is read twice."""
 
-    def __init__(self, target: DirectoryTarget, points: Sequence[Point]) -> None:
+    def __init__(self, target: StoredFiles, points: Sequence[Point]) -> None:
         self._target = target
         self._points = points
         self._seen: dict[tuple[str, int, str, str], str] = {}

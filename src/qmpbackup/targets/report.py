@@ -1,29 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a verification is asked for, and what it found."""
+"""What looking through a target has found, as values."""
 
 from dataclasses import dataclass
 
-from qmpbackup.model import Place, Point
+from qmpbackup.model import Point
 from qmpbackup.targets.inventory import Damage
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to verify; no `point` means all, and then also what else lies in the target.
-
-    `read_data` is the share (0 to 1) of the data in a repository that is read; a folder is always
-    read whole. `vm` names one of several in a repository.
-    """
-
-    target: Place
-    point: str = ""
-    lock_wait: float = 0.0
-    vm: str = ""
-    read_data: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Proved:
     """What was found about one point; no problems means that it can be restored, as far as was read."""
 
     point: Point
@@ -42,7 +27,7 @@ class Report:
     what of it was read.
     """
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Proved, ...]
     damaged: tuple[Damage, ...] = ()
     extra: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()

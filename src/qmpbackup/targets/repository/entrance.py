@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restic repository that a user names as a target: how it is opened, and whether it is well.
+
+Location and password are taken as restic takes them, from the environment.
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from qmpbackup.errors import NoSuchTarget, QmpBackupError
+from qmpbackup.model import Location, Point, VmIdentity
+from qmpbackup.plan.finding import Finding, Health
+from qmpbackup.restic import password
+from qmpbackup.restic.repository import Repository
+from qmpbackup.restic.storage.location import connect
+from qmpbackup.targets.interface import Ground, Made
+from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.repository.chunk_list import CHUNK
+from qmpbackup.targets.repository.target import RepositoryTarget
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryEntrance:
+    """See `Entrance`."""
+
+    location: Location
+
+    @property
+    def chunk(self) -> int:
+        """Disks are taken in chunks."""
+        return CHUNK
+
+    @contextmanager
+    def opened(self, vm: str = "") -> Iterator[RepositoryTarget]:
+        """Open it to read from: the points of the named VM, or of the only one there is."""
+        with self.repository() as found:
+            yield RepositoryTarget.only(found, vm)
+
+    @contextmanager
+    def of(self, vm: VmIdentity) -> Iterator[RepositoryTarget]:
+        """Open it to read the points of this VM."""
+        with self.repository() as found:
+            yield RepositoryTarget(found, vm)
+
+    def newest(self, vm: str) -> Point | None:
+        """The newest point of the VM."""
+        try:
+            with self.opened(vm) as target:
+                points = target.load().points
+        except NoSuchTarget:
+            return None
+        return points[-1] if points else None
+
+    def advice(
+        self, vm: VmIdentity, wait: float, *, strict: bool
+    ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
+        """What is missing on this machine, whether it opens, and what is damaged."""
+        yield from _programs()
+        try:
+            with self.of(vm) as target:
+                with target.lock(wait=wait):
+                    stored = target.load()
+                if strict:
+                    target.require_known()
+        except QmpBackupError as error:
+            yield Finding("target", Health.PROBLEM, error.message, error.hint)
+            return None
+        for damage in stored.damaged:
+            todo = "Run `qmpbackup verify`; other points can be restored."
+            yield Finding("target", Health.PROBLEM, f"{damage.path}: {damage.reason}", todo)
+        count = len(stored.points)
+        yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
+        return target, stored
+
+    def make(self) -> Made:
+        """Make a repository, as `restic init` does."""
+        with connect(self.location.text, os.environ) as storage:
+            made = Repository.create(storage, password.read(os.environ, confirm=True))
+            return Made(made.config.id, storage.name)
+
+    @contextmanager
+    def repository(self, secret: str = "") -> Iterator[Repository]:
+        """Open the repository itself; `secret` is the password, if it has been asked for already.
+
+        Raises:
+            NoSuchTarget: there is no repository.
+            WrongPassword: the password does not open it.
+            UsageError: no password can be had, or the location is none.
+        """
+        with (
+            connect(self.location.text, os.environ) as storage,
+            Repository.open(storage, secret or password.read(os.environ)) as found,
+        ):
+            yield found
+
+    @contextmanager
+    def ahead(self) -> Iterator[Callable[[], Repository]]:
+        """Open the repository in a thread: what a password costs takes a while, and needs nobody to wait.
+
+        Gives the function that waits for it, and raises what `repository` raises.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ExitStack() as stack:
+            storage = stack.enter_context(connect(self.location.text, os.environ))
+            secret = password.read(os.environ)
+            thread = stack.enter_context(ThreadPoolExecutor(1, "opening"))
+            opening = thread.submit(Repository.open, storage, secret)
+            stack.push(lambda *error: storage.give_up() if error[0] else None)
+            yield lambda: stack.enter_context(opening.result())
+
+
+def _programs() -> Iterator[Finding]:
+    """What a repository needs besides QEMU."""
+    import shutil
+    from importlib.util import find_spec
+
+    if find_spec("nbd") is None:
+        yield Finding(
+            "libnbd",
+            Health.PROBLEM,
+            "libnbd's module for Python is not installed",
+            "On Debian and Ubuntu: apt install python3-libnbd.",
+        )
+    if shutil.which("restic") is None:
+        yield Finding(
+            "restic",
+            Health.ADVICE,
+            "the program restic is not installed; only `prune` needs it",
+            "On Debian and Ubuntu: apt install restic.",
+        )
