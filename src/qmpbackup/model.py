@@ -234,6 +234,16 @@ class StoredDisk:
         """Its names for people."""
         return f"{self.id} ({self.label})" if self.label else self.id
 
+    @property
+    def name(self) -> str:
+        """The name of its file, without the folder."""
+        return self.file.rpartition("/")[2]
+
+    @property
+    def folder(self) -> str:
+        """The folder that its file is in, below the target."""
+        return self.file.rpartition("/")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Merged:

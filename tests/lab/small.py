@@ -157,6 +157,8 @@ def fuse_folder(path: Path) -> Iterator[Path]:
     finally:
         mounted.terminate()
         mounted.wait()
+        # rclone leaves a folder mounted that somebody still has open, and nobody behind it.
+        subprocess.run(["fusermount3", "-u", "-z", path], stderr=subprocess.DEVNULL, check=False)
 
 
 def fill(folder: Path) -> Path:

@@ -233,7 +233,7 @@ class _Rewriter:
         self._last = links[-1].point.id
         self._before = {link.point.id for link in links[:-1]}
         self._keeps = plan.operation is Operation.SNAPSHOTS
-        names = {link.disk.file.rpartition("/")[2]: link.point.id for link in links}
+        names = {link.disk.name: link.point.id for link in links}
         self._tags = {names[tag.file]: tag.name for tag in plan.tags}
         self._base = base
         self._relinked = relinked

@@ -10,11 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import Enum
-from typing import Any, TypeVar
 
 from qmpbackup import bounded_json
-from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
+from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.model import (
     LEFT_OUT,
     Absence,
@@ -28,25 +26,21 @@ from qmpbackup.model import (
     VmConfig,
     VmIdentity,
 )
-from qmpbackup.targets.names import folder_name, is_point_id, parse_file
+from qmpbackup.targets.members import (
+    MOST_MEMORY,
+    RESTORE_HINT,
+    SCHEMA,
+    Json,
+    ObjectReader,
+    parse_object,
+)
+from qmpbackup.targets.names import folder_name, parse_file
 
-SCHEMA = 1
 LARGEST = 16 * 1024 * 1024
 """Bytes of the largest manifest that is read."""
 
-_MOST_MEMORY = 128 * 1024 * 1024
-"""Bytes of memory that the values in one may take."""
-
-_LARGEST_SIZE = 2**63 - 1
-_LONGEST_TEXT = 65536
-_LONGEST_LIST = 65536
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}", re.ASCII)
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
-_TIME_FORM = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
-
-T = TypeVar("T")
-E = TypeVar("E", bound=Enum)
-Json = dict[str, Any]
 
 
 def time_to_json(time: datetime) -> str:
@@ -122,7 +116,7 @@ def encode(point: Point) -> bytes:
     content = point_to_json(point)
     content["digest"] = _digest(content)
     data = (json.dumps(content, indent=1) + "\n").encode("ascii")
-    if len(data) > LARGEST or bounded_json.cost(data) > _MOST_MEMORY:
+    if len(data) > LARGEST or bounded_json.cost(data) > MOST_MEMORY:
         raise StorageError(f"The manifest of point {point.id} would have {len(data)} bytes.")
     return data
 
@@ -146,7 +140,7 @@ def decode(data: bytes, name: str, misplaced: Misplaced = outside_its_folder) ->
         DamagedError: it is not what the schema says, or not what was written.
         StorageError: a newer version of qmpbackup wrote it.
     """
-    reader = Reader(parse_object(data, name), name)
+    reader = ObjectReader(parse_object(data, name), name)
     reader.schema()
     digest = reader.matching("digest", _DIGEST)
     content = {key: value for key, value in reader.content.items() if key != "digest"}
@@ -157,9 +151,6 @@ def decode(data: bytes, name: str, misplaced: Misplaced = outside_its_folder) ->
     return point
 
 
-RESTORE_HINT = "Put back an unharmed copy of it."
-
-
 def _digest(content: Json) -> str:
     """`blake3:<hex>` of the canonical form: keys sorted, no blanks, all but ASCII escaped."""
     from blake3 import blake3
@@ -168,156 +159,7 @@ def _digest(content: Json) -> str:
     return f"blake3:{blake3(text.encode('ascii')).hexdigest()}"
 
 
-def parse_object(data: bytes, name: str) -> Json:
-    """Parse one JSON object.
-
-    Raises:
-        DamagedError: it is none.
-    """
-    try:
-        content = bounded_json.load(data, _MOST_MEMORY, _distinct)
-    except ValueError as error:
-        raise DamagedError(f"{name} is not valid JSON ({error}).", RESTORE_HINT) from error
-    if not isinstance(content, dict):
-        raise DamagedError(f"{name} is not a JSON object.", RESTORE_HINT)
-    return content
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> Json:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return content
-
-
-class Reader:
-    """Takes members out of a JSON object, each with its type and bound; `end` wants none left."""
-
-    def __init__(self, content: Json, name: str) -> None:
-        self.content = content
-        self._name = name
-        self._left = set(content)
-
-    def fail(self, key: str, wanted: str) -> QmpBackupError:
-        """The error for a member that is not as the schema says."""
-        return DamagedError(f"{self._name}: {key!r} is not {wanted}.", RESTORE_HINT)
-
-    def take(self, key: str) -> Any:
-        """The raw member; a missing one is damage."""
-        if key not in self.content:
-            raise DamagedError(f"{self._name}: {key!r} is missing.", RESTORE_HINT)
-        self._left.discard(key)
-        return self.content[key]
-
-    def schema(self) -> None:
-        """Check the version of the schema."""
-        version = self.integer("schema")
-        if version > SCHEMA:
-            raise StorageError(
-                f"{self._name} was written by a newer version of qmpbackup (schema {version}; this "
-                f"one knows {SCHEMA}).",
-                "Upgrade qmpbackup here.",
-            )
-        if version != SCHEMA:
-            raise self.fail("schema", str(SCHEMA))
-
-    def text(self, key: str, longest: int = _LONGEST_TEXT) -> str:
-        """A string of bounded length."""
-        return self._text(key, self.take(key), longest)
-
-    def _text(self, key: str, value: object, longest: int) -> str:
-        if not isinstance(value, str) or len(value) > longest:
-            raise self.fail(key, f"a text of at most {longest} characters")
-        return value
-
-    def matching(self, key: str, pattern: re.Pattern[str]) -> str:
-        """A string that a pattern matches as a whole."""
-        value = self.text(key)
-        if not pattern.fullmatch(value):
-            raise self.fail(key, f"of the form {pattern.pattern}")
-        return value
-
-    def integer(self, key: str) -> int:
-        """A size or number, 0 or more."""
-        value = self.take(key)
-        if type(value) is not int or not 0 <= value <= _LARGEST_SIZE:
-            raise self.fail(key, "a number of bytes or a count")
-        return value
-
-    def seconds(self, key: str) -> float:
-        """A length of time."""
-        value = self.take(key)
-        if type(value) not in {int, float} or not 0 <= value < 1e12:
-            raise self.fail(key, "a length of time in seconds")
-        return float(value)
-
-    def time(self, key: str) -> datetime:
-        """A time in UTC."""
-        text = self.matching(key, _TIME_FORM)
-        try:
-            return datetime.fromisoformat(text)
-        except ValueError:
-            raise self.fail(key, "a time like 2026-11-02T03:04:05.000000Z") from None
-
-    def choice(self, key: str, kind: type[E]) -> E:
-        """A member of an enumeration."""
-        try:
-            return kind(self.text(key))
-        except ValueError:
-            raise self.fail(key, "one of " + ", ".join(str(each.value) for each in kind)) from None
-
-    def point_id(self, key: str) -> str:
-        """The id of a point."""
-        value = self.text(key)
-        if not is_point_id(value):
-            raise self.fail(key, "the id of a point")
-        return value
-
-    def optional_point_id(self, key: str) -> str | None:
-        """The id of a point, or null."""
-        return None if self.take(key) is None else self.point_id(key)
-
-    def given(self, key: str) -> bool:
-        """Whether a member is there that earlier versions did not write."""
-        return key in self.content
-
-    def texts(self, key: str, longest: int = 1024 * 1024) -> tuple[str, ...]:
-        """A list of strings."""
-        return tuple(self._text(key, each, longest) for each in self._list(key))
-
-    def objects(self, key: str, parse: "Callable[[Reader], T]") -> tuple[T, ...]:
-        """A list of objects, each parsed."""
-        return tuple(
-            self._inside(f"{key}[{number}]", each, parse)
-            for number, each in enumerate(self._list(key))
-        )
-
-    def member(self, key: str, parse: "Callable[[Reader], T]") -> T:
-        """One object, parsed."""
-        return self._inside(key, self.take(key), parse)
-
-    def _inside(self, where: str, value: object, parse: "Callable[[Reader], T]") -> T:
-        if not isinstance(value, dict):
-            raise self.fail(where, "an object")
-        inside = Reader(value, f"{self._name}: {where}")
-        result = parse(inside)
-        inside.end()
-        return result
-
-    def _list(self, key: str) -> list[object]:
-        value = self.take(key)
-        if not isinstance(value, list) or len(value) > _LONGEST_LIST:
-            raise self.fail(key, f"a list of at most {_LONGEST_LIST}")
-        return value
-
-    def end(self) -> None:
-        """Nothing may be left that we have not understood."""
-        if self._left:
-            unknown = ", ".join(sorted(self._left))
-            raise DamagedError(f"{self._name} has unknown members: {unknown}.", RESTORE_HINT)
-
-
-def _point(reader: Reader) -> Point:
+def _point(reader: ObjectReader) -> Point:
     point = Point(
         id=reader.point_id("id"),
         sequence=reader.integer("sequence"),
@@ -338,7 +180,7 @@ def _point(reader: Reader) -> Point:
     return point
 
 
-def _vm(reader: Reader) -> VmConfig:
+def _vm(reader: ObjectReader) -> VmConfig:
     return VmConfig(
         identity=read_identity(reader),
         qemu_version=reader.text("qemu_version"),
@@ -348,20 +190,20 @@ def _vm(reader: Reader) -> VmConfig:
     )
 
 
-def read_identity(reader: Reader) -> VmIdentity:
+def read_identity(reader: ObjectReader) -> VmIdentity:
     """Which VM, from an object that says so."""
     host = reader.text("host") if "host" in reader.content else ""
     return VmIdentity(reader.text("uuid"), reader.text("name"), reader.text("address"), host)
 
 
-def _skipped(reader: Reader) -> Skipped:
+def _skipped(reader: ObjectReader) -> Skipped:
     name, reason = reader.text("name"), reader.text("reason")
     if reader.given("absence"):
         return Skipped(name, reason, reader.choice("absence", Absence))
     return Skipped(name, reason, Absence.CHOSEN if reason == LEFT_OUT else Absence.EMPTY)
 
 
-def _underlay(reader: Reader) -> Underlay:
+def _underlay(reader: ObjectReader) -> Underlay:
     return Underlay(
         role=reader.text("role"),
         file=reader.text("file"),
@@ -372,7 +214,7 @@ def _underlay(reader: Reader) -> Underlay:
     )
 
 
-def _disk(reader: Reader) -> StoredDisk:
+def _disk(reader: ObjectReader) -> StoredDisk:
     return StoredDisk(
         id=reader.text("id"),
         level=reader.choice("level", Level),

@@ -26,6 +26,7 @@ from qmpbackup.images import relink
 from qmpbackup.model import Point
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL, SYMLINK
 from qmpbackup.targets import manifest
+from qmpbackup.targets.members import SCHEMA, ObjectReader, parse_object
 from qmpbackup.targets.names import MANIFEST, POINTS, is_folder_name, is_point_id
 
 SUFFIX = ".merge"
@@ -64,7 +65,7 @@ class Intent:
     def encode(self) -> bytes:
         """As it is written."""
         content = {
-            "schema": manifest.SCHEMA,
+            "schema": SCHEMA,
             "phase": self.phase.value,
             "base": self.base,
             "size": self.size,
@@ -83,7 +84,7 @@ class Intent:
             DamagedError: it is no journal of ours.
             StorageError: a newer version of qmpbackup wrote it.
         """
-        reader = manifest.Reader(manifest.parse_object(data, name), name)
+        reader = ObjectReader(parse_object(data, name), name)
         reader.schema()
         records = reader.texts("record", manifest.LARGEST)
         intent = cls(

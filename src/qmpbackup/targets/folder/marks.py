@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from qmpbackup.errors import QmpBackupError, lack_of
 from qmpbackup.folder import Folder
 from qmpbackup.model import StoredDisk
-from qmpbackup.targets.manifest import SCHEMA, Reader, parse_object
+from qmpbackup.targets.members import SCHEMA, ObjectReader, parse_object
 from qmpbackup.targets.names import MARK, POINTS, parse_file
 
 _LARGEST = 1024 * 1024
@@ -56,7 +56,7 @@ class Mark:
             DamagedError: it is not what the schema says.
             StorageError: a newer version of qmpbackup wrote it.
         """
-        reader = Reader(parse_object(data, name), name)
+        reader = ObjectReader(parse_object(data, name), name)
         reader.schema()
         texts = [reader.text(key) for key in ("file", "digest", "time", "reason")]
         reader.end()

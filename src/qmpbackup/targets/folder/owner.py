@@ -9,6 +9,7 @@ from qmpbackup.model import VmIdentity
 from qmpbackup.plan.names import TARGET_ID
 from qmpbackup.targets import manifest
 from qmpbackup.targets.inventory import describe, same_vm
+from qmpbackup.targets.members import SCHEMA, ObjectReader, parse_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Owner:
     def encode(self) -> bytes:
         """As it is written."""
         content = {
-            "schema": manifest.SCHEMA,
+            "schema": SCHEMA,
             "id": self.id,
             "vm": manifest.identity_to_json(self.vm),
         }
@@ -35,7 +36,7 @@ class Owner:
             DamagedError: it is not what the schema says.
             StorageError: a newer version of qmpbackup wrote it.
         """
-        reader = manifest.Reader(manifest.parse_object(data, name), name)
+        reader = ObjectReader(parse_object(data, name), name)
         reader.schema()
         owner = cls(reader.matching("id", TARGET_ID), reader.member("vm", manifest.read_identity))
         reader.end()

@@ -22,7 +22,8 @@ from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.folder import Folder
 from qmpbackup.images.digest import digest
 from qmpbackup.model import Level, Point
-from qmpbackup.targets.manifest import LARGEST, SCHEMA, decode, encode, parse_object
+from qmpbackup.targets.manifest import LARGEST, decode, encode
+from qmpbackup.targets.members import SCHEMA, parse_object
 from qmpbackup.targets.names import (
     JOURNAL,
     MANIFEST,

@@ -324,7 +324,7 @@ def _length(repository: Repository, id_: bytes) -> int:
 
 
 def _base(disk: StoredDisk) -> str:
-    return disk.file.rpartition("/")[2]
+    return disk.name
 
 
 def _misplaced(disk: StoredDisk) -> str:
