@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Self
 
+from qmpbackup import process
+
 THREADS: Final = 16
 """Blobs that are read at a time: over a distance of 50 ms this is what fetches them, not bandwidth."""
 
@@ -38,6 +40,7 @@ class ChunkCache:
         self._lock = threading.RLock()  # a read may be over before its callback is set
         self._kept = OrderedDict[bytes, bytes]()
         self._size = 0
+        self._is_used = False
         self._under_way: dict[bytes, Future[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -85,6 +88,9 @@ class ChunkCache:
     def _begin(self, id_: bytes) -> Future[bytes]:
         """The read of a blob, begun or under way; the lock is held."""
         future = self._under_way.get(id_)
+        if not self._is_used:
+            self._is_used = True
+            process.give_memory_back()  # here, as it makes all who take memory slower
         if future is None:
             future = self._pool.submit(self._load, id_)
             self._under_way[id_] = future

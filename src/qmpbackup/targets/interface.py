@@ -3,7 +3,7 @@
 
     Entrance     a target that is named, and how it is opened; `opening` finds it for a place
     Target       points of one VM: held, listed, read, proved
-    OpenDisks    disks of a point, each a `StoredImage`
+    OpenDisks    disks of a point, each a `StoredImage`, which is read, or poured into a `Sink`
 
 Each kind is a package beside this; `tests/contract/test_target.py` puts all of them to the same tests.
 Knows points; must not know where they lie, nor the VM that they are of.
@@ -28,6 +28,34 @@ class Extent(NamedTuple):
     offset: int
     length: int
     zero: bool
+
+
+class Sink(Protocol):
+    """What a stored image is poured into: a new, empty file, which counts only when all is through, or
+    a block device, whose contents are lost by the first write."""
+
+    @property
+    def fd(self) -> int:
+        """It, open for reading and writing."""
+
+    @property
+    def path(self) -> Path:
+        """What messages call it."""
+
+    @property
+    def format(self) -> str:
+        """`raw` or `qcow2`: what a file becomes, as which it is as large as the disk. A device is raw."""
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a device, whose bytes are all to be written, zeros too."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """To be held while it is written to, and by no means before; durable afterwards.
+
+        Raises:
+            StorageError: in the place of an OSError of the block.
+        """
 
 
 class StoredImage(Protocol):
@@ -55,6 +83,22 @@ class StoredImage(Protocol):
 
     def peek(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same where it can be had without waiting for anything, else nothing."""
+
+    def needs(self, format_: str) -> int:
+        """Bytes that a file of this format takes into which it is poured, at most; 0 where that cannot
+        be told."""
+
+    def pour(self, sink: Sink) -> None:
+        """Write all of it, in the fastest way there is.
+
+        All is proved when this returns. Of a device everything that can be is proved before the first
+        write; nothing is left of a file that was not poured full.
+
+        Raises:
+            DamagedError: it cannot be had, because what holds it is damaged or missing.
+            StorageError: a storage fails, the target's or the sink's.
+            Interrupted: a signal is waiting.
+        """
 
 
 class Unproved(Protocol):
@@ -138,9 +182,15 @@ class Target(Ground, Protocol):
         """
 
     def images(
-        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+        self,
+        points: Sequence[Point],
+        point: Point,
+        disks: Sequence[StoredDisk],
+        *,
+        to_read: bool = True,
     ) -> AbstractContextManager[OpenDisks]:
         """Disks of a point, open for the block. `points` are all of the target; the lock must be held.
+        Not `to_read` are those that are only poured.
 
         Raises:
             DamagedError: what can be looked at cheaply is not what the manifest says.

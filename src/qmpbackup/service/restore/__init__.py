@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring disks of a point back, as files or onto a block device: the right bytes, or nothing.
 
-    find the point ─ choose its disks ─ see that nothing is harmed where they go ─ open the sources
-    files:   fill NAME.partial, proving all that is read
+    find the point ─ choose its disks ─ see that nothing is harmed where they go ─ open the images
+    files:   pour each into NAME.partial, which proves all that is read
              ─ sizes right, fsync ─ and only when all disks are through: rename
-    device:  prove what can be proved before ─ then write, zeros too ─ fsync
+    device:  pour, which proves what can be proved before ─ then writes, zeros too ─ fsync
 
 So damage is found before a name that counts is given.
 
     request      what is asked for, and what came out
     outputs      where disks may go, and what must not be harmed there
-    place        the files and devices that they are written to
-    directory    qemu-img copies a chain of files, whose digests are read at the same time
-    repository   chunks are read in threads, each proved and written where it belongs
+    place        the files and devices that they are poured into
 """
 
 from qmpbackup import interrupt
 from qmpbackup.errors import UsageError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.missing import missing
+from qmpbackup.service.restore import place
 from qmpbackup.service.restore.outputs import outputs
 from qmpbackup.service.restore.request import FORMATS, Outcome, Request, Restored
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.targets import opening
-from qmpbackup.targets.folder.target import DirectoryTarget
 
 __all__ = ["FORMATS", "Outcome", "Request", "Restored", "restore"]
 
@@ -44,17 +42,12 @@ def restore(request: Request) -> Outcome:
         point = find_point(target, inventory, request.point)
         disks = _chosen(point, request)
         places = outputs(target, request, disks)
-        if isinstance(target, DirectoryTarget):
-            from qmpbackup.service.restore import directory
-
-            directory.restore(target, inventory.points, point, disks, places, request)
-        else:
-            from qmpbackup.service.restore import repository
-            from qmpbackup.targets.repository.target import RepositoryTarget
-
-            if not isinstance(target, RepositoryTarget):
-                raise TypeError(target)
-            repository.restore(target, point, disks, places, request)
+        with target.images(inventory.points, point, disks, to_read=False) as opened:
+            images = [opened.images[disk.id] for disk in disks]
+            if places[0].is_device:
+                place.into_device(places[0], disks[0], images[0], request)
+            else:
+                place.into_files(places, disks, images, request)
     pairs = zip(disks, places, strict=True)
     return Outcome(
         point,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What restored disks are written to: files that count once all are complete, and block devices.
 
-Knows descriptors and names; must not know which places are right, nor where the bytes come from.
+Knows descriptors and names; must not know which places are right, nor what the images are.
 """
 
 import errno
@@ -10,8 +10,9 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qmpbackup import durable, interrupt
@@ -25,13 +26,14 @@ from qmpbackup.errors import (
     UsageError,
 )
 from qmpbackup.filelock import locked
-from qmpbackup.images.qcow2 import read_header
 from qmpbackup.model import StoredDisk
 from qmpbackup.plan.room import Need
 from qmpbackup.service import room
 from qmpbackup.service.restore.outputs import Output, require_replaceable
 from qmpbackup.service.restore.request import Request
+from qmpbackup.targets.interface import StoredImage
 from qmpbackup.targets.names import PARTIAL
+from qmpbackup.targets.pouring import size_of
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +44,33 @@ _ROOM_HINT = "Make room there, choose another place, or keep less free with --re
 
 def into_files(
     outputs: Sequence[Output],
-    needs: Sequence[int],
+    disks: Sequence[StoredDisk],
+    images: Sequence[StoredImage],
     request: Request,
-    fill: Callable[[int, "Partial"], None],
 ) -> None:
-    """Fill a partial file for each output, and give all of them their names at the end.
+    """Pour each image into a partial file, and give all of them their names at the end.
 
-    All are there before the first is filled. `needs` are the bytes that each takes. `fill` is called
-    with the number of each output; the bytes must be durable when it returns.
+    All files are there before the first is filled.
 
     Raises:
         StorageError: there is not enough room beside the reserve, now or later.
         QmpBackupError: no output has its name, and nothing is left behind.
     """
+    format_ = request.file_format
     wanted = [
-        (output.real.parent, Need(output.real.name, need))
-        for output, need in zip(outputs, needs, strict=True)
+        (output.real.parent, Need(output.real.name, image.needs(format_)))
+        for output, image in zip(outputs, images, strict=True)
     ]
     with ExitStack() as stack:
         stack.enter_context(room.required(wanted, request.reserve, _ROOM_HINT))
         partials = [
-            stack.enter_context(partial_file(output.real, request.lock_wait)) for output in outputs
+            stack.enter_context(partial_file(output.real, request.lock_wait, format_))
+            for output in outputs
         ]
-        for number, partial in enumerate(partials):
-            fill(number, partial)
+        for disk, image, partial in zip(disks, images, partials, strict=True):
+            log.info("Restoring disk %s to %s", disk.id, partial.path)
+            image.pour(partial)
+            _check_size(partial, disk)
         interrupt.check()
         for partial in partials:
             partial.require_free(force=request.force)
@@ -74,15 +79,28 @@ def into_files(
 
 
 class Partial:
-    """An output file that does not count yet; unless finished, it is removed at the end."""
+    """An output file that does not count yet; unless finished, it is removed at the end.
 
-    def __init__(self, folder: int, path: Path) -> None:
+    A `Sink`.
+    """
+
+    is_device = False
+
+    def __init__(self, folder: int, path: Path, format_: str) -> None:
         self._folder = folder
         self.path = path
+        self.format = format_
         self._name = path.name + PARTIAL
         self._finished = False
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self.fd = os.open(self._name, flags, 0o600, dir_fd=folder)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """See `Sink`."""
+        with storage_errors(f"write {self.path}"):
+            yield
+            os.fsync(self.fd)
 
     def empty(self) -> None:
         """Begin anew where a restore that died has left something; the lock must be held."""
@@ -137,13 +155,13 @@ class Partial:
 
 
 @contextmanager
-def partial_file(path: Path, wait: float) -> Iterator[Partial]:
+def partial_file(path: Path, wait: float, format_: str) -> Iterator[Partial]:
     with ExitStack() as stack:
         with storage_errors(f"write to {path.parent}"):
             _make_folder(path.parent, stack)
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, folder)
-            partial = Partial(folder, path)
+            partial = Partial(folder, path, format_)
             stack.callback(os.close, partial.fd)
             stack.enter_context(locked(partial.fd, str(path), wait=wait))
             partial.empty()
@@ -163,26 +181,53 @@ def _make_folder(path: Path, stack: ExitStack) -> None:
         stack.callback(remove_if_empty)
 
 
-def check_size(fd: int, format_: str, disk: StoredDisk) -> None:
+def _check_size(partial: Partial, disk: StoredDisk) -> None:
     """What was written is as large as the disk was.
 
     Raises:
         DamagedError: it is not.
     """
-    size = size_of(fd, format_)
+    with storage_errors(f"read {partial.path}"):
+        size = size_of(partial.fd, partial.format)
     if size != disk.size:
         raise DamagedError(f"Disk {disk.id} came out with {size} bytes instead of {disk.size}.")
 
 
-def size_of(fd: int, format_: str) -> int:
-    """Bytes of the disk that a file holds."""
-    if format_ == "raw":
-        return os.fstat(fd).st_size
-    return read_header(fd, "The restored image").size
+def into_device(output: Output, disk: StoredDisk, image: StoredImage, request: Request) -> None:
+    """Pour an image onto a device; durable afterwards.
+
+    Raises:
+        QmpBackupError: it failed; what was written to the device by then stays there.
+    """
+    with _device(output, disk, request) as fd:
+        image.pour(Device(fd, output.path, disk))
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An open block device that a disk is poured onto: a `Sink`."""
+
+    fd: int
+    path: Path
+    disk: StoredDisk
+    format: str = "raw"
+    is_device: bool = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Says so if it holds only a part."""
+        log.info("Restoring disk %s to %s", self.disk.id, self.path)
+        try:
+            with storage_errors(f"write {self.path}"):
+                yield
+                os.fsync(self.fd)
+        except (QmpBackupError, Interrupted):
+            log.warning("%s holds only part of disk %s now.", self.path, self.disk.id)
+            raise
 
 
 @contextmanager
-def device(output: Output, disk: StoredDisk, request: Request) -> Iterator[int]:
+def _device(output: Output, disk: StoredDisk, request: Request) -> Iterator[int]:
     """Open a device that nobody uses, that is large enough and can be written to.
 
     Raises:
@@ -209,23 +254,6 @@ def device(output: Output, disk: StoredDisk, request: Request) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextmanager
-def overwriting(path: Path, fd: int, disk: StoredDisk) -> Iterator[None]:
-    """Write to an open device in the block; durable afterwards. Says so if it holds only a part.
-
-    Raises:
-        StorageError: it cannot be written to.
-    """
-    log.info("Restoring disk %s to %s", disk.id, path)
-    try:
-        with storage_errors(f"write {path}"):
-            yield
-            os.fsync(fd)
-    except (QmpBackupError, Interrupted):
-        log.warning("%s holds only part of disk %s now.", path, disk.id)
-        raise
 
 
 def _open_device(path: Path) -> int:

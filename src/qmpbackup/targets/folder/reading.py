@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of a point in a folder, open to be read: chains, each in a qemu-nbd of its own.
+"""The disks of a point in a folder, open to be read or poured: chains, each an image that can be proved.
 
 A read proves nothing, as a digest is that of a whole file; so the files can be proved beside it.
 """
@@ -9,35 +9,32 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError
-from qmpbackup.images.digest import digest
 from qmpbackup.images.times import Stamp, stamp
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.targets.folder import chains, image
 from qmpbackup.targets.folder.chains import OpenFile
 from qmpbackup.targets.folder.files import StoredFiles
-from qmpbackup.targets.interface import OpenDisks
+from qmpbackup.targets.interface import OpenDisks, StoredImage, Unproved
 
 
 @contextmanager
 def opened(
-    target: StoredFiles, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+    target: StoredFiles,
+    points: Sequence[Point],
+    point: Point,
+    disks: Sequence[StoredDisk],
+    *,
+    to_read: bool,
 ) -> Iterator[OpenDisks]:
     """Open disks of a point for the block; see `Target.images`."""
     with ExitStack() as stack:
-        files = {
-            disk.id: stack.enter_context(chains.opened(target, points, point, disk))
-            for disk in disks
-        }
-        images = {
-            disk.id: stack.enter_context(
-                image.opened(
-                    [file.layer for file in files[disk.id]], disk.size, disk.id, disk.snapshot
-                )
-            )
-            for disk in disks
-        }
-        unproved = {disk.id: _UnprovedChain(target, disk, files[disk.id]) for disk in disks}
+        images: dict[str, StoredImage] = {}
+        unproved: dict[str, Unproved] = {}
+        for disk in disks:
+            files = stack.enter_context(chains.opened(target, points, point, disk))
+            unproved[disk.id] = proof = _UnprovedChain(target, disk, files)
+            chain = image.Chain(disk, tuple(file.layer for file in files), proof)
+            images[disk.id] = stack.enter_context(image.opened(chain, to_read=to_read))
         yield OpenDisks(images, unproved)
 
 
@@ -52,14 +49,8 @@ class _UnprovedChain:
     def prove(self, each: Callable[[], None]) -> None:
         """Read all files; the one that is damaged is marked so."""
         for file in self.files:
-            disk = file.link.disk
-            with chains.marking(self.target, disk), storage_errors(f"read {disk.file}"):
-                found = digest(file.layer.fd, each, file.layer.head)
-                if found != disk.digest:
-                    raise DamagedError(
-                        f"{disk.file} is not what it was when it was written: its digest differs.",
-                        "Put back an unharmed copy of it, or use a point that does not need it.",
-                    )
+            with chains.marking(self.target, file.link.disk):
+                chains.check_digest(self.target, file.link.disk, file.layer, each)
 
     def stamps(self) -> tuple[Stamp, ...]:
         """The stamps of all files."""

@@ -293,12 +293,17 @@ class DirectoryTarget(StoredFiles):
             yield self.recover()
 
     def images(
-        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+        self,
+        points: Sequence[Point],
+        point: Point,
+        disks: Sequence[StoredDisk],
+        *,
+        to_read: bool = True,
     ) -> AbstractContextManager[OpenDisks]:
         """Disks of a point, open for the block."""
         from qmpbackup.targets.folder import reading
 
-        return reading.opened(self, points, point, disks)
+        return reading.opened(self, points, point, disks, to_read=to_read)
 
     def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
         """Read every file that the points need, whatever the share."""

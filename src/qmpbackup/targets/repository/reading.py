@@ -4,12 +4,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from qmpbackup import process
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.restic.chunk_cache import ChunkCache
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.targets.interface import OpenDisks
-from qmpbackup.targets.repository.image import RepositoryImage
+from qmpbackup.targets.repository.image import RepositoryImage, naming
 from qmpbackup.targets.repository.points import VmPoints
 
 
@@ -17,10 +16,10 @@ from qmpbackup.targets.repository.points import VmPoints
 def opened(target: VmPoints, point: Point, disks: Sequence[StoredDisk]) -> Iterator[OpenDisks]:
     """Open disks of a point for the block; see `Target.images`."""
     repository = target.repository
-    process.give_memory_back()
     with ChunkCache(lambda chunk: repository.load_blob(BlobType.DATA, chunk)) as cache:
         images = {}
         for disk in disks:
-            contents = target.contents(point, disk)
-            images[disk.id] = RepositoryImage(contents, contents.with_data(), cache)
+            with naming(disk.id):
+                contents = target.contents(point, disk)
+            images[disk.id] = RepositoryImage(target, contents, cache, disk.id)
         yield OpenDisks(images, let_go=repository.storage.give_up)

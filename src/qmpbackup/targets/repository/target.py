@@ -69,12 +69,17 @@ class RepositoryTarget(VmPoints):
             yield []
 
     def images(
-        self, points: Sequence[Point], point: Point, disks: Sequence[StoredDisk]
+        self,
+        points: Sequence[Point],
+        point: Point,
+        disks: Sequence[StoredDisk],
+        *,
+        to_read: bool = True,
     ) -> AbstractContextManager[OpenDisks]:
         """Disks of a point, open for the block."""
         from qmpbackup.targets.repository import reading
 
-        del points  # each stands for itself
+        del points, to_read  # each stands for itself, and costs nothing before it is read
         return reading.opened(self, point, disks)
 
     def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
