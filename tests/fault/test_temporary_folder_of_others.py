@@ -5,7 +5,7 @@ followed, nor removed, nor in the way."""
 import os
 import re
 import signal
-import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,8 +58,7 @@ def test_what_others_have_put_there_under_our_names(
     temporary.mkdir()
     theirs.mkdir()
     for name in ("nbd", "qmpbackup-nbd"):
-        with socket.socket(socket.AF_UNIX) as victim:
-            victim.bind(str(theirs / name))
+        os.mknod(theirs / name, 0o600 | stat.S_IFSOCK)
     run = killed_while_it_reads(stage, temporary, over)
     (temporary / f"{run}file").write_text("")
     (temporary / f"{run}link").symlink_to(theirs)
