@@ -164,7 +164,7 @@ class Child:
             deadline = None if timeout is None else time.monotonic() + timeout
             output, messages = self._collect(deadline)
             self._result = Result(self.program, self._end(deadline), output, messages)
-            _require_enough(self._result)
+            require_enough(self._result)
         return self._result
 
     def _collect(self, deadline: float | None) -> tuple[bytes, str]:
@@ -204,11 +204,16 @@ class Child:
             raise QmpBackupError(f"{self.program} did not finish in time.")
 
 
-def _require_enough(result: Result) -> None:
-    """What a program that lacked something says of a file is no word on the file."""
+def require_enough(result: Result) -> None:
+    """What a program that lacked something says of a file is no word on the file.
+
+    Raises:
+        Exhausted: it failed for that.
+    """
     lacking = lack_in(result.messages) if result.code else None
     if lacking is not None:
-        raise Exhausted(f"{result.program} failed: {result.reason}.", lacking.hint)
+        what = lacking.message[:1].lower() + lacking.message[1:]
+        raise Exhausted(f"{result.program} failed: {what}", lacking.hint)
 
 
 def run(

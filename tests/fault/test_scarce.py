@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
+from lab.disks import MIB, create
 from stock.scene import WHERE, Scene, Where, scene
 
 LIMITS = {
@@ -19,6 +20,12 @@ LIMITS = {
         for mib in (260, 60, 120, 420, 40, 50, 75, 90, 160, 200, 330, 520, 600, 700)
     ],
 }
+OFFLINE = {
+    "descriptors": [f"--nofile={number}:{number}" for number in (10, 14, 15, 16)],
+    "memory": [f"--as={mib << 20}:{mib << 20}" for mib in (60, 330, 1350, 1450)],
+}
+"""The last ones of each are those at which something has begun (QEMU 7.2)."""
+
 SPREAD = 4
 """How many of these `make test` takes."""
 
@@ -83,3 +90,21 @@ def examine(made: Scene, arguments: Sequence[cli.Argument], limits: Sequence[str
         if result.code in {0, 3}:
             assert "Traceback" not in result.err, str(result)
     made.make_good("inc")
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_images_of_a_vm_that_is_off(kind: str, tmp_path: Path) -> None:
+    """QEMU, which we start for them, has no more than we have."""
+    image, target = create(tmp_path / "a.qcow2", MIB), tmp_path / "target"
+    arguments = ("backup", "--offline", "--vm", "x", "--image", f"vda={image},format=qcow2")
+    for limit in OFFLINE[kind]:
+        argv = ("prlimit", limit, cli.executable("qmpbackup"), *arguments, "--target", str(target))
+        with cli.Running(argv) as running:
+            result = running.wait()
+        assert result.code in KNOWN | PROGRAM_FAILS, str(result)
+        assert "Unexpected" not in result.err, str(result)
+        if result.code == 1:
+            assert "of the unit)" in result.err, str(result)
+        if kind == "descriptors":
+            assert list(target.rglob("*.p*")) == [], str(result)
+    cli.run(*arguments, "--target", target).check()

@@ -30,7 +30,7 @@ from typing import NoReturn
 from qmpbackup.errors import ConnectError, QmpBackupError, UsageError, VmError
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.watchdog import detach
-from qmpbackup.process import Child, Result
+from qmpbackup.process import Child, Result, require_enough
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def images_open(images: Sequence[Image], program: str = "") -> Iterator[Monitor]
     Raises:
         UsageError: an image is missing or of another format.
         VmError: no QEMU is installed, or it cannot open an image, such as one that a VM has open.
+        Exhausted: QEMU finds too little memory, or too few descriptors.
     """
     for image in images:
         if not image.path.exists():
@@ -78,9 +79,20 @@ def images_open(images: Sequence[Image], program: str = "") -> Iterator[Monitor]
         try:
             monitor = Monitor.over(ours, "the images", _START_SECONDS)
         except ConnectError:
-            raise _refused(child.end(_START_SECONDS), images) from None
+            result = child.end(_START_SECONDS)
+            require_enough(result)
+            raise _refused(result, images) from None
         try:
             yield monitor
+        except VmError as error:
+            result = child.end(_END_SECONDS)
+            if result.code == 0:
+                raise
+            require_enough(result)
+            raise VmError(
+                f"QEMU, which had the images open for the backup, ended: {result.reason}.",
+                "Run again.",
+            ) from error
         finally:
             monitor.close()
             _end(child)

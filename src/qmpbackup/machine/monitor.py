@@ -46,6 +46,8 @@ COMMAND_SECONDS = 60.0
 """Longest wait for an answer. Block commands wait for requests in flight, so storage that stalls for
 a while is no reason to give up; storage that hangs for a minute is."""
 
+_UNANSWERED = "Look at the VM's storage; the next run finds out and cleans up."
+
 _SLICE_SECONDS = 0.1
 """How long one wait for events lasts before signals, whatever else may end a run, and the connection are
 looked at."""
@@ -241,12 +243,15 @@ class Monitor:
     async def _execute(self, command: Command, timeout: float) -> object:
         patience = self._patience.left(timeout)
         if not patience:
-            raise CommandTimeout(f"QEMU does not answer; {command.name} was not sent.")
+            first = self._patience.unanswered
+            raise CommandTimeout(
+                f"QEMU did not answer {first} in time; {command.name} was not sent.", _UNANSWERED
+            )
         call = self._client.execute(command.name, command.arguments or None)
         try:
             answer = await asyncio.wait_for(call, patience)
         except TimeoutError:
-            self._patience.gave_up()
+            self._patience.gave_up(command.name)
             raise
         except ExecuteError as error:
             self._patience.answered()
@@ -271,7 +276,7 @@ class Monitor:
         except TimeoutError as error:
             raise CommandTimeout(
                 f"QEMU did not answer {what} in time; whether it was carried out is unknown.",
-                "Look at the VM's storage; the next run finds out and cleans up.",
+                _UNANSWERED,
             ) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise self._lost(what) from error

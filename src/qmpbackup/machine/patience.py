@@ -20,6 +20,8 @@ class Patience:
         self._total = total
         self._clock = clock
         self._until: float | None = None
+        self.unanswered = ""
+        """The command that was left without an answer first, as the cause of all that follows."""
 
     def left(self, wanted: float) -> float:
         """Seconds to wait for the next answer; 0: do not even ask."""
@@ -31,7 +33,8 @@ class Patience:
         """An answer has come: whatever held the monitor up is over."""
         self._until = None
 
-    def gave_up(self) -> None:
-        """No answer has come."""
+    def gave_up(self, command: str) -> None:
+        """No answer to a command has come."""
         if self._until is None:
             self._until = self._clock() + self._total
+            self.unanswered = command

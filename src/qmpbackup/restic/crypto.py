@@ -116,4 +116,7 @@ def _checked(key: Key, sealed: Buffer, what: str) -> tuple[bytes, memoryview]:
 def _mac(key: Key, iv: bytes) -> Poly1305:
     # One block of AES, as Poly1305-AES defines its one-time key; no mode of operation is meant.
     nonce = Cipher(AES(key.mac_k), ECB()).encryptor().update(iv)  # noqa: S305
-    return Poly1305(key.mac_r + nonce)
+    try:
+        return Poly1305(key.mac_r + nonce)
+    except ValueError as error:  # said of the length, which is right, whatever OpenSSL has refused
+        raise MemoryError from error

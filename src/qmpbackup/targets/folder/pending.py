@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qmpbackup import durable
 from qmpbackup.durable import TEMPORARY, storage_errors
-from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
+from qmpbackup.errors import DamagedError, Exhausted, QmpBackupError, StorageError
 from qmpbackup.folder import Folder
 from qmpbackup.images.digest import digest
 from qmpbackup.model import Level, Point
@@ -202,12 +202,19 @@ class Pending:
             return
         self._done = True
         try:
-            with storage_errors("remove an unfinished point"), Folder.open(self._root) as top:
-                _discard(top, self.point_id, self._journal, self._empty if closed else None)
-        except QmpBackupError as error:
+            try:
+                self._discard(self._empty if closed else None)
+            except Exhausted:
+                self._open.close()  # which makes room for the descriptors that it takes
+                self._discard(None)
+        except (QmpBackupError, Exhausted) as error:
             log.warning("Point %s stays unfinished: %s", self.point_id, error)
         finally:
             self._open.close()
+
+    def _discard(self, empty: Callable[[], None] | None) -> None:
+        with storage_errors("remove an unfinished point"), Folder.open(self._root) as top:
+            _discard(top, self.point_id, self._journal, empty)
 
     def _empty(self) -> None:
         for file in self.files.values():
