@@ -2,13 +2,16 @@
 """What a target is, whichever kind: what use cases stand on, so that none of them asks for the kind.
 
     Entrance     a target that is named, and how it is opened; `opening` finds it for a place
+    Opening      one that is to take a point: found, and made only once it is known that it is needed
     Target       points of one VM: held, listed, read, proved
     OpenDisks    disks of a point, each a `StoredImage`, which is read, or poured into a `Sink`
+    Receiver     a point in the making: files that QEMU fills, or chunks that are handed over
 
 Each kind is a package beside this; `tests/contract/test_target.py` puts all of them to the same tests.
 Knows points; must not know where they lie, nor the VM that they are of.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from qmpbackup.images.times import Stamp
-from qmpbackup.model import Location, Point, StoredDisk, VmIdentity
+from qmpbackup.model import Level, Location, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.finding import Finding
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.report import Report
+
+Buffer = bytes | bytearray | memoryview
 
 
 class Extent(NamedTuple):
@@ -164,6 +169,13 @@ class Ground(Protocol):
             StorageError: the target itself cannot be read.
         """
 
+    def obstacle(
+        self, points: Sequence[Point], point: Point, disk_id: str, *, thorough: bool
+    ) -> str:
+        """Why nothing can be built upon a disk of a point, as far as a look is cheap, or, where it is to
+        be `thorough`, at any price; empty if nothing speaks against it. `points` are all of the target.
+        """
+
 
 class Target(Ground, Protocol):
     """The points of one VM, somewhere."""
@@ -210,6 +222,17 @@ class Target(Ground, Protocol):
             QmpBackupError: it cannot be looked at as a whole.
         """
 
+    def receive(
+        self, point_id: str, disks: Sequence["Arrival"], *, check: bool = False
+    ) -> "Receiver":
+        """Begin a point; the lock to write must be held. With `check`, what is stored is opened again
+        before.
+
+        Raises:
+            UsageError: a point cannot hold so much.
+            StorageError: nothing is left behind.
+        """
+
     def left(self) -> list[str]:
         """What `writing` would clear up, as clauses; the lock must be held.
 
@@ -224,6 +247,177 @@ class Target(Ground, Protocol):
         Raises:
             Locked: somebody else held it for all of `wait` seconds.
             QmpBackupError: what was left cannot be cleared up.
+        """
+
+
+class Arrival(NamedTuple):
+    """A disk that a point is to hold."""
+
+    disk_id: str
+    level: Level
+    size: int
+
+
+class Sealed(NamedTuple):
+    """What became of a disk: its file in the target, how many bytes were added, and the digest that
+    proves it."""
+
+    file: str
+    size: int
+    digest: str
+
+
+class NewFile(Protocol):
+    """An open file that is to be filled, and where it is."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def path(self) -> Path: ...
+
+
+class FileReceiver(ABC):
+    """A point in the making, of files that somebody else fills; ends with `commit` or `abort`."""
+
+    @abstractmethod
+    def file(self, disk_id: str) -> NewFile:
+        """The file of a disk."""
+
+    @abstractmethod
+    def seal(self, disk_id: str) -> Sealed:
+        """Make a filled file durable, and say what it is.
+
+        Raises:
+            StorageError: it could not be written or read.
+        """
+
+    @abstractmethod
+    def commit(self, point: Point) -> None:
+        """Make the point exist, all at once and for good.
+
+        Raises:
+            StorageError: it does not exist; call `abort`.
+        """
+
+    @abstractmethod
+    def abort(self, *, closed: bool = True) -> None:
+        """Remove everything; `closed`: nobody else has the files open."""
+
+
+class ArrivingDisk(Protocol):
+    """The chunks of one disk on their way; those that are `known` are as in what it builds on until
+    others are put in their place."""
+
+    @property
+    def count(self) -> int:
+        """How many chunks it has; the last may be short."""
+
+    @property
+    def known(self) -> int:
+        """How many of them, from the first on, are known."""
+
+    @property
+    def stored(self) -> int:
+        """Bytes that were added for it."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk is there."""
+
+    def put(self, index: int, data: Buffer, done: Callable[[bool], None]) -> None:
+        """Take a chunk. `done` is called, by any thread, when `data` is not needed any more, and told
+        whether the chunk was known as another."""
+
+    def zeros(self, first: int, count: int) -> Sequence[int]:
+        """Enter chunks of zeros; returns those that were known as something else."""
+
+
+class ChunkReceiver(ABC):
+    """A point in the making, of chunks that are handed over; ends with `commit` or `abort`."""
+
+    @abstractmethod
+    def begin(self, disk_id: str, size: int, base: Point | None) -> ArrivingDisk:
+        """Begin a disk, which builds on that of `base`, if given.
+
+        Raises:
+            DamagedError: that cannot be read.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Wait until all that was put is stored.
+
+        Raises:
+            StorageError: something could not be.
+        """
+
+    @abstractmethod
+    def seal(self, disk_id: str) -> Sealed:
+        """Say what a disk is that is complete; nothing can be put any more."""
+
+    @abstractmethod
+    def commit(self, point: Point) -> None:
+        """Make the point exist, all at once and for good.
+
+        Raises:
+            QmpBackupError: it does not exist; call `abort`.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End the writing; nothing refers to what was stored."""
+
+
+Receiver = FileReceiver | ChunkReceiver
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a user asks of a target that is to take a point; not every kind can do all of it.
+
+    `monthly` is a target for each month, `uuid` the id that the user wants; `verify_chain` and
+    `differential` only make sense where points build on files of others. With `look_only` nothing is
+    made or changed. With `strict`, a VM that may be another of the same name is refused.
+    """
+
+    lock_wait: float = 0.0
+    look_only: bool = False
+    monthly: bool = False
+    uuid: str = ""
+    verify_chain: bool = False
+    differential: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What there is at a place: `target` is held for writing; there is none where it is still to be
+    made, or only looked at."""
+
+    ground: Ground
+    stored: Inventory
+    target: Target | None = None
+
+
+class Opening(Protocol):
+    """A target that is about to be opened to take a point of a VM."""
+
+    def found(self, vm: VmIdentity) -> AbstractContextManager[Found]:
+        """What is there, held for writing after what a run that died has left was cleared up. Nothing is
+        made: what turns out to be impossible leaves no empty target.
+
+        Raises:
+            Locked: somebody else held it for as long as was waited.
+            UsageError: it is another VM's.
+            QmpBackupError: it cannot be opened, or is not ours to write into.
+        """
+
+    def made(self, vm: VmIdentity, new_id: str) -> AbstractContextManager[Target]:
+        """The target that was not there, made and held for writing.
+
+        Raises:
+            StorageError: it cannot be made, or somebody else has made it meanwhile.
         """
 
 
@@ -270,6 +464,13 @@ class Entrance(Protocol):
     ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
         """Look whether backups of a VM can go on there, and change nothing; returns what is there, or
         will be, and what it holds. With `strict`, a VM that may be another of the same name is a problem."""
+
+    def opening(self, wish: Wish) -> AbstractContextManager[Opening]:
+        """Begin to open it for writing, which goes on while the VM is looked at.
+
+        Raises:
+            UsageError: the wish is none for this kind, or there is no password.
+        """
 
     def make(self) -> Made:
         """Make it, where that has to be done before the first backup.

@@ -14,29 +14,32 @@ until the new point is durable, so a failed run costs nothing but itself.
     request      what is asked for, what is planned, what came out
     run          one run from its plan to its committed point
     rooms        the file systems it takes room on, and a VM that found none
+    destination  the target: found, made if it is new, and the way into it
     way          what a run asks of the way into a target
-    directory    QEMU writes the views into files itself
-    repository   we read the views over NBD, and store what changed
+    pushed       QEMU writes the views into files itself
+    pulled       we read the views over NBD, and hand over what changed
 """
 
 import secrets
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
 from qmpbackup.machine.view import require_present
-from qmpbackup.model import Absence, Level, Location, Quiesce, Skipped
+from qmpbackup.model import Absence, Level, Quiesce, Skipped
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import NewPoint, plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.service import offline, room, session
-from qmpbackup.service.backup import directory, rooms
+from qmpbackup.service.backup import destination as destinations
+from qmpbackup.service.backup import rooms
+from qmpbackup.service.backup.destination import Destination
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
-from qmpbackup.service.backup.way import Destination, Opening, Watch
+from qmpbackup.service.backup.way import Watch
 from qmpbackup.service.quiesce import Guest
 
 __all__ = ["Outcome", "Plan", "Request", "back_up", "dry_run"]
@@ -48,7 +51,11 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     Raises:
         QmpBackupError: no point was made, and what was begun has been undone.
     """
-    with interrupt.held(), _opening(request) as opening, ExitStack() as stack:
+    with (
+        interrupt.held(),
+        destinations.named(request, look_only=False) as opening,
+        ExitStack() as stack,
+    ):
         vm = stack.enter_context(_vm(request))
         _heal(request, vm)
         found = stack.enter_context(opening.found(vm.vm))
@@ -83,7 +90,7 @@ def dry_run(request: Request) -> Plan:
     """
     with (
         interrupt.held(),
-        _opening(request, look_only=True) as opening,
+        destinations.named(request, look_only=True) as opening,
         _vm(request, look_only=True) as vm,
         opening.found(vm.vm) as destination,
     ):
@@ -113,15 +120,6 @@ def _heal(request: Request, vm: session.Session) -> None:
             log.warning("Cleaned up after a run that died: %s.", done)
     except QuiesceError as error:
         log.warning("A run that died may have left the guest frozen: %s", error)
-
-
-def _opening(request: Request, *, look_only: bool = False) -> AbstractContextManager[Opening]:
-    """The target, about to be opened; with `look_only` as it is, neither made nor changed."""
-    if isinstance(request.target, Location):
-        from qmpbackup.service.backup import repository
-
-        return repository.opening(request, request.target)
-    return nullcontext(directory.Opening(request, request.target, look_only=look_only))
 
 
 def _require_possible(skipped: Sequence[Skipped]) -> None:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmpbackup.model import AUDIT, Absence, Level, Place, Point, Quiesce, Skipped, Vm
+from qmpbackup.model import AUDIT, Absence, Level, Point, Quiesce, Skipped, Vm
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.instant import Seat, transaction
 from qmpbackup.plan.levels import DiskPlan, NewPoint, effective_level
@@ -12,6 +12,7 @@ from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.room import Need
 from qmpbackup.plan.selection import Selection
 from qmpbackup.service.offline import Offline
+from qmpbackup.targets.interface import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Request:
     """
 
     address: str
-    target: Place
+    target: Address
     level: Level
     agent_address: str = ""
     selection: Selection = field(default_factory=Selection)

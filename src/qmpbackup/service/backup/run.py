@@ -16,10 +16,12 @@ from qmpbackup.machine.watchdog import Watchdog
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
+from qmpbackup.service.backup.destination import Destination
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
-from qmpbackup.service.backup.way import Destination, Frame, Stored, Watch, Way
+from qmpbackup.service.backup.way import Frame, Watch, Way
 from qmpbackup.service.quiesce import Guest
+from qmpbackup.targets.interface import Sealed
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ class Run:
             parent=self._plan.parent,
             consistency=consistency,
             vm=self._plan.vm.config,
-            disks=tuple(_stored_disk(plan, way.stored(plan)) for plan in self._plan.disks),
+            disks=tuple(_stored_disk(plan, way.seal(plan)) for plan in self._plan.disks),
             skipped=self._plan.skipped,
             pause=round(instant.pause, 6),
             notes=tuple(self._degraded),
@@ -188,15 +190,15 @@ class Run:
                 log.warning("%s", failure)
 
 
-def _stored_disk(plan: DiskPlan, stored: Stored) -> StoredDisk:
+def _stored_disk(plan: DiskPlan, sealed: Sealed) -> StoredDisk:
     return StoredDisk(
         id=plan.disk.id,
         level=plan.level,
-        file=stored.file,
+        file=sealed.file,
         parent=plan.parent,
         size=plan.disk.size,
-        file_size=stored.size,
-        digest=stored.digest,
+        file_size=sealed.size,
+        digest=sealed.digest,
         source_format=plan.disk.format,
         source_file=plan.disk.filename,
         bitmap=plan.seat.new_bitmap,

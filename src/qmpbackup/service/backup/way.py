@@ -1,34 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run asks of the way into a target, whichever it is."""
+"""What a run asks of the way into a target: QEMU fills files (`pushed`), or we hand over chunks (`pulled`)."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from qmpbackup.machine import jobs, scratch
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.scratch import Scratch
 from qmpbackup.machine.view import View
-from qmpbackup.model import Point, Vm
+from qmpbackup.model import Point
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.request import Plan, Request
-from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.interface import Sealed
 from qmpbackup.undo import UndoStack
 
 Watch = jobs.Watch
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What became of a disk: its file in the target, how many bytes were added, and the digest that
-    proves it."""
-
-    file: str
-    size: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,58 +61,8 @@ class Way(Protocol):
     def close(self) -> None:
         """The view is gone: let go of whatever else in QEMU belongs to the copy."""
 
-    def stored(self, plan: DiskPlan) -> Stored:
-        """What became of a disk."""
+    def seal(self, plan: DiskPlan) -> Sealed:
+        """All of a disk is there: make it durable, and say what became of it."""
 
     def commit(self, point: Point) -> None:
         """Make the point appear, durably."""
-
-
-class Destination(Protocol):
-    """A target as it was found: held for the run where it is there, else still to be made."""
-
-    @property
-    def id(self) -> str:
-        """The target's id, part of the names of its change bitmaps."""
-
-    @property
-    def place(self) -> str:
-        """What messages call it."""
-
-    @property
-    def stored(self) -> Inventory:
-        """What it holds."""
-
-    @property
-    def chunk(self) -> int:
-        """Bytes of a chunk, where disks are read in chunks (0: QEMU copies them)."""
-
-    @property
-    def folder(self) -> Path | None:
-        """Where it lies, if that is a file system of this machine."""
-
-    @property
-    def stores_plain(self) -> bool:
-        """Whether it takes as much room as what is copied."""
-
-    def stages(self, vm: Vm) -> bool:
-        """Whether what is copied of this VM goes into a local image beside the scratch first."""
-
-    def obstacle(self, point: Point, disk_id: str) -> str:
-        """Why nothing can be built upon a disk of a point; empty if nothing speaks against it."""
-
-    def distrust(self, disks: frozenset[str]) -> None:
-        """From now on, nothing can be built upon these disks."""
-
-    def claim(self, vm: Vm) -> AbstractContextManager["Destination"]:
-        """The target for a run, whose plan is made: now it is made where it was not there."""
-
-    def way(self, frame: Frame) -> Way:
-        """The way of a run into it."""
-
-
-class Opening(Protocol):
-    """A target that is named, and about to be opened."""
-
-    def found(self, vm: Vm) -> AbstractContextManager[Destination]:
-        """What is there, held for the block; nothing is made."""

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from qmpbackup.model import Point, VmIdentity
 from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.plan.sizes import human
 from qmpbackup.targets.folder.target import DirectoryTarget
-from qmpbackup.targets.interface import Ground, Made
+from qmpbackup.targets.folder.vacant import Vacant
+from qmpbackup.targets.interface import Ground, Made, Opening, Wish
 from qmpbackup.targets.inventory import Inventory
 
 
@@ -77,29 +78,18 @@ class FolderEntrance:
         stored = yield from _of_target(target, path)
         return target, stored
 
+    def opening(self, wish: Wish) -> AbstractContextManager[Opening]:
+        """Nothing takes time here."""
+        from qmpbackup.targets.folder.opening import FolderOpening
+
+        return nullcontext(FolderOpening(self.path, wish))
+
     def make(self) -> Made:
         """Refuse: the first backup does it."""
         raise UsageError(
             f"{self.path} is a folder, which needs no init: the first backup makes it.",
             f"For a repository in that folder: --target restic:{self.path}",
         )
-
-
-class Vacant:
-    """See `Ground`: a folder in which there is no target yet."""
-
-    chunk = 0
-    stores_plain = True
-
-    def __init__(self, path: Path, new_id: str = "") -> None:
-        self.id = new_id
-        self.name = str(path)
-        self.folder = path
-
-    @staticmethod
-    def load() -> Inventory:
-        """Nothing."""
-        return Inventory()
 
 
 def _writing(path: Path) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import durable
@@ -31,7 +31,7 @@ from qmpbackup.targets.folder import journal, marks, pending
 from qmpbackup.targets.folder.files import StoredFiles
 from qmpbackup.targets.folder.owner import Owner, of_another
 from qmpbackup.targets.folder.pending import Pending
-from qmpbackup.targets.interface import OpenDisks
+from qmpbackup.targets.interface import Arrival, FileReceiver, OpenDisks
 from qmpbackup.targets.inventory import Damage, Inventory, same_vm
 from qmpbackup.targets.names import (
     MANIFEST,
@@ -291,6 +291,28 @@ class DirectoryTarget(StoredFiles):
         self.settle(wait)
         with self.lock(write=True, wait=wait):
             yield self.recover()
+
+    def obstacle(
+        self, points: Sequence[Point], point: Point, disk_id: str, *, thorough: bool
+    ) -> str:
+        """Why the files of a disk of a point cannot be built upon; those that are `thorough` read all of
+        them, others the newest if it is small."""
+        reason = self.quick_check(point, disk_id, points)
+        if reason:
+            return reason
+        from qmpbackup.targets.folder import chains
+
+        return chains.fault(self, points, point, disk_id, None if thorough else chains.SMALL)
+
+    def receive(
+        self, point_id: str, disks: Sequence[Arrival], *, check: bool = False
+    ) -> FileReceiver:
+        """Create a file for each disk."""
+        from qmpbackup.targets.folder.receiving import FolderReceiver
+
+        del check
+        wanted = [(disk.disk_id, disk.level) for disk in disks]
+        return FolderReceiver(self.begin(point_id, wanted, datetime.now(UTC)))
 
     def images(
         self,

@@ -15,9 +15,10 @@ from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.restic import password
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.location import connect
-from qmpbackup.targets.interface import Ground, Made
+from qmpbackup.targets.interface import Ground, Made, Wish
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.repository.chunk_list import CHUNK
+from qmpbackup.targets.repository.opening import RepositoryOpening, refuse_what_makes_no_sense
 from qmpbackup.targets.repository.target import RepositoryTarget
 
 
@@ -74,6 +75,13 @@ class RepositoryEntrance:
         yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
         return target, stored
 
+    @contextmanager
+    def opening(self, wish: Wish) -> Iterator[RepositoryOpening]:
+        """Open it in a thread: what a password costs takes a while, and needs nobody to wait."""
+        refuse_what_makes_no_sense(wish)
+        with self._ahead() as found:
+            yield RepositoryOpening(found, wish)
+
     def make(self) -> Made:
         """Make a repository, as `restic init` does."""
         with connect(self.location.text, os.environ) as storage:
@@ -96,11 +104,8 @@ class RepositoryEntrance:
             yield found
 
     @contextmanager
-    def ahead(self) -> Iterator[Callable[[], Repository]]:
-        """Open the repository in a thread: what a password costs takes a while, and needs nobody to wait.
-
-        Gives the function that waits for it, and raises what `repository` raises.
-        """
+    def _ahead(self) -> Iterator[Callable[[], Repository]]:
+        """Gives the function that waits for the repository, and raises what `repository` raises."""
         from concurrent.futures import ThreadPoolExecutor
 
         with ExitStack() as stack:

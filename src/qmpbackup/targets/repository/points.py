@@ -160,9 +160,9 @@ class VmPoints:
             self._contents[disk.id] = kept = (point.id, found)
         return kept[1]
 
-    def forget_contents(self) -> None:
-        """Drop the lists that `contents` keeps for being asked again."""
-        self._contents.clear()
+    def forget_contents(self, disk_id: str) -> None:
+        """Drop the list that `contents` keeps of a disk for being asked again."""
+        self._contents.pop(disk_id, None)
 
     def missing_chunks(self, contents: ChunkList) -> int:
         """How many different chunks of a disk no index names."""

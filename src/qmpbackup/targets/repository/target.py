@@ -16,7 +16,7 @@ from pathlib import Path
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
-from qmpbackup.targets.interface import OpenDisks
+from qmpbackup.targets.interface import Arrival, ChunkReceiver, OpenDisks
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.report import Report
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
@@ -67,6 +67,23 @@ class RepositoryTarget(VmPoints):
         """Hold the repository as restic's own backups do."""
         with self.lock(write=True, wait=wait):
             yield []
+
+    def obstacle(
+        self, points: Sequence[Point], point: Point, disk_id: str, *, thorough: bool
+    ) -> str:
+        """Why nothing can be built upon a disk of a point: chunks that no index names."""
+        del thorough
+        return self.quick_check(point, disk_id, points)
+
+    def receive(
+        self, point_id: str, disks: Sequence[Arrival], *, check: bool = False
+    ) -> ChunkReceiver:
+        """Begin to write chunks."""
+        from qmpbackup.targets.repository import receiving
+
+        del point_id
+        receiving.require_possible(disks)
+        return receiving.RepositoryReceiver(self, check=check)
 
     def images(
         self,
