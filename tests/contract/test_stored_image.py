@@ -15,8 +15,8 @@ from qmpbackup.model import Level
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.targets import pouring
-from qmpbackup.targets.interface import Extent, Sink, StoredImage
 from qmpbackup.targets.repository.target import RepositoryTarget
+from qmpbackup.targets.stored_image import Extent, Sink, StoredImage
 from stock import stored
 from stock.stored import MIB, Stored, Write
 from stock.stored_repository import StoredRepository

@@ -35,7 +35,8 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.nbd.server import Server
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.targets import opening
-from qmpbackup.targets.interface import Address, OpenDisks
+from qmpbackup.targets.interface import Address
+from qmpbackup.targets.stored_image import OpenDisks
 
 log = logging.getLogger(__name__)
 

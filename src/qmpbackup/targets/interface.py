@@ -4,139 +4,25 @@
     Entrance     a target that is named, and how it is opened; `opening` finds it for a place
     Opening      one that is to take a point: found, and made only once it is known that it is needed
     Target       points of one VM: held, listed, read, proved
-    OpenDisks    disks of a point, each a `StoredImage`, which is read, or poured into a `Sink`
-    Receiver     a point in the making: files that QEMU fills, or chunks that are handed over
+
+What a target gives to be read, `stored_image` says; what it takes a point with, `receiver`.
 
 Each kind is a package beside this; `tests/contract/test_target.py` puts all of them to the same tests.
 Knows points; must not know where they lie, nor the VM that they are of.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from qmpbackup.images.times import Stamp
-from qmpbackup.model import Level, Location, Point, StoredDisk, VmIdentity
+from qmpbackup.model import Location, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.finding import Finding
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.receiver import Arrival, Receiver
 from qmpbackup.targets.report import Report
-
-Buffer = bytes | bytearray | memoryview
-
-
-class Extent(NamedTuple):
-    """A run of bytes of a disk; `zero` if it is known to be zeros."""
-
-    offset: int
-    length: int
-    zero: bool
-
-
-class Sink(Protocol):
-    """What a stored image is poured into: a new, empty file, which counts only when all is through, or
-    a block device, whose contents are lost by the first write."""
-
-    @property
-    def fd(self) -> int:
-        """It, open for reading and writing."""
-
-    @property
-    def path(self) -> Path:
-        """What messages call it."""
-
-    @property
-    def format(self) -> str:
-        """`raw` or `qcow2`: what a file becomes, as which it is as large as the disk. A device is raw."""
-
-    @property
-    def is_device(self) -> bool:
-        """Whether it is a device, whose bytes are all to be written, zeros too."""
-
-    def writing(self) -> AbstractContextManager[None]:
-        """To be held while it is written to, and by no means before; durable afterwards.
-
-        Raises:
-            StorageError: in the place of an OSError of the block.
-        """
-
-
-class StoredImage(Protocol):
-    """One disk of one point, as something that can be read at any offset, from any thread."""
-
-    @property
-    def size(self) -> int:
-        """Its length in bytes."""
-
-    def extents(self, start: int, end: int) -> Iterator[Extent]:
-        """What is known to be zeros and what is not, of the bytes from `start` up to `end`, in order
-        and without gaps.
-
-        Raises:
-            DamagedError, StorageError: as `read`.
-        """
-
-    def read(self, offset: int, length: int) -> bytes | memoryview:
-        """The bytes of the instant, within the disk.
-
-        Raises:
-            DamagedError: they cannot be had, because what holds them is damaged or missing.
-            StorageError: the storage fails; it may be asked again.
-        """
-
-    def peek(self, offset: int, length: int) -> bytes | memoryview | None:
-        """The same where it can be had without waiting for anything, else nothing."""
-
-    def needs(self, format_: str) -> int:
-        """Bytes that a file of this format takes into which it is poured, at most; 0 where that cannot
-        be told."""
-
-    def pour(self, sink: Sink) -> None:
-        """Write all of it, in the fastest way there is.
-
-        All is proved when this returns. Of a device everything that can be is proved before the first
-        write; nothing is left of a file that was not poured full.
-
-        Raises:
-            DamagedError: it cannot be had, because what holds it is damaged or missing.
-            StorageError: a storage fails, the target's or the sink's.
-            Interrupted: a signal is waiting.
-        """
-
-
-class Unproved(Protocol):
-    """What an image is read from where a read does not prove it: files that can be proved as a whole."""
-
-    def prove(self, each: Callable[[], None]) -> None:
-        """Read all of it; `each` is called after every MiB, and ends it by raising.
-
-        Raises:
-            DamagedError: it is not what its manifests say; the target knows it from now on.
-            StorageError: it cannot be read.
-        """
-
-    def stamps(self) -> tuple[Stamp, ...]:
-        """What changes when somebody writes to it.
-
-        Raises:
-            StorageError: it cannot be looked at.
-        """
-
-
-def _nothing() -> None:
-    """There is nothing to let go of."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenDisks:
-    """Images of disks by disk id; `unproved` has what is behind those whose reads prove nothing.
-    `let_go` has reads under way end soon."""
-
-    images: Mapping[str, StoredImage]
-    unproved: Mapping[str, Unproved] = field(default_factory=dict)
-    let_go: Callable[[], None] = _nothing
+from qmpbackup.targets.stored_image import OpenDisks
 
 
 class Ground(Protocol):
@@ -222,9 +108,7 @@ class Target(Ground, Protocol):
             QmpBackupError: it cannot be looked at as a whole.
         """
 
-    def receive(
-        self, point_id: str, disks: Sequence["Arrival"], *, check: bool = False
-    ) -> "Receiver":
+    def receive(self, point_id: str, disks: Sequence[Arrival], *, check: bool = False) -> Receiver:
         """Begin a point; the lock to write must be held. With `check`, what is stored is opened again
         before.
 
@@ -248,128 +132,6 @@ class Target(Ground, Protocol):
             Locked: somebody else held it for all of `wait` seconds.
             QmpBackupError: what was left cannot be cleared up.
         """
-
-
-class Arrival(NamedTuple):
-    """A disk that a point is to hold."""
-
-    disk_id: str
-    level: Level
-    size: int
-
-
-class Sealed(NamedTuple):
-    """What became of a disk: its file in the target, how many bytes were added, and the digest that
-    proves it."""
-
-    file: str
-    size: int
-    digest: str
-
-
-class NewFile(Protocol):
-    """An open file that is to be filled, and where it is."""
-
-    @property
-    def fd(self) -> int: ...
-
-    @property
-    def path(self) -> Path: ...
-
-
-class FileReceiver(ABC):
-    """A point in the making, of files that somebody else fills; ends with `commit` or `abort`."""
-
-    @abstractmethod
-    def file(self, disk_id: str) -> NewFile:
-        """The file of a disk."""
-
-    @abstractmethod
-    def seal(self, disk_id: str) -> Sealed:
-        """Make a filled file durable, and say what it is.
-
-        Raises:
-            StorageError: it could not be written or read.
-        """
-
-    @abstractmethod
-    def commit(self, point: Point) -> None:
-        """Make the point exist, all at once and for good.
-
-        Raises:
-            StorageError: it does not exist; call `abort`.
-        """
-
-    @abstractmethod
-    def abort(self, *, closed: bool = True) -> None:
-        """Remove everything; `closed`: nobody else has the files open."""
-
-
-class ArrivingDisk(Protocol):
-    """The chunks of one disk on their way; those that are `known` are as in what it builds on until
-    others are put in their place."""
-
-    @property
-    def count(self) -> int:
-        """How many chunks it has; the last may be short."""
-
-    @property
-    def known(self) -> int:
-        """How many of them, from the first on, are known."""
-
-    @property
-    def stored(self) -> int:
-        """Bytes that were added for it."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every chunk is there."""
-
-    def put(self, index: int, data: Buffer, done: Callable[[bool], None]) -> None:
-        """Take a chunk. `done` is called, by any thread, when `data` is not needed any more, and told
-        whether the chunk was known as another."""
-
-    def zeros(self, first: int, count: int) -> Sequence[int]:
-        """Enter chunks of zeros; returns those that were known as something else."""
-
-
-class ChunkReceiver(ABC):
-    """A point in the making, of chunks that are handed over; ends with `commit` or `abort`."""
-
-    @abstractmethod
-    def begin(self, disk_id: str, size: int, base: Point | None) -> ArrivingDisk:
-        """Begin a disk, which builds on that of `base`, if given.
-
-        Raises:
-            DamagedError: that cannot be read.
-        """
-
-    @abstractmethod
-    def drain(self) -> None:
-        """Wait until all that was put is stored.
-
-        Raises:
-            StorageError: something could not be.
-        """
-
-    @abstractmethod
-    def seal(self, disk_id: str) -> Sealed:
-        """Say what a disk is that is complete; nothing can be put any more."""
-
-    @abstractmethod
-    def commit(self, point: Point) -> None:
-        """Make the point exist, all at once and for good.
-
-        Raises:
-            QmpBackupError: it does not exist; call `abort`.
-        """
-
-    @abstractmethod
-    def abort(self) -> None:
-        """End the writing; nothing refers to what was stored."""
-
-
-Receiver = FileReceiver | ChunkReceiver
 
 
 @dataclass(frozen=True, slots=True)

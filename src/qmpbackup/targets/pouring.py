@@ -17,7 +17,7 @@ from qmpbackup.images.qcow2 import read_header
 from qmpbackup.images.qcow2_layout import Layout
 from qmpbackup.plan.chunk_map import runs
 from qmpbackup.targets import blocks
-from qmpbackup.targets.interface import Extent, Sink
+from qmpbackup.targets.stored_image import Extent, Sink
 
 _PIECE: Final = 64 * 1024
 """Bytes of zeros within a chunk from which on they are left out of a file."""

@@ -10,15 +10,8 @@ from qmpbackup.model import Level, Point, Vm
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Frame, Way
 from qmpbackup.targets import opening
-from qmpbackup.targets.interface import (
-    Arrival,
-    ChunkReceiver,
-    FileReceiver,
-    Found,
-    Opening,
-    Receiver,
-    Wish,
-)
+from qmpbackup.targets.interface import Found, Opening, Wish
+from qmpbackup.targets.receiver import Arrival, ChunkReceiver, FileReceiver, Receiver
 
 
 class Destination:

@@ -24,7 +24,7 @@ from qmpbackup.nbd.reader import Chunk, Flow
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.way import Frame
-from qmpbackup.targets.interface import ArrivingDisk, Buffer, ChunkReceiver, Sealed
+from qmpbackup.targets.receiver import ArrivingDisk, Buffer, ChunkReceiver, Sealed
 
 log = logging.getLogger(__name__)
 

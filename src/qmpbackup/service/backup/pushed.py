@@ -11,7 +11,7 @@ from qmpbackup.machine.view import View
 from qmpbackup.model import Point
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.way import Frame
-from qmpbackup.targets.interface import FileReceiver, Sealed
+from qmpbackup.targets.receiver import FileReceiver, Sealed
 from qmpbackup.undo import UndoStack
 
 

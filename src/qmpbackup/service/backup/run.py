@@ -21,7 +21,7 @@ from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
 from qmpbackup.service.backup.way import Frame, Watch, Way
 from qmpbackup.service.quiesce import Guest
-from qmpbackup.targets.interface import Sealed
+from qmpbackup.targets.receiver import Sealed
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from qmpbackup.model import Point
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.service.backup.request import Plan, Request
-from qmpbackup.targets.interface import Sealed
+from qmpbackup.targets.receiver import Sealed
 from qmpbackup.undo import UndoStack
 
 Watch = jobs.Watch

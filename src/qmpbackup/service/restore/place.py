@@ -31,9 +31,9 @@ from qmpbackup.plan.room import Need
 from qmpbackup.service import room
 from qmpbackup.service.restore.outputs import Output, require_replaceable
 from qmpbackup.service.restore.request import Request
-from qmpbackup.targets.interface import StoredImage
 from qmpbackup.targets.names import PARTIAL
 from qmpbackup.targets.pouring import size_of
+from qmpbackup.targets.stored_image import StoredImage
 
 log = logging.getLogger(__name__)
 

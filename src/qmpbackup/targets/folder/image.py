@@ -25,7 +25,7 @@ from qmpbackup.nbd.client import Connection
 from qmpbackup.nbd.library import NbdError
 from qmpbackup.process import Child
 from qmpbackup.targets import pouring
-from qmpbackup.targets.interface import Extent, Sink, Unproved
+from qmpbackup.targets.stored_image import Extent, Sink, Unproved
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.targets.folder import chains, image
 from qmpbackup.targets.folder.chains import OpenFile
 from qmpbackup.targets.folder.files import StoredFiles
-from qmpbackup.targets.interface import OpenDisks, StoredImage, Unproved
+from qmpbackup.targets.stored_image import OpenDisks, StoredImage, Unproved
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 
 from qmpbackup.model import Point
 from qmpbackup.targets.folder.pending import Pending, PendingFile
-from qmpbackup.targets.interface import FileReceiver, Sealed
+from qmpbackup.targets.receiver import FileReceiver, Sealed
 
 
 class FolderReceiver(FileReceiver):

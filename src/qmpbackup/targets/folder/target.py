@@ -13,25 +13,24 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import durable
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError, UsageError
+from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.filelock import locked
 from qmpbackup.folder import Folder
 from qmpbackup.model import Level, Point, StoredDisk, VmIdentity
-from qmpbackup.plan.chain import ordered
 from qmpbackup.plan.names import TARGET_ID
 from qmpbackup.targets import manifest
-from qmpbackup.targets.folder import journal, marks, pending
+from qmpbackup.targets.folder import journal, manifests, pending
 from qmpbackup.targets.folder.files import StoredFiles
+from qmpbackup.targets.folder.locks import held
 from qmpbackup.targets.folder.owner import Owner, of_another
 from qmpbackup.targets.folder.pending import Pending
-from qmpbackup.targets.interface import Arrival, FileReceiver, OpenDisks
 from qmpbackup.targets.inventory import Damage, Inventory, same_vm
 from qmpbackup.targets.names import (
     MANIFEST,
@@ -39,9 +38,10 @@ from qmpbackup.targets.names import (
     REMOVER_LOCK,
     VM_FILE,
     WRITER_LOCK,
-    is_point_id,
 )
+from qmpbackup.targets.receiver import Arrival, FileReceiver
 from qmpbackup.targets.report import Report
+from qmpbackup.targets.stored_image import OpenDisks
 
 __all__ = ["Damage", "DirectoryTarget", "Inventory", "Pending"]
 
@@ -199,10 +199,9 @@ class DirectoryTarget(StoredFiles):
         if not same_vm(newest, identity):
             raise of_another(self.name, newest, identity)
 
-    @contextmanager
     def lock(
         self, *, write: bool = False, remove: bool = False, wait: float = 0.0
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Hold the target for the block: to read points, to `write` new ones, or to `remove` some.
 
         Readers and one writer go together; whoever removes or changes points is alone.
@@ -210,32 +209,7 @@ class DirectoryTarget(StoredFiles):
         Raises:
             Locked: somebody else held it for all of `wait` seconds.
         """
-        wanted = []
-        if write or remove:
-            wanted.append((WRITER_LOCK, False))
-        if remove or not write:
-            wanted.append((REMOVER_LOCK, not remove))
-        with ExitStack() as stack:
-            for name, shared in wanted:
-                fd = self._open_lock(name, required=not shared)
-                if fd is not None:
-                    stack.callback(_close_lock, fd)
-                    what = f"the target {self.path}"
-                    stack.enter_context(locked(fd, what, shared=shared, wait=wait))
-            yield
-
-    def _open_lock(self, name: str, *, required: bool) -> int | None:
-        with storage_errors(f"lock {self.path}"), Folder.open(self.path) as top:
-            try:
-                return top.open_lock(name)
-            except OSError:
-                if required:
-                    raise
-            # Media that we may only read: a lock that is there still counts.
-            try:
-                return top.open_file(name)
-            except OSError:
-                return None
+        return held(self.path, write=write, remove=remove, wait=wait)
 
     def load(self) -> Inventory:
         """Read all manifests; what cannot be read is listed as damage and left out.
@@ -243,20 +217,8 @@ class DirectoryTarget(StoredFiles):
         Raises:
             StorageError: the folder itself cannot be read.
         """
-        points: list[Point] = []
         damaged = [Damage(VM_FILE, self._damage)] if self._damage else []
-        with storage_errors(f"read {self.path}"), Folder.open(self.path) as top:
-            if not top.exists(POINTS):
-                return Inventory((), tuple(damaged))
-            with top.sub(POINTS) as folder:
-                for name in folder.names():
-                    if name.endswith(MANIFEST):
-                        try:
-                            points.append(_read_point(folder, name))
-                        except QmpBackupError as error:
-                            damaged.append(Damage(f"{POINTS}/{name}", error.message))
-            marked = _marked(top, points)
-        return Inventory(ordered(points), tuple(damaged), marked)
+        return manifests.load(self.path, damaged)
 
     def elsewhere(self) -> str:
         """Where points are that this target does not hold itself, as a sentence; empty: nowhere."""
@@ -393,12 +355,6 @@ class DirectoryTarget(StoredFiles):
         pending.remove(self.path, point_id, files)
 
 
-def _close_lock(fd: int) -> None:
-    """Nothing was written there, whatever a file system says that takes only whole files."""
-    with suppress(OSError):
-        os.close(fd)
-
-
 def _make_folder(path: Path) -> Path:
     """Make the target's folder, durably, where it is missing; return where it really is."""
     if path.parent.exists() and not path.parent.is_dir():
@@ -413,22 +369,3 @@ def _make_folder(path: Path) -> Path:
         finally:
             os.close(parent)
     return path.resolve(strict=True)
-
-
-def _read_point(folder: Folder, name: str) -> Point:
-    point_id = name.removesuffix(MANIFEST)
-    if not is_point_id(point_id):
-        raise DamagedError(f"{name} is not called like a manifest.")
-    with storage_errors(f"read {name}"):
-        point = manifest.decode(folder.read(name, manifest.LARGEST), name)
-    if point.id != point_id:
-        raise DamagedError(f"{name} is the manifest of another point, {point.id}.")
-    return point
-
-
-def _marked(top: Folder, points: Iterable[Point]) -> tuple[Damage, ...]:
-    """The files of these points that have a mark, each once."""
-    files = set(marks.marked_files(top))
-    disks = {disk.file: disk for point in points for disk in point.disks if disk.file in files}
-    found = ((file, marks.find(top, disk)) for file, disk in sorted(disks.items()))
-    return tuple(Damage(file, mark.text) for file, mark in found if mark)

@@ -20,9 +20,9 @@ from qmpbackup.restic.chunk_cache import ChunkCache
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.reader import read_blobs
 from qmpbackup.targets import blocks, pouring
-from qmpbackup.targets.interface import Extent, Sink
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 from qmpbackup.targets.repository.points import HINT, VmPoints
+from qmpbackup.targets.stored_image import Extent, Sink
 
 _FARTHEST: Final = 8
 """Chunks that are read ahead of somebody who reads on and on."""

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.restic.chunk_cache import ChunkCache
 from qmpbackup.restic.pack import BlobType
-from qmpbackup.targets.interface import OpenDisks
 from qmpbackup.targets.repository.image import RepositoryImage, naming
 from qmpbackup.targets.repository.points import VmPoints
+from qmpbackup.targets.stored_image import OpenDisks
 
 
 @contextmanager

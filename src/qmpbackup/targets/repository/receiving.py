@@ -14,7 +14,7 @@ from qmpbackup.model import Point
 from qmpbackup.plan.sizes import human
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.writer import Writer
-from qmpbackup.targets.interface import Arrival, Buffer, ChunkReceiver, Sealed
+from qmpbackup.targets.receiver import Arrival, Buffer, ChunkReceiver, Sealed
 from qmpbackup.targets.repository import committing
 from qmpbackup.targets.repository.chunk_list import (
     CHUNK,

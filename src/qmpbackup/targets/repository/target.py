@@ -16,11 +16,12 @@ from pathlib import Path
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
-from qmpbackup.targets.interface import Arrival, ChunkReceiver, OpenDisks
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.receiver import Arrival, ChunkReceiver
 from qmpbackup.targets.report import Report
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 from qmpbackup.targets.repository.points import VmPoints
+from qmpbackup.targets.stored_image import OpenDisks
 
 
 class RepositoryTarget(VmPoints):
