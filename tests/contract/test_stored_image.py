@@ -16,8 +16,9 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.local import LocalStorage
 from qmpbackup.targets import pouring
 from qmpbackup.targets.repository.target import RepositoryTarget
-from qmpbackup.targets.stored_image import Extent, Sink, StoredImage
+from qmpbackup.targets.stored_image import StoredImage
 from stock import stored
+from stock.in_memory import RememberedImage
 from stock.stored import MIB, Stored, Write
 from stock.stored_repository import StoredRepository
 
@@ -31,38 +32,6 @@ def expected(size: int = SIZE) -> bytes:
     for write in WRITES:
         data[write.offset : write.offset + write.length] = bytes([write.value]) * write.length
     return bytes(data)
-
-
-@dataclass
-class InMemory:
-    """The simplest image: bytes."""
-
-    data: bytes
-    is_damaged: bool = False
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def extents(self, start: int, end: int) -> Iterator[Extent]:
-        for at in range(start, end, 65536):
-            length = min(65536, end - at)
-            yield Extent(at, length, not any(self.data[at : at + length]))
-
-    def read(self, offset: int, length: int) -> bytes:
-        if self.is_damaged:
-            raise DamagedError("A bit fell over.")
-        return self.data[offset : offset + length]
-
-    def peek(self, offset: int, length: int) -> bytes:
-        return self.read(offset, length)
-
-    def needs(self, format_: str) -> int:
-        del format_
-        return self.size
-
-    def pour(self, sink: Sink) -> None:
-        pouring.pour(self, sink)
 
 
 @dataclass
@@ -89,7 +58,7 @@ Opener = Callable[[Path, ExitStack], tuple[StoredImage, Callable[[], None]]]
 
 def in_memory(folder: Path, stack: ExitStack) -> tuple[StoredImage, Callable[[], None]]:
     del folder, stack
-    image = InMemory(expected())
+    image = RememberedImage(expected())
 
     def damage() -> None:
         image.is_damaged = True

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of target keeps the same promises: a folder, a repository, and one in memory.
+
+What each kind does besides is tested beside this: `test_directory.py`, `test_restic_format.py`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from lab.backups import leftovers
+from lab.disks import Disk, create, first_difference, pattern
+from lab.qemu import StartQemu
+from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
+from qmpbackup.model import Level, Point
+from qmpbackup.plan.finding import Health
+from qmpbackup.service import show
+from qmpbackup.service.backup import Request, back_up
+from qmpbackup.service.restore import Request as RestoreRequest
+from qmpbackup.service.restore import restore
+from qmpbackup.service.verify import Request as VerifyRequest
+from qmpbackup.service.verify import verify
+from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Target, Wish
+from stock import stored
+from stock.any_target import KINDS, OTHER, SIZES, VM, Place
+from stock.stored import MIB, Write
+
+FIRST = {"hd0": [Write(1, 0, 100_000), Write(2, 3 * MIB, 65536)], "hd1": [Write(3, 2 * MIB, 512)]}
+SECOND = {"hd0": [Write(4, 65536, 2 * MIB)], "hd1": []}
+THIRD = {"hd0": [Write(0, 3 * MIB, MIB)], "hd1": [Write(5, 0, 4096)]}
+
+
+@pytest.fixture(params=KINDS, ids=lambda each: each.__name__)
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    made: Place = request.param(tmp_path, monkeypatch)
+    return made
+
+
+@pytest.fixture
+def points(place: Place) -> list[Point]:
+    """A full and two incrementals, of two disks."""
+    made = [place.add(FIRST)]
+    for writes in (SECOND, THIRD):
+        made.append(place.add(writes, made[-1]))
+    return made
+
+
+def contents(target: Target, point: Point) -> dict[str, bytes]:
+    """What the disks of a point read as."""
+    found = target.load()
+    with target.images(found.points, point, point.disks) as opened:
+        return {name: bytes(image.read(0, SIZES[name])) for name, image in opened.images.items()}
+
+
+class TestPoints:
+    """What was committed is there, as it was; nothing else is."""
+
+    def test_every_point_gives_back_every_byte(self, place: Place, points: list[Point]) -> None:
+        with place.read() as target:
+            assert target.load().points == tuple(points)
+            for point in points:
+                for name, data in contents(target, point).items():
+                    assert data == place.expected[point.id, name], (point.id, name)
+
+    def test_what_is_not_committed_does_not_exist(self, place: Place, points: list[Point]) -> None:
+        with place.held() as (target, found):
+            _, receiver = place.begun(target, found.stored.points, THIRD, points[-1])
+            assert target.load().points == tuple(points)
+            receiver.abort()
+        with place.read() as target:
+            assert target.load().points == tuple(points)
+            assert target.left() == []
+
+    def test_the_next_point_builds_on_the_last_one_though_another_was_given_up(
+        self, place: Place, points: list[Point]
+    ) -> None:
+        with place.held() as (target, found):
+            _, receiver = place.begun(target, found.stored.points, THIRD, points[-1])
+            receiver.abort()
+        last = place.add(SECOND, points[-1])
+        with place.read() as target:
+            assert contents(target, last)["hd0"] == place.expected[last.id, "hd0"]
+
+    def test_a_point_of_some_disks_leaves_the_others(self, place: Place) -> None:
+        first = place.add(FIRST)
+        second = place.add({"hd0": SECOND["hd0"]}, first)
+        with place.read() as target:
+            assert set(contents(target, second)) == {"hd0"}
+            assert contents(target, first)["hd1"] == place.expected[first.id, "hd1"]
+
+    def test_the_newest_is_found_without_a_vm(self, place: Place) -> None:
+        entrance = opening.entrance(place.address)
+        assert entrance.newest("") is None
+        place.add(FIRST)
+        second = place.add(SECOND)
+        assert entrance.newest("") == second
+
+
+class TestOpening:
+    """Nothing is made before it is needed, and nobody gets what belongs to another."""
+
+    def test_looking_makes_nothing(self, place: Place) -> None:
+        for look_only in (False, True):
+            wish = Wish(look_only=look_only)
+            with opening.entrance(place.address).opening(wish) as door, door.found(VM) as found:
+                assert found.stored.points == ()
+                assert found.ground.load().points == ()
+            with pytest.raises(NoSuchTarget), place.read():
+                pass
+
+    def test_its_id_is_that_which_was_planned_with(self, place: Place) -> None:
+        with place.held() as (target, found):
+            assert target.id == found.ground.id != ""
+        with opening.entrance(place.address).opening(Wish()) as door, door.found(VM) as found:
+            assert found.ground.id == target.id
+
+    @pytest.mark.usefixtures("points")
+    def test_another_vm_neither_sees_nor_adds_to_the_points(self, place: Place) -> None:
+        with opening.entrance(place.address).opening(Wish(strict=True)) as door:
+            try:
+                with door.found(OTHER) as found:
+                    assert found.stored.points == ()
+            except UsageError as error:
+                assert "another VM" in error.message
+
+    @pytest.mark.usefixtures("points")
+    def test_who_reads_and_who_writes_go_together(self, place: Place) -> None:
+        with place.read() as target, place.held() as (other, _):
+            assert target.load() == other.load()
+
+    def test_advice_has_nothing_to_say_against_one_that_is_well(
+        self, place: Place, points: list[Point]
+    ) -> None:
+        advice = opening.entrance(place.address).advice(VM, 0.0, strict=True)
+        findings = []
+        while True:
+            try:
+                findings.append(next(advice))
+            except StopIteration as over:
+                ground, held = over.value
+                break
+        assert not [each for each in findings if each.health is Health.PROBLEM]
+        assert held.points == tuple(points)
+        assert ground.id
+
+    @pytest.mark.usefixtures("points")
+    def test_nothing_is_left_to_clear_up(self, place: Place) -> None:
+        with opening.entrance(place.address).of(VM) as target:
+            with target.lock():
+                assert target.left() == []
+                assert list(target.unfinished()) == []
+            with target.writing() as cleared:
+                assert cleared == []
+            assert target.elsewhere() == ""
+
+
+class TestProof:
+    """What is whole is found whole, and what is damaged is never given out."""
+
+    def test_whole_points_are_proved(self, place: Place, points: list[Point]) -> None:
+        report = verify(VerifyRequest(place.address, read_data=1.0))
+        assert report.whole
+        assert [each.point for each in report.verdicts] == points
+        with place.held() as (target, found):
+            for point in points:
+                for name in SIZES:
+                    held = found.stored.points
+                    assert target.obstacle(held, point, name, thorough=True) == ""
+
+    def test_damage_is_found(self, place: Place, points: list[Point]) -> None:
+        place.spoil(points[-1], "hd0")
+        report = verify(VerifyRequest(place.address, points[-1].id, read_data=1.0))
+        assert not report.whole
+        assert report.verdicts[0].problems
+
+    def test_damaged_bytes_are_never_given_out(
+        self, place: Place, points: list[Point], tmp_path: Path
+    ) -> None:
+        place.spoil(points[-1], "hd0")
+        out = tmp_path / "out"
+        with pytest.raises(DamagedError):
+            restore(RestoreRequest(place.address, points[-1].id, ("hd0",), file=out, format="raw"))
+        assert not out.exists()
+
+
+class TestUseCases:
+    """Commands that read a target do so whichever kind it is."""
+
+    def test_it_is_listed_and_shown(self, place: Place, points: list[Point]) -> None:
+        assert show.inventory(place.address).points == tuple(points)
+        point, missing = show.point(place.address, "latest")
+        assert (point, missing) == (points[-1], ())
+
+    @pytest.mark.parametrize("format_", ["raw", "qcow2"])
+    def test_it_is_restored(
+        self, place: Place, points: list[Point], tmp_path: Path, format_: str
+    ) -> None:
+        out = tmp_path / "out"
+        point = points[1]
+        outcome = restore(RestoreRequest(place.address, point.id, folder=out, format=format_))
+        assert outcome.point == point
+        for disk in outcome.disks:
+            assert stored.contents(disk.path, format_) == place.expected[point.id, disk.disk_id]
+
+    @pytest.mark.usefixtures("points")
+    def test_an_unknown_point_is_that(self, place: Place) -> None:
+        with pytest.raises(NoSuchTarget):
+            show.point(place.address, "20200101")
+
+
+def test_a_whole_backup_of_a_running_vm(
+    place: Place, tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    sizes = {"vda": 9 * MIB + 512, "vdb": 9 * MIB}
+    images = {
+        name: create(tmp_path / name, size, contents=pattern(size, 7))
+        for name, size in sizes.items()
+    }
+    vm = start_qemu([Disk(name, image) for name, image in images.items()])
+    expected: dict[str, dict[str, bytes]] = {}
+    for number, level in enumerate((Level.FULL, Level.INC, Level.INC)):
+        vm.write("vda", number * MIB, 70_000, number + 1)
+        point = back_up(Request(str(vm.socket), place.address, Level.AUTO)).point
+        assert point.level is level
+        expected[point.id] = {name: vm.contents(name) for name in sizes}
+    assert leftovers(vm) == []
+    assert [point.id for point in show.inventory(place.address).points] == list(expected)
+    for point_id, disks in expected.items():
+        out = tmp_path / f"out-{point_id}"
+        for disk in restore(
+            RestoreRequest(place.address, point_id, folder=out, format="raw")
+        ).disks:
+            assert not first_difference(disk.path.read_bytes(), disks[disk.disk_id])
