@@ -14,7 +14,7 @@ from qmpbackup.errors import DamagedError, NoSuchTarget, StorageError, UsageErro
 from qmpbackup.images.relink import relinked
 from qmpbackup.model import Consistency, Level, Merged, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan.chain import chain
-from qmpbackup.plan.lineage import Bond, Image, candidates, lineage, time_of
+from qmpbackup.plan.lineage import Bond, LinkedImage, candidates, lineage, time_of
 from qmpbackup.plan.merge import (
     Contents,
     MergePlan,
@@ -31,9 +31,9 @@ NEW = Contents(4711, "blake3:" + "ab" * 32)
 MOVED = Contents(815, "blake3:" + "cd" * 32)
 
 
-def images(text: str) -> list[Image]:
+def images(text: str) -> list[LinkedImage]:
     """`INC-2>FULL-1 FULL-1`: names, each with its link."""
-    return [Image(*each.partition(">")[::2]) for each in text.split()]
+    return [LinkedImage(*each.partition(">")[::2]) for each in text.split()]
 
 
 def names(text: str, until: str = "", containing: str = "") -> str:
@@ -140,7 +140,7 @@ def test_names_alone_give_the_chain_that_was_made(fulls: list[bool], shuffled: R
     last_full = max(at for at, name in enumerate(made) if name.startswith("FULL"))
     mixed = list(made)
     shuffled.shuffle(mixed)
-    assert list(lineage([Image(name) for name in mixed]).names) == made[last_full:]
+    assert list(lineage([LinkedImage(name) for name in mixed]).names) == made[last_full:]
 
 
 # --- names of snapshots

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import Final
 
 CLUSTER: Final = 64 * 1024
+"""Bytes of a cluster of every image of ours. A view's filter copies in units of its scratch's: larger ones
+make the guest's first writes slower."""
+
 _HEADER: Final = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _MAGIC: Final = b"QFI\xfb"
 _CLUSTER_BITS: Final = 16

@@ -49,7 +49,7 @@ _BUS = "images"
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class OfflineImage:
     """A disk of a VM that is off: its disk id, its file or block device, and the format of that."""
 
     id: str
@@ -58,7 +58,7 @@ class Image:
 
 
 @contextmanager
-def images_open(images: Sequence[Image], program: str = "") -> Iterator[Monitor]:
+def images_open(images: Sequence[OfflineImage], program: str = "") -> Iterator[Monitor]:
     """Open images for the block; gives the monitor of the QEMU that has them open.
 
     `program` is the QEMU that the VM was last run with, if that is known.
@@ -112,7 +112,7 @@ def _found(program: str) -> str:
 
 
 @contextmanager
-def _qemu(program: str, images: Sequence[Image], monitor: socket.socket) -> Iterator[Child]:
+def _qemu(program: str, images: Sequence[OfflineImage], monitor: socket.socket) -> Iterator[Child]:
     machine = _WITHOUT_DEFAULT_MACHINE.get(Path(program).name)
     command = [
         *(program, "-nodefaults", "-no-user-config", "-display", "none", "-S", "-m", "32"),
@@ -164,7 +164,7 @@ def _guard(ending: int, pidfd: int, seconds: float) -> NoReturn:
         os._exit(0)
 
 
-def _disk(number: int, image: Image) -> Sequence[str]:
+def _disk(number: int, image: OfflineImage) -> Sequence[str]:
     kind = "host_device" if image.path.is_block_device() else "file"
     node = {
         "driver": image.format,
@@ -180,7 +180,7 @@ def node_name(number: int) -> str:
     return f"image{number}"
 
 
-def _refused(result: Result, images: Sequence[Image]) -> QmpBackupError:
+def _refused(result: Result, images: Sequence[OfflineImage]) -> QmpBackupError:
     """Why QEMU did not start, in a sentence."""
     said = result.messages
     if '"write" lock' in said or '"consistent read" lock' in said:

@@ -10,6 +10,7 @@ the node below the filter as its backing node (QMP `blockdev-reopen`), and its i
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from qmpbackup.errors import VmError
 from qmpbackup.machine.graph import QUESTION, Graph
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import objects
@@ -69,24 +70,31 @@ def release(monitor: Monitor, ours: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _overlays(monitor: Monitor, ours: Callable[[str], bool]) -> Iterator[_Overlay]:
-    edges = Graph.of(monitor.execute(QUESTION)).edges
-    links = [(edge.parent, edge.kind, edge.child) for edge in edges if edge.of_node]
-    children = {(parent, kind): child for parent, kind, child in links}
-    above = {child: parent for parent, kind, child in links if kind == "backing"}
+    graph = Graph.of(monitor.execute(QUESTION))
+    links = [edge for edge in graph.edges if edge.of_node and edge.kind == "backing"]
+    above = {edge.child: edge.parent for edge in links}
     found = monitor.execute(Command("query-named-block-nodes", {"flat": True}))
     nodes = {node.text("node-name"): node for node in objects(found, "query-named-block-nodes")}
-    for parent, kind, child in links:
-        if kind == "backing" and ours(child) and not ours(parent) and parent in nodes:
-            base = children[child, "file"]
+    for edge in links:
+        node, ours_below = edge.parent, edge.child
+        if ours(ours_below) and not ours(node) and node in nodes:
+            base = _file_of(graph, ours_below)
             yield _Overlay(
-                node=parent,
-                driver=nodes[parent].text("drv"),
-                file=children[parent, "file"],
-                root=_top(parent, above),
+                node=node,
+                driver=nodes[node].text("drv"),
+                file=_file_of(graph, node),
+                root=_top(node, above),
                 base=base,
                 base_driver=nodes[base].text("drv"),
-                backing_name=nodes[parent].nested("image").text("backing-filename"),
+                backing_name=nodes[node].nested("image").text("backing-filename"),
             )
+
+
+def _file_of(graph: Graph, node: str) -> str:
+    child = graph.child(node)
+    if child is None:
+        raise VmError(f"The node {node} that QEMU shows has nothing below it.")
+    return child
 
 
 def _top(node: str, above: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from qmpbackup.errors import (
     StorageError,
     VmError,
 )
+from qmpbackup.images.qcow2_layout import CLUSTER
 from qmpbackup.machine import jobs
 from qmpbackup.machine.handover import hand_over
 from qmpbackup.machine.monitor import Monitor
@@ -34,9 +35,6 @@ from qmpbackup.undo import UndoStack
 FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
 """Before 8.0 a read of a view that crosses from an overwritten cluster into an untouched one returns
 live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
-
-CLUSTER = 65536
-"""Bytes of a cluster of target and filter. Larger ones make the guest's first writes slower."""
 
 _CANCELLED = os.strerror(errno.ECANCELED)
 """How a job ends that was whole until another one failed."""

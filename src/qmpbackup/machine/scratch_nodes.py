@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from qmpbackup.errors import StorageError
+from qmpbackup.images.qcow2_layout import CLUSTER
 from qmpbackup.machine import jobs, scratch
 from qmpbackup.machine.handover import hand_over
 from qmpbackup.machine.monitor import Monitor
@@ -18,9 +19,6 @@ from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import RunNames
 from qmpbackup.undo import UndoStack
-
-CLUSTER = 65536
-"""Bytes of a cluster. The filter copies in units of it: larger ones slow the guest down."""
 
 _OPTIONS: dict[str, Json] = {"discard": "unmap", "cache": {"no-flush": True}}
 

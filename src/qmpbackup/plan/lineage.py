@@ -20,7 +20,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class LinkedImage:
     """A file and the backing link in its header (empty: none)."""
 
     name: str
@@ -89,7 +89,7 @@ def candidates(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if is_image_name(name) or name in disks)
 
 
-def lineage(images: Sequence[Image], *, until: str = "", containing: str = "") -> Lineage:
+def lineage(images: Sequence[LinkedImage], *, until: str = "", containing: str = "") -> Lineage:
     """The images that make up the newest state, or the one that `until` names.
 
     `containing` leaves all images out of the choice whose name does not contain it.
@@ -112,7 +112,7 @@ def lineage(images: Sequence[Image], *, until: str = "", containing: str = "") -
     return _Walk(disk, known).from_(newest)
 
 
-def _parsed(images: Iterable[Image]) -> dict[str, _Named]:
+def _parsed(images: Iterable[LinkedImage]) -> dict[str, _Named]:
     named: dict[str, _Named] = {}
     for image in images:
         match = _NAME.fullmatch(image.name)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from qmpbackup.errors import UsageError
 from qmpbackup.machine import inventory, launching
-from qmpbackup.machine.inventory import Inventory
-from qmpbackup.machine.launching import Image
+from qmpbackup.machine.inventory import Found
+from qmpbackup.machine.launching import OfflineImage
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Point, VmConfig, VmIdentity
 from qmpbackup.service.session import Session
@@ -60,7 +60,7 @@ def opened(offline: Offline, place: Address, host: str = "") -> Iterator[Session
     with launching.images_open(images, program) as monitor:
         inventory.require_version(monitor)
 
-        def look() -> Inventory:
+        def look() -> Found:
             return _as_recorded(monitor, config, images)
 
         yield Session(monitor, look(), look)
@@ -74,7 +74,7 @@ def _config_of(offline: Offline, host: str) -> VmConfig:
     return VmConfig(VmIdentity(name=offline.vm, host=host or socket.gethostname()), qemu_version="")
 
 
-def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:
+def _images(offline: Offline, newest: Point | None) -> Sequence[OfflineImage]:
     recorded = {disk.id: disk for disk in newest.disks} if newest else {}
     if not offline.images and not recorded:
         raise UsageError(
@@ -94,10 +94,10 @@ def _images(offline: Offline, newest: Point | None) -> Sequence[Image]:
     return images
 
 
-def _require_different(images: Sequence[Image]) -> None:
+def _require_different(images: Sequence[OfflineImage]) -> None:
     """Refuse two disks on one image, however it is spelled: QEMU would say of the second that another
     program has it open."""
-    seen: dict[tuple[int, ...], Image] = {}
+    seen: dict[tuple[int, ...], OfflineImage] = {}
     for image in images:
         try:
             found = image.path.stat()
@@ -115,7 +115,7 @@ def _require_different(images: Sequence[Image]) -> None:
             )
 
 
-def _image(named: NamedImage, image_format: str) -> Image:
+def _image(named: NamedImage, image_format: str) -> OfflineImage:
     if not named.path.is_absolute() and named.path.parts[:1] == ("json:",):
         raise UsageError(
             f"The image of disk {named.id} is no plain file: {named.path}.",
@@ -127,10 +127,10 @@ def _image(named: NamedImage, image_format: str) -> Image:
             f"The format of the image {named.path} of disk {named.id} is not known.",
             f"Say it: --image {named.id}={named.path},format=qcow2 (or raw, …).",
         )
-    return Image(named.id, named.path, image_format)
+    return OfflineImage(named.id, named.path, image_format)
 
 
-def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[Image]) -> Inventory:
+def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[OfflineImage]) -> Found:
     """What the QEMU that has the images shows, as if it were the VM."""
     found = inventory.take(monitor)
     ids = {launching.node_name(number): image.id for number, image in enumerate(images)}

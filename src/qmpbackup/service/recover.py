@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from qmpbackup import interrupt
 from qmpbackup.machine import recovery, starved
-from qmpbackup.machine.inventory import Inventory
+from qmpbackup.machine.inventory import Found
 from qmpbackup.model import Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
@@ -15,7 +15,7 @@ from qmpbackup.service.quiesce import Guest
 from qmpbackup.service.session import Session
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address, Target
-from qmpbackup.targets.inventory import Inventory as Stored
+from qmpbackup.targets.inventory import Inventory
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _hungry(vm: Session) -> list[str]:
     return ["would let the VM run again, which had found no room"]
 
 
-def _left(found: Inventory) -> list[str]:
+def _left(found: Found) -> list[str]:
     left = found.leftovers
     names = (*left.jobs, *left.exports, *left.nodes, *left.markers)
     sets = tuple(f"descriptor set {number}" for number in left.descriptor_sets)
@@ -76,7 +76,7 @@ def _left_in(vm: Session, target: Address | None, lock_wait: float) -> list[str]
         return found.left() + _left_bitmaps(vm, found.load(), found.id)
 
 
-def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
+def _left_bitmaps(vm: Session, stored: Inventory, target_id: str) -> list[str]:
     return [
         f"would remove bitmap {name} of disk {disk.id}"
         for disk in vm.vm.disks
@@ -84,7 +84,7 @@ def _left_bitmaps(vm: Session, stored: Stored, target_id: str) -> list[str]:
     ]
 
 
-def _remove_rubbish(vm: Session, stored: Stored, target_id: str) -> list[str]:
+def _remove_rubbish(vm: Session, stored: Inventory, target_id: str) -> list[str]:
     done = []
     for disk in vm.vm.disks:
         for name in rubbish(disk, stored.points, target_id):

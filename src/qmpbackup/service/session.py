@@ -12,7 +12,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, MonitorBusy, VmError
 from qmpbackup.filelock import vm_lock
 from qmpbackup.machine import inventory, presence
-from qmpbackup.machine.inventory import Inventory
+from qmpbackup.machine.inventory import Found
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Vm
 from qmpbackup.plan.commands import Command
@@ -25,8 +25,8 @@ class Session:
     """An open monitor, what was found behind it, and how to look again."""
 
     monitor: Monitor
-    found: Inventory
-    look: Callable[[], Inventory]
+    found: Found
+    look: Callable[[], Found]
 
     @property
     def vm(self) -> Vm:
@@ -68,7 +68,7 @@ def opened(
         if not look_only:
             stack.enter_context(presence.claimed(monitor, lock_wait))
 
-        def take() -> Inventory:
+        def take() -> Found:
             return inventory.take(monitor, host)
 
         found = _look(monitor, lock_wait, take) if look_only else take()
@@ -116,7 +116,7 @@ def _require_vm(monitor: Monitor) -> None:
         )
 
 
-def _look(monitor: Monitor, wait: float, take: Callable[[], Inventory]) -> Inventory:
+def _look(monitor: Monitor, wait: float, take: Callable[[], Found]) -> Found:
     """Look at a VM that no run has, from before the first look until after it."""
     presence.require_none(monitor, wait)
     found = take()

@@ -125,7 +125,7 @@ def _lock_folder(stack: ExitStack, folder: Folder, wait: float) -> None:
 
 def _disk_folders(target: DirectoryTarget) -> str:
     points = target.load().points
-    names = {disk.file.partition("/")[0] for point in points for disk in point.disks}
+    names = {disk.folder for point in points for disk in point.disks}
     if not names:
         return "It holds no point."
     return f"Name one of: {', '.join(str(target.path / name) for name in sorted(names))}."

@@ -22,7 +22,7 @@ from qmpbackup.images.qcow2 import read_header
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan import chain, levels, lineage
 from qmpbackup.plan.chain import Link
-from qmpbackup.plan.lineage import Bond, Image
+from qmpbackup.plan.lineage import Bond, LinkedImage
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.targets.folder import chains
@@ -95,7 +95,7 @@ def select(place: Place, request: Request) -> Source:
     )
 
 
-def _images(folder: Folder) -> list[Image]:
+def _images(folder: Folder) -> list[LinkedImage]:
     names = folder.names()
     partial = [name for name in names if name.endswith((PARTIAL, MERGED, OLD))]
     if partial:
@@ -106,26 +106,26 @@ def _images(folder: Folder) -> list[Image]:
     return [_image(folder, name) for name in lineage.candidates(names)]
 
 
-def _image(folder: Folder, name: str) -> Image:
+def _image(folder: Folder, name: str) -> LinkedImage:
     fd = folder.open_file(name)
     try:
-        return Image(name, read_header(fd, name).backing)
+        return LinkedImage(name, read_header(fd, name).backing)
     except DamagedError:
-        return Image(name)  # no qcow2: it has no link, and is refused where a chain needs it
+        return LinkedImage(name)  # no qcow2: it has no link, and is refused where a chain needs it
     finally:
         os.close(fd)
 
 
 def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> Source:
     states = {
-        disk.file.rpartition("/")[2]: Link(point, disk)
+        disk.name: Link(point, disk)
         for point in points
         for disk in point.disks
         if disk.file.startswith(f"{place.name}/") and not disk.snapshot
     }
     newest = _newest(states, request)
     links = chain.chain(points, newest.point, newest.disk.id)
-    names = tuple(link.disk.file.rpartition("/")[2] for link in links)
+    names = tuple(link.disk.name for link in links)
     children = tuple(_children(points, links))
     return Source(place, names, children, strays(place, states, names), links, tuple(points))
 
@@ -136,9 +136,9 @@ def part(place: Place, points: Sequence[Point], links: Sequence[Link]) -> Source
     Raises:
         StorageError: the folder cannot be read.
     """
-    names = tuple(link.disk.file.rpartition("/")[2] for link in links)
+    names = tuple(link.disk.name for link in links)
     states = {
-        disk.file.rpartition("/")[2]
+        disk.name
         for point in points
         for disk in point.disks
         if disk.file.startswith(f"{place.name}/")
@@ -167,7 +167,7 @@ def _children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
         for child in chain.children(points, link.point.id, link.disk.id):
             disk = child.disk(link.disk.id)
             if disk is not None and child.id not in inside:
-                yield Bond(disk.file.rpartition("/")[2], link.disk.file.rpartition("/")[2])
+                yield Bond(disk.name, link.disk.name)
 
 
 def strays(place: Place, backups: Container[str], names: Sequence[str]) -> tuple[Bond, ...]:

@@ -53,7 +53,7 @@ def opened(
                 stack.callback(os.close, fd)
                 check_length(target, link.disk, fd)
                 with storage_errors(f"read {target.path / link.disk.file}"):
-                    layer = Layer.of(fd, link.disk.file.rpartition("/")[2])
+                    layer = Layer.of(fd, link.disk.name)
             files.append(OpenFile(link, layer))
         _check_links(target, files, disk)
         yield tuple(files)
@@ -88,7 +88,7 @@ def marking(target: StoredFiles, disk: StoredDisk) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        folder = disk.file.partition("/")[0]
+        folder = disk.folder
         if folder in target.interrupted():
             raise DamagedError(
                 f"{error.message} A merge in {folder} was interrupted.", target.merge_hint(folder)
@@ -116,7 +116,7 @@ def fault(
         for link in links:
             whole = limit is None or (link is links[-1] and link.disk.file_size <= limit)
             _check_inside(target, link.disk, parent, whole=whole)
-            parent = link.disk.file.rpartition("/")[2]
+            parent = link.disk.name
     except (DamagedError, StorageError) as error:
         return error.message.removesuffix(".")
     return ""
@@ -127,7 +127,7 @@ def _check_inside(target: StoredFiles, disk: StoredDisk, parent: str, *, whole: 
     try:
         check_length(target, disk, fd)
         with storage_errors(f"read {target.path / disk.file}"):
-            layer = Layer.of(fd, disk.file.rpartition("/")[2])
+            layer = Layer.of(fd, disk.name)
         _check_size(check_link(layer, parent), disk)
         if whole:
             check_digest(target, disk, layer)

@@ -95,7 +95,7 @@ class _Verification:
         parent = ""
         for link in links:
             problems.append(self._file(link.disk, parent))
-            parent = link.disk.file.rpartition("/")[2]
+            parent = link.disk.name
         if not any(problems):
             problems.append(self._state(disk))
         return [problem for problem in problems if problem]
@@ -136,7 +136,7 @@ class _Verification:
     def _check_open(self, disk: StoredDisk, fd: int, parent: str) -> None:
         chains.check_length(self._target, disk, fd)
         with storage_errors(f"read {self._target.path / disk.file}"):
-            layer = Layer.of(fd, disk.file.rpartition("/")[2])
+            layer = Layer.of(fd, disk.name)
         chains.check_digest(self._target, disk, layer)
         check_link(layer, parent)
         result = qemu_img.check(layer)
@@ -153,7 +153,7 @@ class _Verification:
             fd = self._target.open_file(disk.file)
             try:
                 with storage_errors(f"read {disk.file}"):
-                    layer = Layer.of(fd, disk.file.rpartition("/")[2])
+                    layer = Layer.of(fd, disk.name)
                 return _state_fault(layer, disk)
             finally:
                 os.close(fd)

@@ -33,7 +33,7 @@ def commit(points: VmPoints, writer: Writer, point: Point, disks: Mapping[str, C
     nodes = [_file(MANIFEST, len(data), manifest_id, point.time)]
     for disk in point.disks:
         contents = disks[disk.id]
-        name = disk.file.rpartition("/")[2]
+        name = disk.name
         nodes.append(_file(name, contents.size, contents.chunks, point.time))
     folder = writer.add_large(BlobType.TREE, lambda: encode_tree(nodes))
     top = [_folder(points.vm, folder, point.time)]
