@@ -7,6 +7,7 @@
 #   make test           check, and the tests on real QEMU and in a booted guest
 #   make demo           a running VM backed up, restored and compared, in two minutes
 #   make bench          measurements against qemu-img, restic and borg
+#   make coverage       how much of src the tests run through, branches and subprocesses with it
 #   make test-versions  the QEMU tests on QEMU 10.0
 #   make test-all       everything, the slow tests too; EXAMPLES=n documents for each parser
 #   make test-fresh     demo and test as a newcomer's, on a minimal Debian 12 and 13 of their own
@@ -23,9 +24,13 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -p no:cacheprovider
 # A test file is one unit of distribution, so that a guest booted for a file is booted once.
 PYTEST_PARALLEL := $(PYTEST) -n $(JOBS) --dist loadfile
+# Twice the processor time of the product's: the whole suite is measured by `make coverage` alone, the unit
+# tests also where MEASURE is set, as in continuous integration.
+COVERAGE := $(BIN)/coverage
+MEASURED := $(COVERAGE) run -m $(PYTEST_PARALLEL:$(BIN)/%=%)
 REAL := $(wildcard tests/lab tests/images tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
 
-.PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean
+.PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean coverage
 
 setup:
 	@scripts/setup.sh
@@ -44,7 +49,9 @@ lint: setup
 
 unit: setup
 	@echo "check: unit tests"
-	@$(PYTEST_PARALLEL) tests/unit
+	@$(if $(MEASURE),$(COVERAGE) erase && $(MEASURED),$(PYTEST_PARALLEL)) tests/unit
+	@$(if $(MEASURE),$(COVERAGE) combine -q && echo "check: unit tests run through $$($(COVERAGE) report \
+		--format=total) % of src (with branches)")
 
 check: lint unit
 
@@ -56,6 +63,13 @@ test-all: check guest
 	@echo "test: everything"
 	@QMPBACKUP_FUZZ=$(or $(EXAMPLES),500) $(PYTEST_PARALLEL) $(REAL)
 	@$(MAKE) test-versions
+
+# Without the tests that bound memory or time, which are about the product alone.
+coverage: setup guest
+	@$(COVERAGE) erase
+	@-$(MEASURED) -m "not slow" --ignore-glob="*/test_memory*" tests/unit $(REAL)
+	@$(COVERAGE) combine -q
+	@$(COVERAGE) report
 
 test-versions: setup
 	@scripts/test-versions.sh $(PYTEST_PARALLEL)
@@ -80,4 +94,4 @@ format: setup
 	@$(BIN)/ruff format --quiet
 
 clean:
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
