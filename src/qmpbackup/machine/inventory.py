@@ -58,7 +58,7 @@ class Leftovers:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundVm:
     """The VM, and what an earlier run left in it."""
 
     vm: Vm
@@ -117,7 +117,7 @@ def require_version(monitor: Monitor) -> None:
         )
 
 
-def take(monitor: Monitor, host: str = "") -> Found:
+def take(monitor: Monitor, host: str = "") -> FoundVm:
     """Ask the VM for everything a run needs to know; `host` is what its host is called, unless as it
     calls itself.
 
@@ -168,7 +168,7 @@ def take(monitor: Monitor, host: str = "") -> Found:
         # While a VM does not run, QEMU keeps removed descriptors and goes on listing them
         # (monitor/fds.c, monitor_fdset_cleanup), so they say nothing about a run that died.
         leftovers = replace(leftovers, descriptor_sets=())
-    return Found(vm, leftovers)
+    return FoundVm(vm, leftovers)
 
 
 def descriptor_sets(answer: object) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from qmpbackup.errors import CommandError, StorageError
 from qmpbackup.machine import inventory as inventories
 from qmpbackup.machine import jobs, nbd_server, overlays, starved
-from qmpbackup.machine.inventory import Found
+from qmpbackup.machine.inventory import FoundVm
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import objects
 from qmpbackup.model import Disk, Vm
@@ -31,7 +31,7 @@ _FILE = re.compile(rf"({re.escape(RUN_PREFIX)}[0-9a-f]+-)(file|fleece|scratch)([
 """Nodes that are plain files, unless it is a scratch above a `fleece`."""
 
 
-def recover(monitor: Monitor, inventory: Found) -> list[str]:
+def recover(monitor: Monitor, inventory: FoundVm) -> list[str]:
     """Clean up; return one sentence for each thing done.
 
     Raises:
@@ -41,7 +41,7 @@ def recover(monitor: Monitor, inventory: Found) -> list[str]:
     return list(_steps(monitor, inventory))
 
 
-def _steps(monitor: Monitor, inventory: Found) -> Iterator[str]:
+def _steps(monitor: Monitor, inventory: FoundVm) -> Iterator[str]:
     left = inventory.leftovers
     yield from _continue(monitor, inventory.vm, left.markers)
     if left.jobs:

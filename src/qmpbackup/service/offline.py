@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qmpbackup.errors import UsageError
 from qmpbackup.machine import inventory, launching
-from qmpbackup.machine.inventory import Found
+from qmpbackup.machine.inventory import FoundVm
 from qmpbackup.machine.launching import OfflineImage
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Point, VmConfig, VmIdentity
@@ -60,7 +60,7 @@ def opened(offline: Offline, place: Address, host: str = "") -> Iterator[Session
     with launching.images_open(images, program) as monitor:
         inventory.require_version(monitor)
 
-        def look() -> Found:
+        def look() -> FoundVm:
             return _as_recorded(monitor, config, images)
 
         yield Session(monitor, look(), look)
@@ -130,7 +130,7 @@ def _image(named: NamedImage, image_format: str) -> OfflineImage:
     return OfflineImage(named.id, named.path, image_format)
 
 
-def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[OfflineImage]) -> Found:
+def _as_recorded(monitor: Monitor, config: VmConfig, images: Sequence[OfflineImage]) -> FoundVm:
     """What the QEMU that has the images shows, as if it were the VM."""
     found = inventory.take(monitor)
     ids = {launching.node_name(number): image.id for number, image in enumerate(images)}

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from qmpbackup import interrupt
 from qmpbackup.machine import recovery, starved
-from qmpbackup.machine.inventory import Found
+from qmpbackup.machine.inventory import FoundVm
 from qmpbackup.model import Quiesce
 from qmpbackup.plan import commands
 from qmpbackup.plan.levels import rubbish
@@ -61,7 +61,7 @@ def _hungry(vm: Session) -> list[str]:
     return ["would let the VM run again, which had found no room"]
 
 
-def _left(found: Found) -> list[str]:
+def _left(found: FoundVm) -> list[str]:
     left = found.leftovers
     names = (*left.jobs, *left.exports, *left.nodes, *left.markers)
     sets = tuple(f"descriptor set {number}" for number in left.descriptor_sets)

@@ -12,7 +12,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, MonitorBusy, VmError
 from qmpbackup.filelock import vm_lock
 from qmpbackup.machine import inventory, presence
-from qmpbackup.machine.inventory import Found
+from qmpbackup.machine.inventory import FoundVm
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.model import Vm
 from qmpbackup.plan.commands import Command
@@ -25,8 +25,8 @@ class Session:
     """An open monitor, what was found behind it, and how to look again."""
 
     monitor: Monitor
-    found: Found
-    look: Callable[[], Found]
+    found: FoundVm
+    look: Callable[[], FoundVm]
 
     @property
     def vm(self) -> Vm:
@@ -68,7 +68,7 @@ def opened(
         if not look_only:
             stack.enter_context(presence.claimed(monitor, lock_wait))
 
-        def take() -> Found:
+        def take() -> FoundVm:
             return inventory.take(monitor, host)
 
         found = _look(monitor, lock_wait, take) if look_only else take()
@@ -116,7 +116,7 @@ def _require_vm(monitor: Monitor) -> None:
         )
 
 
-def _look(monitor: Monitor, wait: float, take: Callable[[], Found]) -> Found:
+def _look(monitor: Monitor, wait: float, take: Callable[[], FoundVm]) -> FoundVm:
     """Look at a VM that no run has, from before the first look until after it."""
     presence.require_none(monitor, wait)
     found = take()
