@@ -4,18 +4,16 @@
 The steps count themselves: runs are killed at their first, second, third … until one survives.
 """
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lab.aftermath import assert_clean, manifests
+from lab.cli import Result
+from lab.file_steps import signalled
 from stock.scene import KINDS, WHERE, Scene, Where, scene
 
-PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
 RUNS_PER_TARGET = 8
 
 
@@ -63,11 +61,11 @@ def test_interrupted_before_file_steps(tmp_path: Path, where: Where, step: int) 
             before = len(manifests(stage.place))
             result = run_signalled(stage, "inc", signal.SIGTERM, number)
             made = len(manifests(stage.place)) - before
-            assert (result.returncode, made) in {(143, 0), (0, 1)}, (number, result.stderr)
+            assert (result.code, made) in {(143, 0), (0, 1)}, (number, result.err)
             assert_clean(stage.vm, stage.place)
-            if result.returncode == 0 and "file step" in result.stderr:
+            if result.code == 0 and "file step" in result.err:
                 break
-            interrupted += result.returncode == 143
+            interrupted += result.code == 143
         assert interrupted > 2
         stage.make_good("inc")
 
@@ -75,19 +73,12 @@ def test_interrupted_before_file_steps(tmp_path: Path, where: Where, step: int) 
 def run_killed(stage: Scene, kind: str, fatal: int) -> bool:
     """Run, and say whether the run was killed; else it must have succeeded."""
     result = run_signalled(stage, kind, signal.SIGKILL, fatal)
-    assert result.returncode in {0, -signal.SIGKILL}, result.stderr
-    return result.returncode != 0
+    assert result.code in {0, -signal.SIGKILL}, str(result)
+    return result.code != 0
 
 
-def run_signalled(
-    stage: Scene, kind: str, number: signal.Signals, step: int
-) -> "subprocess.CompletedProcess[str]":
+def run_signalled(stage: Scene, kind: str, number: signal.Signals, step: int) -> Result:
     """Run a backup that gets a signal before a step; one with fewer steps says so at its end."""
-    arguments = map(str, stage.arguments(kind, stage.vm.socket))
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), str(int(number)), str(step), *arguments],
-        env={**os.environ, **stage.environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = stage.arguments(kind, stage.vm.socket)
+    with signalled(number, step, *arguments, env=stage.environment) as running:
+        return running.wait()

@@ -3,8 +3,6 @@
 or refused until the next run, be it a backup or a pruning, has brought it to its end."""
 
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.file_steps import killed
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Level
 from qmpbackup.service.restore import Request as RestoreRequest
@@ -22,7 +21,6 @@ from qmpbackup.service.verify import verify
 from qmpbackup.targets.folder.target import DirectoryTarget
 from stock.stored import MIB, Stored, Write
 
-PROGRAM = Path(__file__).with_name("killed_at_file_step.py")
 KEPT = (1, 4, 5)
 POLICY = ("--keep-daily", "3")
 
@@ -53,33 +51,28 @@ def test_killed_before_every_file_step(stored: Stored) -> None:
 
 def kill_until_one_survives(stored: Stored, first: int, step: int) -> int:
     """Kill prunings of copies of what was made; return how many were killed."""
-    killed = 0
+    kills = 0
     while True:
-        copy = stored.path.with_name(f"killed-{killed}")
+        copy = stored.path.with_name(f"killed-{kills}")
         shutil.copytree(stored.path, copy)
-        if not dies(copy, first + killed * step):
+        if not dies(copy, first + kills * step):
             assert_whole(copy, stored, KEPT)
-            return killed
+            return kills
         try:
             assert_right_or_refused(copy, stored)
             as_a_backup_would(copy)
             assert not dies(copy, sys.maxsize)
             assert_whole(copy, stored, KEPT)
         except BaseException as error:
-            error.add_note(f"killed before file step {first + killed * step}")
+            error.add_note(f"killed before file step {first + kills * step}")
             raise
         shutil.rmtree(copy)
-        killed += 1
+        kills += 1
 
 
 def dies(path: Path, fatal: int) -> bool:
     """Prune and be killed before the step `fatal`; false if the run came to its end before."""
-    command = [PROGRAM, signal.SIGKILL.value, fatal, "prune", "--target", path, *POLICY]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode in {0, -signal.SIGKILL}, done.stderr
-    return done.returncode != 0
+    return killed(fatal, "prune", "--target", path, *POLICY)
 
 
 def as_a_backup_would(path: Path) -> None:

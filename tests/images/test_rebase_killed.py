@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge that dies after any step: until it is finished nothing gives wrong bytes; then all is right.
+"""A merge that dies between any two of its steps on the file system: until it is finished nothing gives
+wrong bytes; then all is right."""
 
-The merge runs as a process of its own that ends, without any clearing up, after its N-th step.
-"""
-
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from lab import cli
+from lab.file_steps import killed
 from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError
 from qmpbackup.model import Level
 from qmpbackup.plan.merge import Operation
@@ -31,28 +27,13 @@ from qmpbackup.targets.folder.target import DirectoryTarget
 from stock.stored import MIB, Stored, Write, contents
 
 DISK = "hd0"
-SWAPPING = "journal of swapping"
-KILLED = 77
 
-SCRIPT = """
-import os, sys
-from pathlib import Path
-from qmpbackup.errors import UsageError
-from qmpbackup.plan.merge import Operation
-from qmpbackup.service.rebase.merge import merge
-from qmpbackup.service.rebase.source import Request
 
-folder, until, operation, last = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-count = 0
-
-def die(step):
-    global count
-    count += 1
-    if last in (str(count), step):
-        os._exit(77)
-
-merge(Request(folder, until=until), Operation(operation), die)
-"""
+COMMAND = {Operation.COMMIT: "commit", Operation.SNAPSHOTS: "snapshotrebase"}
+BEGUN = r"rename FULL-\d+ FULL-\d+\.old"
+"""The journal says what to do with the merged image; nothing of it is done."""
+SET_ASIDE = r"remove .*\.json\.tmp"
+"""The full has another name, and the merged image not yet its own."""
 
 
 @pytest.fixture
@@ -70,26 +51,24 @@ def until(stored: Stored) -> str:
     return stored.file(stored.points[2], DISK).name
 
 
-def killed(folder: Path, until_: str, operation: Operation, last: int | str) -> bool:
-    """Merge, and die after the step `last`; false if the merge came to its end before."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), until_, operation.value, str(last)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in {0, KILLED}, done.stderr
-    return done.returncode == KILLED
+def dies(folder: Path, until_: str, operation: Operation, step: int | str) -> bool:
+    """Merge, and die before a step; false if the merge came to its end before."""
+    command = (COMMAND[operation], "--dir", folder, "--until", until_)
+    return killed(step, *command, program="qmprestore")
 
 
-def every_death(stored: Stored, operation: Operation, folder: str) -> Iterator[Path]:
-    """Copies of what was made, each with a merge in `folder` that died one step later."""
-    step = 0
+def every_death(stored: Stored, operation: Operation, stride: int) -> Iterator[Path]:
+    """Copies of what was made, each with a merge of the disk that died `stride` steps later."""
+    step = 2
     while True:
-        step += 1
         copy = stored.path.with_name(f"killed-{step}")
         shutil.copytree(stored.path, copy, symlinks=True)
-        if not killed(copy / folder, until(stored), operation, step):
-            assert step > 8, "most steps were never reached"
+        if not dies(copy / DISK, until(stored), operation, step):
+            assert step > 20, "most steps were never reached"
             return
         yield copy
         shutil.rmtree(copy)
+        step += stride
 
 
 def assert_right_or_refused(path: Path, stored: Stored) -> int:
@@ -123,7 +102,7 @@ def assert_whole(path: Path, stored: Stored, expected: Sequence[int]) -> None:
 def test_a_file_that_a_merge_has_set_aside_is_not_called_lost(
     stored: Stored, tmp_path: Path
 ) -> None:
-    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    assert dies(stored.path / DISK, until(stored), Operation.COMMIT, SET_ASIDE)
     point = ("--target", stored.path)
     listed = cli.run("list", *point).check()
     assert "merge in hd0 was interrupted" in listed.err
@@ -142,11 +121,15 @@ def roll_forward(path: Path) -> list[str]:
         return journal.roll_forward(path)
 
 
+STRIDES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@STRIDES
 @pytest.mark.parametrize("operation", Operation)
-def test_death_after_any_step(stored: Stored, operation: Operation) -> None:
+def test_death_after_any_step(stored: Stored, operation: Operation, stride: int) -> None:
     merged = [0, 1, 2, 3] if operation is Operation.SNAPSHOTS else [2, 3]
     before = after = 0
-    for path in every_death(stored, operation, DISK):
+    for path in every_death(stored, operation, stride):
         right = assert_right_or_refused(path, stored)
         target = DirectoryTarget.open(path)
         unfinished = bool(target.interrupted())
@@ -161,60 +144,47 @@ def test_death_after_any_step(stored: Stored, operation: Operation) -> None:
         else:
             assert_whole(path, stored, merged)
             after += 1
-    assert before >= 3
-    assert after >= 6
+    assert before * stride >= 9
+    assert after * stride >= 12
 
 
+@STRIDES
 @pytest.mark.parametrize("operation", Operation)
-def test_death_while_an_interrupted_merge_is_finished(stored: Stored, operation: Operation) -> None:
+def test_death_while_an_interrupted_merge_is_finished(
+    stored: Stored, operation: Operation, stride: int
+) -> None:
     merged = [0, 1, 2, 3] if operation is Operation.SNAPSHOTS else [2, 3]
     begun = stored.path.with_name("begun")
     shutil.copytree(stored.path, begun)
-    assert killed(begun / DISK, until(stored), operation, SWAPPING)
-    step = 0
+    assert dies(begun / DISK, until(stored), operation, BEGUN)
+    step = 2
     while True:
-        step += 1
         copy = stored.path.with_name(f"finishing-{step}")
         shutil.copytree(begun, copy)
-        if not dies_while_finishing(copy, step):
+        if not dies_while_finishing(copy, stored, step):
             break
         assert_right_or_refused(copy, stored)
-        dies_while_finishing(copy, step)
+        dies_while_finishing(copy, stored, step)
         roll_forward(copy)
         assert_whole(copy, stored, merged)
         shutil.rmtree(copy)
-    assert step > 6
+        step += stride
+    assert step > 20
 
 
-def dies_while_finishing(path: Path, last: int) -> bool:
-    """Finish an interrupted merge in a child that ends after the step `last`; whether it did."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def die(_: str) -> None:
-            nonlocal count
-            count += 1
-            if count == last:
-                os._exit(KILLED)
-
-        try:
-            target = DirectoryTarget.open(path)
-            with target.lock(remove=True):
-                journal.roll_forward(path, die)
-        except BaseException:  # noqa: BLE001 - never back into the test
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in {0, KILLED}
-    return status == KILLED
+def dies_while_finishing(path: Path, stored: Stored, step: int) -> bool:
+    """Finish an interrupted merge, with nothing to merge after it, and die before a step; whether it did."""
+    return dies(path / DISK, stored.file(stored.points[0], DISK).name, Operation.COMMIT, step)
 
 
+@STRIDES
 @pytest.mark.parametrize("operation", Operation)
-def test_death_in_a_folder_without_manifests(stored: Stored, operation: Operation) -> None:
+def test_death_in_a_folder_without_manifests(
+    stored: Stored, operation: Operation, stride: int
+) -> None:
     newest = stored.file(stored.points[3], DISK).name
     full = stored.file(stored.points[0], DISK).name
-    for path in every_death(without_manifests(stored), operation, DISK):
+    for path in every_death(without_manifests(stored), operation, stride):
         folder = path / DISK
         Place.find(folder).journal.finish()
         names = {each.name for each in folder.iterdir()}
@@ -235,14 +205,14 @@ def without_manifests(stored: Stored) -> Stored:
 
 
 def test_the_same_command_finishes_what_was_begun(stored: Stored) -> None:
-    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    assert dies(stored.path / DISK, until(stored), Operation.COMMIT, SET_ASIDE)
     outcome = merge(Request(stored.path / DISK), Operation.COMMIT)
     assert outcome.finished
     assert_whole(stored.path, stored, [3])
 
 
 def test_who_only_reads_says_that_a_merge_was_interrupted(stored: Stored, tmp_path: Path) -> None:
-    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    assert dies(stored.path / DISK, until(stored), Operation.COMMIT, SET_ASIDE)
     before = sorted(stored.path.rglob("*"))
     with pytest.raises(DamagedError, match="interrupted"):
         dry_run(Request(stored.path / DISK), Operation.COMMIT)
@@ -254,7 +224,7 @@ def test_who_only_reads_says_that_a_merge_was_interrupted(stored: Stored, tmp_pa
 def test_a_merged_image_that_was_lost_is_said_and_nothing_more_is_destroyed(
     stored: Stored,
 ) -> None:
-    assert killed(stored.path / DISK, until(stored), Operation.COMMIT, "set the full aside")
+    assert dies(stored.path / DISK, until(stored), Operation.COMMIT, SET_ASIDE)
     (merged,) = (stored.path / DISK).glob("*.merged")
     merged.unlink()
     before = sorted(stored.path.rglob("*"))

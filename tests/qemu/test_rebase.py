@@ -17,6 +17,7 @@ import pytest
 from lab import cli
 from lab.backups import assert_restores, back_up
 from lab.disks import Disk, create
+from lab.file_steps import held
 from lab.patience import wait_until
 from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
@@ -382,13 +383,12 @@ def test_room_that_runs_out_meanwhile_costs_nothing(little_room: Path, tmp_path:
     stored.add(Level.INC, {DISK: [Write(2, 0, MIB)]})
     before = tree(stored.path)
 
-    def fill(step: str) -> None:
-        if step == "journal of building":
-            free = shutil.disk_usage(little_room).free
-            (little_room / "filler").write_bytes(bytes(free - 2 * MIB))
-
-    with pytest.raises(StorageError):
-        merge(request(stored), COMMIT, fill)
+    built = r"open FULL-\d+\.partial"
+    with held(built, "commit", "--dir", folder(stored), program="qmprestore") as running:
+        free = shutil.disk_usage(little_room).free
+        (little_room / "filler").write_bytes(bytes(free - 2 * MIB))
+        running.signal(signal.SIGCONT)
+        running.wait().check(7)
     (little_room / "filler").unlink()
     assert_unchanged(before, stored.path)
     merge(request(stored), COMMIT)
@@ -691,14 +691,15 @@ def test_a_backup_finishes_a_merge_that_was_interrupted(
     target = tmp_path / "target"
     for value in (1, 2):
         vm.write("vda", value * MIB, MIB, value)
-        back_up(vm, target)
+        point = back_up(vm, target)
 
-    def stop(step: str) -> None:
-        if step == "set the full aside":
-            raise StorageError("pulled out")
-
-    with pytest.raises(StorageError, match="begun"):
-        merge(Request(target / "vda"), COMMIT, stop)
+    in_the_way = target / "points" / f"{point['id']}.json.tmp"
+    set_aside = r"rename FULL-\d+ FULL-\d+\.old"
+    with held(set_aside, "commit", "--dir", target / "vda", program="qmprestore") as running:
+        in_the_way.mkdir()
+        running.signal(signal.SIGCONT)
+        assert "begun" in running.wait().check(7).err
+    in_the_way.rmdir()
     vm.write("vda", 3 * MIB, MIB, 3)
     point = back_up(vm, target, "inc")
     assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)

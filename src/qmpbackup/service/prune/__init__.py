@@ -7,15 +7,11 @@ repository   in a restic repository: decided here, forgotten and swept by restic
 Which points go is decided in one place for both, `plan.retention`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qmpbackup.model import Location, Place, Point
 from qmpbackup.plan.retention import Policy, Verdict
-
-Observer = Callable[[str], None]
-"""Told each step that is done, by a short name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +53,8 @@ class Outcome:
         return tuple(each.point for each in self.verdicts if not each.kept)
 
 
-def prune(
-    request: Request, now: datetime | None = None, each: Observer = lambda _: None
-) -> Outcome:
-    """Remove what the policy does not keep; `each` is told every step that is done.
+def prune(request: Request, now: datetime | None = None) -> Outcome:
+    """Remove what the policy does not keep.
 
     Raises:
         UsageError: the policy has no rule, or would keep nothing; nothing was touched.
@@ -77,4 +71,4 @@ def prune(
         return repository.prune(request, request.target, now)
     from qmpbackup.service.prune import directory
 
-    return directory.prune(request, request.target, now, each)
+    return directory.prune(request, request.target, now)

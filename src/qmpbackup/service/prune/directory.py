@@ -24,7 +24,7 @@ from qmpbackup.plan import pruning
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.pruning import Merge, Pruning, Removal, Step
 from qmpbackup.plan.retention import Policy, Verdict, decide
-from qmpbackup.service.prune import Observer, Outcome, Request
+from qmpbackup.service.prune import Outcome, Request
 from qmpbackup.service.rebase import merge, source
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.targets.folder import journal
@@ -34,7 +34,7 @@ from qmpbackup.targets.names import POINTS, folder_name
 log = logging.getLogger(__name__)
 
 
-def prune(request: Request, path: Path, now: datetime, each: Observer) -> Outcome:
+def prune(request: Request, path: Path, now: datetime) -> Outcome:
     """Prune a folder; see `service.prune.prune`."""
     _refuse_what_folders_have_not(request)
     target = DirectoryTarget.open(path)
@@ -42,13 +42,13 @@ def prune(request: Request, path: Path, now: datetime, each: Observer) -> Outcom
         return _dry_run(target, request, now)
     with interrupt.held(), target.lock(remove=True, wait=request.lock_wait):
         _require_ours(target)
-        for done in (*target.recover(), *journal.roll_forward(target.path, each)):
+        for done in (*target.recover(), *journal.roll_forward(target.path)):
             log.warning("Cleaned up after a run that died: %s.", done)
         before = points = _points(target)
         decided = _decide(target, points, request, now)
         for step in decided.steps:
             interrupt.check()
-            points = _perform(target, points, step, each)
+            points = _perform(target, points, step)
         freed = _stored(before) - _stored(points)
     return Outcome(decided.verdicts, freed, _merges(decided))
 
@@ -175,21 +175,18 @@ def _held_by_strays(target: DirectoryTarget, points: Sequence[Point]) -> dict[st
     return held
 
 
-def _perform(
-    target: DirectoryTarget, points: Sequence[Point], step: Step, each: Observer
-) -> tuple[Point, ...]:
+def _perform(target: DirectoryTarget, points: Sequence[Point], step: Step) -> tuple[Point, ...]:
     """Carry out a step; the points that there are then."""
     if isinstance(step, Removal):
         target.remove_point(step.point, _files_of(points, step.point))
         log.info("Removed point %s", step.point)
-        each(f"removed {step.point}")
         return tuple(point for point in points if point.id != step.point)
     newest = next(point for point in points if point.id == step.points[-1])
     links = chain(points, newest, step.disk)[-len(step.points) :]
     if tuple(link.point.id for link in links) != step.points:
         raise ValueError(f"the chain of {step.disk} is not the one that was planned")
     place = Place(target.path / folder_name(step.disk), target)
-    merge.merge_part(place, points, links, each)
+    merge.merge_part(place, points, links)
     return _points(target)
 
 

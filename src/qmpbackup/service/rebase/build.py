@@ -21,7 +21,6 @@ from qmpbackup.images.digest import digest
 from qmpbackup.images.layers import Layer, opened, raw, require_unchanged, stand_in
 from qmpbackup.plan.merge import MERGED, PARTIAL, Contents, MergePlan, Tag
 from qmpbackup.plan.sizes import human
-from qmpbackup.targets.folder.journal import Observer
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +72,7 @@ def compressed(layers: Sequence[Layer]) -> bool:
     return qemu_img.check(layers[0]).compressed > 0
 
 
-def build(
-    folder: Folder, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
-) -> Contents:
+def build(folder: Folder, plan: MergePlan, layers: Sequence[Layer], rate: int) -> Contents:
     """Make the merged image, prove it, and give it its name (`MERGED`), durably.
 
     Args:
@@ -83,7 +80,6 @@ def build(
         plan: what to make.
         layers: the open files of the chain, the full first.
         rate: bytes a second at most (0: no limit).
-        each: told each step.
 
     Raises:
         QmpBackupError: it could not be made, or is not right; the caller removes it.
@@ -92,16 +88,14 @@ def build(
     with _created(folder, partial) as fd:
         if plan.flattens:
             flatten(layers, fd, rate)
-            each("built")
         elif plan.below is not None:
-            _merge_above(folder, fd, plan, layers, rate, each)
+            _merge_above(folder, fd, plan, layers, rate)
         else:
-            _copy_and_apply(fd, plan, layers, rate, each)
+            _copy_and_apply(fd, plan, layers, rate)
         with storage_errors(f"read {folder.path / partial}"):
             new = Layer.of(fd, partial)
         _prove(new, plan, layers)
         require_unchanged([*layers, new])
-        each("proved")
         with storage_errors(f"store {folder.path / partial}"):
             _give_away(fd, layers[0].fd)
             os.fsync(fd)
@@ -109,7 +103,6 @@ def build(
             folder.require_named(partial, fd)
             folder.rename(partial, plan.base + MERGED)
             folder.sync()
-    each("durable")
     return contents
 
 
@@ -145,52 +138,43 @@ def _give_away(fd: int, like: int) -> None:
     os.fchmod(fd, stat.S_IMODE(state.st_mode))
 
 
-def _copy_and_apply(
-    new: int, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
-) -> None:
+def _copy_and_apply(new: int, plan: MergePlan, layers: Sequence[Layer], rate: int) -> None:
     tags = {tag.file: tag for tag in plan.tags}
     _copy(layers[0], new)
-    each("copied")
     _keep(new, tags.get(layers[0].name))
     for layer in layers[1:]:
         interrupt.check()
         log.info("Applying %s", layer.name)
         merging.apply(layer, new, rate=rate)
         _keep(new, tags.get(layer.name))
-        each(f"applied {layer.name}")
 
 
 def _merge_above(
-    folder: Folder, new: int, plan: MergePlan, layers: Sequence[Layer], rate: int, each: Observer
+    folder: Folder, new: int, plan: MergePlan, layers: Sequence[Layer], rate: int
 ) -> None:
     """As `_copy_and_apply` for a part of a chain; what lies below the part is neither read nor shown
     in the result."""
     with stand_in(plan.below or 0) as ground:
         if not any(compressed([layer]) for layer in layers):
-            _copy_and_apply_above(new, ground, layers, rate, each)
+            _copy_and_apply_above(new, ground, layers, rate)
             return
         # QEMU compresses only into room that is free, so all is merged first, then compressed. Until
         # the merge is proved nobody takes the second file for more than half made.
         with _created(folder, plan.base + MERGED) as fd:
-            _copy_and_apply_above(fd, ground, layers, 0, each)
+            _copy_and_apply_above(fd, ground, layers, 0)
             with storage_errors(f"read {plan.base}{MERGED}"):
                 merged = Layer.of(fd, plan.base + MERGED)
             size, below = merged.header.size, layers[0].header.backing
             merging.create(new, plan.base + PARTIAL, size, backing=below, compress=True)
             merging.apply_above(merged, new, ground, compress=True, rate=rate)
-            each("compressed")
 
 
-def _copy_and_apply_above(
-    new: int, ground: int, layers: Sequence[Layer], rate: int, each: Observer
-) -> None:
+def _copy_and_apply_above(new: int, ground: int, layers: Sequence[Layer], rate: int) -> None:
     _copy(layers[0], new)
-    each("copied")
     for layer in layers[1:]:
         interrupt.check()
         log.info("Applying %s", layer.name)
         merging.apply_above(layer, new, ground, rate=rate)
-        each(f"applied {layer.name}")
 
 
 def _keep(fd: int, tag: Tag | None) -> None:

@@ -36,7 +36,7 @@ from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
 from qmpbackup.targets.folder import journal
-from qmpbackup.targets.folder.journal import Intent, Observer, Phase
+from qmpbackup.targets.folder.journal import Intent, Phase
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,8 @@ class Outcome:
     finished: tuple[str, ...] = ()
 
 
-def merge(request: Request, operation: Operation, each: Observer = lambda _: None) -> Outcome:
+def merge(request: Request, operation: Operation) -> Outcome:
     """Merge the chain that a request means.
-
-    `each` is told every step that is done.
 
     Raises:
         QmpBackupError: nothing was changed, or, where the message says so, the merge is begun and
@@ -60,13 +58,13 @@ def merge(request: Request, operation: Operation, each: Observer = lambda _: Non
     """
     place = Place.find(request.folder)
     with interrupt.held(), place.exclusive(request.lock_wait):
-        finished = clear_up(place, each)
+        finished = clear_up(place)
         source = sources.select(place, request)
         _refuse_unlinked(source, request)
         with sources.opened(source) as layers:
             plan = _plan(source, layers, operation)
             if plan.superseded:
-                _Merge(request, source, plan, layers, each).run()
+                _Merge(request, source, plan, layers).run()
     return Outcome(plan, tuple(finished))
 
 
@@ -88,16 +86,13 @@ def dry_run(request: Request, operation: Operation) -> MergePlan:
     return plan
 
 
-def merge_part(
-    place: Place, points: Sequence[Point], links: Sequence[Link], each: Observer = lambda _: None
-) -> None:
+def merge_part(place: Place, points: Sequence[Point], links: Sequence[Link]) -> None:
     """Merge neighbours out of a chain into the lowest of them; the lock to remove must be held.
 
     Args:
         place: the folder of the disk in its target.
         points: all points of the target.
         links: the neighbours, the lowest first; what is left is the state of the last.
-        each: is told every step that is done.
 
     Raises:
         QmpBackupError: as `merge`.
@@ -105,17 +100,17 @@ def merge_part(
     request = Request(place.folder)
     source = sources.part(place, points, links)
     with sources.opened(source) as layers:
-        _Merge(request, source, _plan(source, layers, Operation.COMMIT), layers, each).run()
+        _Merge(request, source, _plan(source, layers, Operation.COMMIT), layers).run()
 
 
-def clear_up(place: Place, each: Observer = lambda _: None) -> list[str]:
+def clear_up(place: Place) -> list[str]:
     """Bring to an end what died runs have left: backups and merges. The lock must be held."""
     done = []
     if place.target is not None:
         done += place.target.recover()
-        done += journal.roll_forward(place.target.path, each)
+        done += journal.roll_forward(place.target.path)
     else:
-        done += place.journal.finish(each)
+        done += place.journal.finish()
     for clause in done:
         log.warning("Cleaned up after a run that died: %s.", clause)
     return done
@@ -190,7 +185,6 @@ class _Merge:
         source: Source,
         plan: MergePlan,
         layers: list[Layer],
-        each: Observer,
     ) -> None:
         self._request = request
         self._source = source
@@ -198,7 +192,6 @@ class _Merge:
         self._journal = source.place.journal
         self._plan = plan
         self._layers = layers
-        self._each = each
 
     def run(self) -> None:
         """All steps; what fails before the swap is undone."""
@@ -209,14 +202,12 @@ class _Merge:
         build.require_room(self._place.folder, needed, "The merged image")
         try:
             self._journal.write(Intent(Phase.BUILDING, self._plan.base))
-            self._each("journal of building")
             intent = self._intent(self._build(), relinked)
             interrupt.check()
             self._journal.write(intent)
         except BaseException:
             self._undo()
             raise
-        self._each("journal of swapping")
         self._swap(intent)
 
     def _build(self) -> Contents:
@@ -224,7 +215,7 @@ class _Merge:
         with storage_errors(f"open {self._place.folder}"):
             folder = Folder.open(self._place.folder)
         with folder:
-            return build.build(folder, self._plan, self._layers, self._request.rate, self._each)
+            return build.build(folder, self._plan, self._layers, self._request.rate)
 
     def _prove_children(self) -> dict[str, Contents]:
         """What the images that build on the chain hold once they build on the full."""
@@ -269,7 +260,7 @@ class _Merge:
 
     def _swap(self, intent: Intent) -> None:
         try:
-            self._journal.perform(intent, self._each)
+            self._journal.perform(intent)
         except QmpBackupError as error:
             raise StorageError(
                 f"The merge is begun but could not be finished: {error.message}",

@@ -13,7 +13,7 @@ a journal starts at the top. Must not know how the image was made.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,9 +32,6 @@ from qmpbackup.targets.names import MANIFEST, POINTS, is_folder_name, is_point_i
 SUFFIX = ".merge"
 """What names a journal in `points/`, behind the name of the disk's folder; in a folder without
 manifests it is the whole name."""
-
-Observer = Callable[[str], None]
-"""Told each step that is done, by a short name."""
 
 _LARGEST = 1024 * 1024 * 1024
 
@@ -150,10 +147,8 @@ class MergeJournal:
             except FileNotFoundError:
                 return False
 
-    def finish(self, each: Observer = lambda _: None) -> list[str]:
+    def finish(self) -> list[str]:
         """Bring an interrupted merge to an end, if there is one; else change nothing.
-
-        `each` is told every step.
 
         Returns:
             What was done, as clauses for a log.
@@ -169,10 +164,10 @@ class MergeJournal:
         if intent.phase is Phase.BUILDING:
             self.discard(intent.base)
             return [f"removed the unfinished merge of {where}"]
-        self.perform(intent, each)
+        self.perform(intent)
         return [f"finished the merge into {where}"]
 
-    def perform(self, intent: Intent, each: Observer = lambda _: None) -> None:
+    def perform(self, intent: Intent) -> None:
         """Carry out what a journal in the phase `SWAPPING` says.
 
         Raises:
@@ -182,46 +177,38 @@ class MergeJournal:
         with storage_errors(f"merge in {self.folder}"), Folder.open(self.folder) as folder:
             if folder.exists(intent.base + MERGED):
                 _require_size(folder, intent.base + MERGED, intent.size)
-                self._swap(folder, intent, each)
+                self._swap(folder, intent)
             else:
                 _require_size(folder, intent.base, intent.size)
             for name in intent.remove:
                 folder.remove(name)
-                each(f"removed {name}")
             folder.remove(intent.base + OLD)
             _correct_symlink(folder, intent)
             folder.sync()
-            each("cleared up")
         self._end()
-        each("done")
 
-    def _swap(self, folder: Folder, intent: Intent, each: Observer) -> None:
+    def _swap(self, folder: Folder, intent: Intent) -> None:
         if folder.exists(intent.base):
             folder.rename(intent.base, intent.base + OLD)
             folder.sync()
-            each("set the full aside")
         for name in intent.relink:
             relink.write(folder, name, intent.base)
-            each(f"relinked {name}")
         if intent.record or intent.forget:
-            self._correct_manifests(intent, each)
+            self._correct_manifests(intent)
         folder.rename(intent.base + MERGED, intent.base)
         folder.sync()
-        each("put the merged image in place")
 
-    def _correct_manifests(self, intent: Intent, each: Observer) -> None:
+    def _correct_manifests(self, intent: Intent) -> None:
         if self.target is None:
             raise DamagedError(f"The journal in {self.folder} names manifests where none are.")
         with Folder.open(self.target) as top, top.sub(POINTS) as points:
             for point in intent.record:
                 with storage_errors(f"write the manifest of point {point.id}"):
                     points.write(point.id + MANIFEST, manifest.encode(point))
-                each(f"recorded {point.id}")
             for point_id in intent.forget:
                 with storage_errors(f"remove the manifest of point {point_id}"):
                     points.remove(point_id + MANIFEST)
                     points.sync()
-                each(f"forgot {point_id}")
 
     @contextmanager
     def _holder(self) -> Iterator[tuple[Folder, str]]:
@@ -263,7 +250,7 @@ def interrupted(target: Path) -> tuple[str, ...]:
     return tuple(name for name in found if is_folder_name(name))
 
 
-def roll_forward(target: Path, each: Observer = lambda _: None) -> list[str]:
+def roll_forward(target: Path) -> list[str]:
     """Bring all interrupted merges of a target to an end; the lock to remove must be held.
 
     Returns:
@@ -274,7 +261,7 @@ def roll_forward(target: Path, each: Observer = lambda _: None) -> list[str]:
         StorageError: something could not be written; it can be tried again.
     """
     journals = [MergeJournal(target / name, target) for name in interrupted(target)]
-    return [done for journal in journals for done in journal.finish(each)]
+    return [done for journal in journals for done in journal.finish()]
 
 
 def _require_size(folder: Folder, name: str, size: int) -> None:
