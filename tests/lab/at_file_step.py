@@ -12,8 +12,18 @@ import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+
+def is_step(event: str, arguments: tuple[object, ...]) -> bool:
+    """Whether an event is a step, and not about a file that is in memory alone."""
+    if event not in STEPS:
+        return creates(event, arguments)
+    file = arguments[0] if arguments else None
+    in_memory = isinstance(file, int) and Path(f"/proc/self/fd/{file}").readlink().match("/memfd:*")
+    return not in_memory
 
 
 def creates(event: str, arguments: tuple[object, ...]) -> bool:
@@ -42,7 +52,7 @@ def main() -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal count, over
-        if over or not (event in STEPS or creates(event, arguments)):
+        if over or not is_step(event, arguments):
             return
         count += 1
         over = meant(count, text(event, arguments))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lab.cli import Argument, Running
 
@@ -27,8 +28,10 @@ def signalled(
 
 def killed(step: int | str, *arguments: Argument, program: str = "qmpbackup") -> bool:
     """Run a command that is killed before a step; false if it came to its end, and well, before."""
-    with signalled(signal.SIGKILL, step, *arguments, program=program) as running:
-        result = running.wait()
+    with TemporaryDirectory(prefix="qmpb-") as scratch:  # what is killed leaves its folders there
+        env = {"TMPDIR": scratch}
+        with signalled(signal.SIGKILL, step, *arguments, program=program, env=env) as running:
+            result = running.wait()
     assert result.code in {0, -signal.SIGKILL}, str(result)
     return result.code != 0
 

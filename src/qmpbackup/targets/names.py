@@ -14,6 +14,7 @@ MANIFEST = ".json"
 JOURNAL = ".pending"
 PARTIAL = ".partial"
 MARK = ".damaged"
+MERGE = ".merge"
 
 LONGEST_FOLDER = 128
 """Bytes of the longest folder name; leaves room below every file system's limit."""

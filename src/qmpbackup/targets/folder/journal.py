@@ -27,11 +27,7 @@ from qmpbackup.model import Point
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL, SYMLINK
 from qmpbackup.targets import manifest
 from qmpbackup.targets.members import SCHEMA, ObjectReader, parse_object
-from qmpbackup.targets.names import MANIFEST, POINTS, is_folder_name, is_point_id
-
-SUFFIX = ".merge"
-"""What names a journal in `points/`, behind the name of the disk's folder; in a folder without
-manifests it is the whole name."""
+from qmpbackup.targets.names import MANIFEST, MERGE, POINTS, is_folder_name, is_point_id
 
 _LARGEST = 1024 * 1024 * 1024
 
@@ -106,7 +102,8 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class MergeJournal:
-    """The journal of a merge in `folder`, which has the images of a disk.
+    """The journal of a merge in `folder`, which has the images of a disk. It lies in `points/`, named
+    after that folder and `MERGE`; in a folder without manifests that is the whole name.
 
     `target` is the folder of the target that it belongs to; `None`: it has no manifests.
     """
@@ -215,10 +212,10 @@ class MergeJournal:
         """The open folder that the journal is in, and its name."""
         if self.target is None:
             with Folder.open(self.folder) as folder:
-                yield folder, SUFFIX
+                yield folder, MERGE
             return
         with Folder.open(self.target) as top, top.sub(POINTS) as points:
-            yield points, self.folder.name + SUFFIX
+            yield points, self.folder.name + MERGE
 
     def _read(self) -> Intent | None:
         with storage_errors("read the journal of a merge"):
@@ -246,7 +243,7 @@ def interrupted(target: Path) -> tuple[str, ...]:
             return ()
         with top.sub(POINTS) as points:
             names = points.names()
-    found = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+    found = (name.removesuffix(MERGE) for name in names if name.endswith(MERGE))
     return tuple(name for name in found if is_folder_name(name))
 
 

@@ -28,6 +28,7 @@ from qmpbackup.targets.names import (
     JOURNAL,
     MANIFEST,
     MARK,
+    MERGE,
     PARTIAL,
     POINTS,
     FileName,
@@ -256,7 +257,9 @@ def recover(root: Path) -> list[str]:
         with top.sub(POINTS) as points:
             names = points.names()
             for name in names:
-                if name.endswith(tuple(end + TEMPORARY for end in (MANIFEST, JOURNAL, MARK))):
+                if name.endswith(
+                    tuple(end + TEMPORARY for end in (MANIFEST, JOURNAL, MARK, MERGE))
+                ):
                     points.remove(name)
         ids = [name.removesuffix(JOURNAL) for name in names if name.endswith(JOURNAL)]
         return [_recover_point(top, each) for each in ids if is_point_id(each)]
