@@ -16,9 +16,12 @@ from qmpbackup.targets.manifest import point_to_json, time_to_json
 if TYPE_CHECKING:
     from qmpbackup.plan.missing import NotInPoint
     from qmpbackup.service import backup, prune, restore, verify
+    from qmpbackup.service.boot import Prepared
+    from qmpbackup.service.booted import Seen
     from qmpbackup.service.doctor import Finding
     from qmpbackup.service.init import Made
     from qmpbackup.service.serve import Served
+    from qmpbackup.service.settle import Settled
 
 SCHEMA = 1
 
@@ -194,3 +197,49 @@ def bitmaps(found: Sequence[Disk]) -> Iterator[Document]:
     """The bitmaps of a VM's disks, likewise."""
     for disk in found:
         yield {"disk": disk.id, "node": disk.format_node, "bitmaps": asdict(disk)["bitmaps"]}
+
+
+def _places(found: "Prepared") -> Document:
+    return {
+        "point": found.boot.point,
+        "folder": str(found.folder.path),
+        "qmp": str(found.folder.monitor("qmp")),
+        "agent": found.launch.agent,
+        "consoles": list(found.launch.consoles),
+        "left_out": list(found.launch.left_out),
+    }
+
+
+def booted(found: "Prepared") -> Document:
+    """A VM that runs from a point."""
+    return _document("boot", **_places(found))
+
+
+def bootable(found: "Prepared") -> Document:
+    """How a VM would be booted from a point."""
+    return _document(
+        "boot-print",
+        **_places(found),
+        commands=found.by_hand(),
+        needs=list(found.launch.needs),
+        obstacles=list(found.obstacles),
+    )
+
+
+def seen(found: "Seen") -> Document:
+    """A VM that was booted, as it is now."""
+    return _document(
+        "booted",
+        folder=str(found.folder.path),
+        point=found.boot.point,
+        target=found.boot.target,
+        phase=found.boot.phase.value,
+        status=found.status,
+        kept=found.kept,
+    )
+
+
+def settled(found: "Settled") -> Document:
+    """A VM that depends on no backup."""
+    disks = {disk.id: str(found.folder.base(disk)) for disk in found.boot.disks}
+    return _document("settle", point=found.boot.point, disks=disks, stood_still=found.stood_still)

@@ -99,7 +99,7 @@ class Guest(Qemu):
         super().__init__(disks, memory=memory, firmware=None, **options)
         self.agent_socket = self.folder / "agent"
         self._shell_socket = self.folder / "shell"
-        self._shell: _Shell | None = None
+        self._shell: Shell | None = None
         self._patience = patience
         self.argv += [
             *("-kernel", str(built / "vmlinuz"), "-initrd", str(built / "initramfs")),
@@ -122,7 +122,7 @@ class Guest(Qemu):
     def start(self) -> None:
         """Start QEMU and wait until the guest's shell answers."""
         super().start()
-        self._shell = _Shell(self._shell_socket, self._patience)
+        self._shell = Shell(self._shell_socket, self._patience)
         try:
             self.run("true")
         except (TimeoutError, OSError) as error:
@@ -188,8 +188,8 @@ class Guest(Qemu):
         self.flush()
 
 
-class _Shell(LineSocket):
-    """The test's end of the shell's serial port; the guest's end is `shell-server`."""
+class Shell(LineSocket):
+    """The end of the shell's serial port; the guest's end is `shell-server`."""
 
     def __init__(self, socket: Path, timeout: float) -> None:
         super().__init__(socket, timeout)

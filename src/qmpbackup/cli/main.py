@@ -247,6 +247,8 @@ COMMANDS = {
     "verify": "verify",
     "restore": "restore",
     "serve": "serve",
+    "boot": "boot",
+    "settle": "settle",
     "prune": "prune",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disks of a recorded command line: which of its drives and nodes are which disks of a point.
+
+Pure: knows what was recorded; must not know what is made of it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qmpbackup.plan.qemu_options import Parameters, QemuOption
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A disk of the point, the file it was on, and the node it is put on, as `blockdev-add` takes it;
+    `below` are nodes that are there before."""
+
+    id: str
+    source_file: str
+    node: Mapping[str, Any]
+    below: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the node."""
+        return str(self.node["node-name"])
+
+
+class RecordedDisks:
+    """Drives and nodes as they were given to QEMU, and the disks of the point that they are."""
+
+    def __init__(self, given: Iterable[QemuOption], disks: Sequence[Attached]) -> None:
+        options = list(given)
+        self._disks = disks
+        self._nodes = {
+            each.members.text("node-name"): each.members
+            for each in options
+            if each.name == "blockdev"
+        }
+        self.drives = {
+            each.members.text("id"): each.members for each in options if each.name == "drive"
+        }
+        self.kept_nodes = {
+            below
+            for name, members in self._nodes.items()
+            if is_read_only(members) and self.attached("", name) is None
+            for below in self._under(name)
+            if self.attached("", below) is None
+        }
+        """Nodes that may stay: of what is only read, and is in no point."""
+
+    def _under(self, name: str) -> set[str]:
+        """A recorded node and those below it."""
+        members = self._nodes.get(name)
+        found = {name} if members else set()
+        for value in members.values.values() if members else ():
+            if isinstance(value, str) and value in self._nodes and value != name:
+                found |= self._under(value)
+        return found
+
+    def file_of(self, drive: str) -> str:
+        """The file that a recorded node or drive is on."""
+        if drive in self.drives:
+            return file_in(self.drives[drive])
+        found = (file_in(self._nodes[name]) for name in self._under(drive))
+        return next(filter(None, found), "")
+
+    def attached(self, device: str, drive: str, file: str = "") -> Attached | None:
+        """The disk of the point that a device with this id on this node or drive is."""
+        for each in self._disks:
+            if each.id in {device, drive} - {""}:
+                return each
+        file = file or self.file_of(drive)
+        return next((each for each in self._disks if file and each.source_file == file), None)
+
+
+def file_in(members: Parameters) -> str:
+    """The file that one node or drive names."""
+    inner = members.values.get("file")
+    if isinstance(inner, Mapping):
+        return str(inner.get("filename", ""))
+    named = members.text("filename") or members.text("file.filename")
+    return named or (members.text("file") if "node-name" not in members.values else "")
+
+
+def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options of a node as `-drive` takes them, which knows neither JSON nor names of nodes there."""
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{prefix}{name}.")
+        else:
+            text = (
+                {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+            )
+            found[prefix + name] = text
+    return found
+
+
+def is_read_only(members: Parameters) -> bool:
+    """Whether a recorded node or drive is only read."""
+    return (
+        any(members.values.get(name) in ("on", True) for name in ("read-only", "readonly"))
+        or members.text("media") == "cdrom"
+    )

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instant restore: a VM from a point, in seconds, whatever the size of its disks.
+
+    find the point ─ the original must not run ─ rewrite the recorded command line
+    ─ overlays, journal ─ a keeper in the background: serves the point, starts QEMU, lets it run
+
+Nothing is copied: what the guest reads is fetched, what it writes goes to the overlays. `settle` moves
+it here while it runs; `end` throws it away.
+"""
+
+import logging
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import (
+    ConnectError,
+    DamagedError,
+    Locked,
+    MonitorBusy,
+    NoSuchTarget,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+    VmError,
+    WrongPassword,
+)
+from qmpbackup.images import qemu_img
+from qmpbackup.machine import booting
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.reply import Reply
+from qmpbackup.model import Location, Place, Point, VmIdentity
+from qmpbackup.plan.booting import Launch
+from qmpbackup.plan.commands import Command
+from qmpbackup.process import run
+from qmpbackup.service.boot_folder import (
+    Boot,
+    BootedDisk,
+    BootFolder,
+    point_uri,
+    state_folder,
+)
+from qmpbackup.service.boot_keeper import launch_of, serve_command
+from qmpbackup.service.booted import end
+from qmpbackup.service.show import chosen_disks, find_point
+from qmpbackup.targets import opening
+
+log = logging.getLogger(__name__)
+
+_READY_SECONDS = 700.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to boot, and where the overlays go (`None`: a folder of the user's state)."""
+
+    target: Place
+    point: str
+    vm: str = ""
+    folder: Path | None = None
+    network: bool = False
+    accelerators: tuple[str, ...] = ()
+    lock_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A VM that can be booted: where, how, and the commands before that by hand."""
+
+    folder: BootFolder
+    boot: Boot
+    launch: Launch
+    obstacles: tuple[str, ...]
+
+    def by_hand(self) -> list[list[str]]:
+        """What somebody has to run who starts it without us."""
+        overlays = [_create(self.folder, disk) for disk in self.boot.disks]
+        return [serve_command(self.folder, self.boot), *overlays, list(self.launch.argv)]
+
+
+def prepared(request: Request) -> Prepared:
+    """What would be booted, and how; nothing is changed.
+
+    Raises:
+        NoSuchTarget: there is no such point.
+        VmError: the original runs.
+    """
+    with (
+        opening.entrance(request.target).opened(request.vm) as target,
+        target.lock(wait=request.lock_wait),
+    ):
+        point = find_point(target, target.load(), request.point)
+    folder = BootFolder(_folder(request, point))
+    disks = tuple(
+        BootedDisk(disk.id, disk.source_file, disk.size, number)
+        for number, disk in enumerate(chosen_disks(point, ()))
+    )
+    recorded = point.vm.command_line
+    boot = Boot(
+        target=_absolute(request.target),
+        vm=request.vm,
+        point=point.id,
+        name=point.vm.identity.name,
+        machine=point.vm.machine,
+        command_line=(_program(recorded[0]), *recorded[1:]) if recorded else (),
+        disks=disks,
+        network=request.network,
+        accelerators=request.accelerators,
+    )
+    launch = launch_of(folder, boot)
+    return Prepared(folder, boot, launch, (*_lacking(launch), *_original(point)))
+
+
+def boot(request: Request) -> Prepared:
+    """Boot a VM from a point, and return when it runs. Where that was begun before, go on with it.
+
+    Raises:
+        VmError: it cannot be booted here, or the original still runs.
+        QmpBackupError: it does not start; nothing is left behind.
+    """
+    with interrupt.held():
+        found = prepared(request)
+        new = not _begun(found)
+        if not new:
+            return again(found.folder, _secret(request.target))
+        _require_possible(found)
+        try:
+            _prepare(found)
+            _start_keeper(found.folder, _secret(request.target))
+        except BaseException:
+            with suppress(QmpBackupError):
+                end(found.folder)
+            raise
+    return found
+
+
+def again(folder: BootFolder, environment: Mapping[str, str] | None = None) -> Prepared:
+    """Have a VM that was booted before run again, or be served and watched again if it runs.
+
+    Raises:
+        NoSuchTarget: nothing was booted there.
+        VmError: it cannot be started here.
+    """
+    with interrupt.held():
+        there = folder.load()
+        launch = launch_of(folder, there)
+        found = Prepared(folder, there, launch, _lacking(launch))
+        _require_possible(found)
+        if not folder.is_claimed("keeper"):
+            _start_keeper(folder, environment or {})
+        return found
+
+
+def _lacking(launch: Launch) -> tuple[str, ...]:
+    """Why a VM cannot be started here."""
+    missing = [f"The file {each} is not here." for each in launch.needs if not Path(each).exists()]
+    return (*launch.obstacles, *missing)
+
+
+def _require_possible(found: Prepared) -> None:
+    if found.obstacles:
+        raise VmError(
+            f"This point cannot be booted here. {' '.join(found.obstacles)}",
+            "`qmpbackup boot --print` shows the command line, to be changed and started by hand.",
+        )
+
+
+def _folder(request: Request, point: Point) -> Path:
+    if request.folder is not None:
+        return request.folder.absolute()
+    name = f"{point.vm.identity.name}-{point.id}" if point.vm.identity.name else point.id
+    safe = "".join(each if each.isalnum() or each in "._-" else "-" for each in name)
+    return state_folder() / "boots" / safe.lstrip(".")
+
+
+def _absolute(place: Place) -> str:
+    if isinstance(place, Location):
+        kind = ":" in place.text or not place.text
+        return str(place) if kind else f"restic:{Path(place.text).absolute()}"
+    return str(place.absolute())
+
+
+def _program(recorded: str) -> str:
+    """The QEMU that the VM was run with, or the one of that name here."""
+    return shutil.which(recorded) or shutil.which(Path(recorded).name) or recorded
+
+
+def _original(point: Point) -> list[str]:
+    """Why the VM that the point is of may still run."""
+    identity = point.vm.identity
+    here = identity.host in {"", socket.gethostname()}
+    found = (
+        [f"The VM of this point still runs; it answers at {identity.address}."]
+        if (
+            identity.address
+            and (here or identity.address.startswith("tcp:"))
+            and _answers(identity)
+        )
+        else []
+    )
+    if here:
+        found += [
+            f"The image {disk.source_file} of disk {disk.id} is in use."
+            for disk in point.disks
+            if disk.source_file and qemu_img.in_use(Path(disk.source_file))
+        ]
+    return found
+
+
+def _answers(identity: VmIdentity) -> bool:
+    """Whether that VM, or one that cannot be told from it, is at the recorded address."""
+    try:
+        with Monitor.connect(identity.address, 2.0) as monitor:
+            uuid = Reply(monitor.execute(Command("query-uuid")), "query-uuid").text("UUID")
+            name = Reply(monitor.execute(Command("query-name")), "query-name").text("name", "")
+    except MonitorBusy:
+        return True
+    except (ConnectError, UsageError):
+        return False
+    if identity.uuid:
+        return uuid == identity.uuid
+    return name == identity.name
+
+
+def _begun(found: Prepared) -> bool:
+    """Whether this very point was booted there before.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    if not found.folder.path.exists() or not any(found.folder.path.iterdir()):
+        return False
+    there = found.folder.load()
+    if (there.target, there.point) != (found.boot.target, found.boot.point):
+        raise UsageError(
+            f"In {found.folder.path}, point {there.point} of {there.target} was booted.",
+            "Choose another folder with --to, or end that one with --end.",
+        )
+    return True
+
+
+def _prepare(found: Prepared) -> None:
+    """Make the folder, the overlays and the journal."""
+    folder = found.folder
+    with storage_errors(f"make {folder.path}"):
+        folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.sockets.mkdir(mode=0o700, exist_ok=True)
+    with folder.claimed():
+        folder.register()
+        folder.store(found.boot)
+        for disk in found.boot.disks:
+            done = run(_create(folder, disk))
+            if done.code:
+                raise StorageError(f"Cannot make the overlay of disk {disk.id}: {done.reason}.")
+
+
+def _create(folder: BootFolder, disk: BootedDisk) -> list[str]:
+    return [
+        *("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", point_uri(folder, disk)),
+        *("-F", "raw", str(folder.overlay(disk)), str(disk.size)),
+    ]
+
+
+def _secret(place: Place) -> Mapping[str, str]:
+    """The password, where somebody typed it: the keeper has no terminal."""
+    if not isinstance(place, Location) or not sys.stdin.isatty():
+        return {}
+    if any(name.startswith("RESTIC_PASSWORD") for name in os.environ):
+        return {}
+    from qmpbackup.restic import password
+
+    return {"RESTIC_PASSWORD": password.read(os.environ)}
+
+
+def keeper_command(folder: BootFolder) -> list[str]:
+    """The command that keeps a booted VM."""
+    return [sys.executable, "-m", "qmpbackup", "boot", "--keep", str(folder.path)]
+
+
+def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:
+    """Start the keeper, and wait until the VM runs."""
+    journal = folder.path / "keeper.log"
+    began = journal.stat().st_size if journal.exists() else 0
+    child = booting.detached(keeper_command(folder), journal, environment=environment)
+    deadline = time.monotonic() + _READY_SECONDS
+    assert child.stdout is not None  # noqa: S101 - it was asked for
+    try:
+        with child.stdout as printed:
+            while not select.select([printed], [], [], 0.1)[0]:
+                interrupt.check()
+                if time.monotonic() > deadline:
+                    raise VmError("The VM was started and does not run.", f"See {journal}.")
+            if printed.readline():
+                return
+    except BaseException:
+        child.terminate()
+        raise
+    raise _failure(journal, began, child)
+
+
+def _failure(journal: Path, began: int, child: "subprocess.Popen[bytes]") -> QmpBackupError:
+    """What the keeper said last, as an error with its exit code."""
+    said: list[str] = []
+    with suppress(OSError), journal.open("rb") as file:
+        file.seek(began)
+        lines = file.read(65536).decode(errors="replace").splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    kind = _KINDS.get(child.wait(), QmpBackupError)
+    return kind(said[0] if said else "The VM does not start.", " ".join(said[1:]))
+
+
+_KINDS: Mapping[int, type[QmpBackupError]] = {
+    kind.exit_code: kind
+    for kind in (
+        UsageError,
+        VmError,
+        StorageError,
+        DamagedError,
+        NoSuchTarget,
+        Locked,
+        WrongPassword,
+    )
+}

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays with a booted VM: serves its point, starts it, and has it run on where it stands still.
+
+    server   `qmpbackup serve` in a process of its own; started anew when it is lost
+    VM       a QEMU in a process of its own; stands still (`io-error`) while the point cannot be read,
+             and is let run again and again, as QEMU's connection comes back only after a while
+
+Each can be killed by itself: without the keeper VM and server go on, without the server the VM stands
+still, and the next keeper finds what is there. The server never offers `base:allocation`: a QEMU that
+streams would give the guest wrong data once that connection is lost.
+"""
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import CommandTimeout, ConnectionLost, DamagedError, StorageError, VmError
+from qmpbackup.machine import booting
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.plan.booting import Launch, Setting, launch
+from qmpbackup.service import settle_steps
+from qmpbackup.service.boot_folder import MONITORS, Boot, BootFolder, BootPhase, nodes_of
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_SERVE_SECONDS = 600.0
+"""Longest wait for a server: a repository may be far away."""
+_IDLE_SECONDS = 60
+"""How long a server without a client goes on, when its keeper has died."""
+_AGAIN_SECONDS = 2.0
+
+
+def launch_of(folder: BootFolder, boot: Boot) -> Launch:
+    """How the VM is started now."""
+    around = Setting(
+        sockets=str(folder.sockets),
+        logs=str(folder.path),
+        monitors=MONITORS,
+        network=boot.network,
+        accelerators=boot.accelerators,
+    )
+    return launch(boot.record, nodes_of(folder, boot), around)
+
+
+def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
+    """Serve, start and watch the VM until it has ended; `announce` is told when it runs.
+
+    Raises:
+        Locked: somebody keeps it already.
+        QmpBackupError: it cannot be served or started.
+    """
+    with interrupt.held(), folder.claimed("keeper"):
+        _note_ourselves(folder)
+        server = _PointServer(folder)
+        try:
+            with folder.claimed(wait=_SERVE_SECONDS):
+                monitor = _running(folder, server)
+            with monitor:
+                announce()
+                _watch(folder, monitor, server)
+        except ConnectionLost:
+            log.info("The VM has ended.")
+            server.end()
+        except VmError:
+            server.end()
+            raise
+
+
+def _note_ourselves(folder: BootFolder) -> None:
+    """Leave our process id in the lock's file, for who ends us."""
+    with storage_errors(f"write to {folder.path}"):
+        (folder.path / "keeper.lock").write_text(f"{os.getpid()}\n")
+
+
+def _running(folder: BootFolder, server: "_PointServer") -> Monitor:
+    """The VM, which is started if it does not run."""
+    with storage_errors(f"make {folder.sockets}"):
+        folder.sockets.mkdir(mode=0o700, exist_ok=True)
+    boot = folder.load()
+    found = booting.reach(folder.monitor("keeper"))
+    if found is None and boot.phase in {BootPhase.RESTORED, BootPhase.COMPLETING}:
+        boot = folder.enter(BootPhase.LOCAL)
+    server.ensure(boot)
+    if found is None:
+        started = launch_of(folder, boot)
+        found = booting.start(started.argv, folder.monitor("keeper"), folder.path / "qemu.log")
+    return found
+
+
+def _watch(folder: BootFolder, monitor: Monitor, server: "_PointServer") -> None:
+    """Have the VM run, until the connection to it is lost."""
+    while True:
+        boot = folder.load()
+        server.ensure(boot)
+        with suppress(CommandTimeout):
+            if booting.let_run(monitor) == "paused" and boot.phase is BootPhase.COMPLETING:
+                _finish_for_another(folder, monitor)
+        monitor.wait_for_event(frozenset({"SHUTDOWN"}), _LOOK_SECONDS)
+
+
+def _finish_for_another(folder: BootFolder, monitor: Monitor) -> None:
+    """A `settle` that was killed while the VM stood still must not leave it so."""
+    if not folder.is_claimed("boot"):
+        with folder.claimed():
+            settle_steps.complete(folder, monitor)
+
+
+class _PointServer:
+    """The process that serves the point, for as long as an overlay stands on it."""
+
+    def __init__(self, folder: BootFolder) -> None:
+        self._folder = folder
+        self._child: subprocess.Popen[bytes] | None = None
+        self._not_before = 0.0
+        self._given_up = False
+
+    def ensure(self, boot: Boot) -> None:
+        """See that it is there if it is needed, and is not if not.
+
+        Raises:
+            DamagedError: the point is damaged, when it is served first.
+            StorageError: it cannot be served, when it is served first.
+        """
+        if boot.phase not in {BootPhase.POINT, BootPhase.RESTORED}:
+            self.end()
+            return
+        if self._is_there() or self._given_up or time.monotonic() < self._not_before:
+            return
+        first = self._child is None
+        if self._child is not None and self._child.returncode == DamagedError.exit_code:
+            self._given_up = True
+            log.error("The point is damaged, and is served no more. %s", self._last_words())
+            return
+        if not first:
+            log.warning("The server of the point was lost; it is started again.")
+        self._not_before = time.monotonic() + _AGAIN_SECONDS
+        self._start(boot, first)
+
+    def _is_there(self) -> bool:
+        if self._child is not None and self._child.poll() is None:
+            return True
+        return booting.listener(self._folder.served) is not None
+
+    def _start(self, boot: Boot, first: bool) -> None:
+        self._child = booting.detached(serve_command(self._folder, boot), self._log)
+        if self._is_ready(self._child):
+            return
+        code = self._child.wait()
+        if first:
+            kind = DamagedError if code == DamagedError.exit_code else StorageError
+            raise kind(f"The point cannot be served. {self._last_words()}")
+
+    @property
+    def _log(self) -> Path:
+        return self._folder.path / "serve.log"
+
+    @staticmethod
+    def _is_ready(child: "subprocess.Popen[bytes]") -> bool:
+        """Wait for what it says when it serves."""
+        if child.stdout is None:
+            return False
+        deadline = time.monotonic() + _SERVE_SECONDS
+        with child.stdout as printed:
+            while not select.select([printed], [], [], 0.2)[0]:
+                interrupt.check()
+                if time.monotonic() > deadline:
+                    child.kill()
+            return bool(printed.readline())
+
+    def _last_words(self) -> str:
+        with suppress(OSError):
+            lines = self._log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if line.startswith("error: ")]
+            return " ".join(line.removeprefix("error: ") for line in said[-2:])
+        return ""
+
+    def end(self) -> None:
+        """End it, also one that a keeper of before has started."""
+        pid = booting.listener(self._folder.served)
+        if pid is not None:
+            booting.end(pid, signal.SIGTERM, 10.0)
+        if self._child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(10.0)
+
+
+def serve_command(folder: BootFolder, boot: Boot) -> list[str]:
+    """The command that serves the point: never with `base:allocation`."""
+    command = [sys.executable, "-m", "qmpbackup", "serve", "--target", boot.target]
+    command += ["--vm", boot.vm] if boot.vm else []
+    return [
+        *command,
+        *("--point", boot.point, "--socket", str(folder.served), "--json"),
+        *("--until-idle", str(_IDLE_SECONDS), "--lock-wait", "60"),
+    ]

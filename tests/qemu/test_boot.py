@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM runs from a point, and is moved to local storage; what is killed on the way costs nothing.
+
+Without an operating system: what a guest would read and write goes through the monitor.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.backups import back_up
+from lab.booted import Booted, booted, kill, listener
+from lab.disks import MIB, Bus, Disk, contents, create, first_difference, pattern
+from lab.patience import wait_until
+from lab.qemu import HALT, Qemu
+from lab.repositories import Target, environment_of
+from stock.repositories import repository
+
+SIZE = 8 * MIB
+BUSES: dict[str, Bus] = {"vda": "virtio-blk", "hd1": "ide"}
+DISKS = tuple(BUSES)
+KILLED = 77
+
+
+class Scene:
+    """A VM that is no more, a point of it, and what that holds."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.target: Target = repository(folder) if kind == "repository" else folder / "target"
+        self.environment = {
+            **os.environ,
+            **environment_of(self.target),
+            "XDG_STATE_HOME": str(folder / "state"),
+        }
+        (folder / "rom").write_bytes(HALT)
+        self.expected = {disk: bytearray(pattern(SIZE, n)) for n, disk in enumerate(DISKS)}
+        disks = [
+            Disk(disk, create(folder / disk, SIZE, contents=bytes(self.expected[disk])), bus=bus)
+            for disk, bus in BUSES.items()
+        ]
+        serial = ("-serial", "stdio", "-bios", str(folder / "rom"), "-name", "worst,,day")
+        with Qemu(disks, args=serial, firmware=None) as vm:
+            back_up(vm, self.target)
+            self.refusal = self.boot("--to", folder / "booted").check(6).err
+        assert not (folder / "booted").exists()
+        for disk in DISKS:
+            (folder / disk).unlink()
+
+    def boot(self, *more: cli.Argument) -> cli.Result:
+        """`qmpbackup boot` of the point."""
+        return self.run("boot", "--target", str(self.target), *more)
+
+    def run(self, *arguments: cli.Argument) -> cli.Result:
+        """A command with what it needs to know."""
+        return cli.run(*arguments, env=self.environment)
+
+    @contextmanager
+    def booted(self, *more: cli.Argument) -> Iterator[Booted]:
+        """The VM, from the point."""
+        folder = ("--to", self.folder / "booted")
+        with booted("--target", str(self.target), *folder, *more, env=self.environment) as vm:
+            yield vm
+
+    def write(self, vm: Booted, disk: str, number: int) -> None:
+        """What a guest writes, for good."""
+        offset, value = (number * 5 % 8) * MIB + number * 4096, number + 1
+        vm.write(disk, offset, 4096, value)
+        vm.flush(disk)
+        self.expected[disk][offset : offset + 4096] = bytes([value]) * 4096
+
+    def assert_seen(self, vm: Booted) -> None:
+        """What the guest reads at places that were written, and at some that were not."""
+        for disk, expected in self.expected.items():
+            for offset in range(0, SIZE, MIB):
+                value = expected[offset]
+                if expected[offset : offset + 4096] == bytes([value]) * 4096:
+                    vm.qemu_io(disk, f"read -P {value} {offset} 4096")
+
+    def assert_disks(self, vm: Booted) -> None:
+        """The disks that are left, with nothing below or above them."""
+        for disk, expected in self.expected.items():
+            image = vm.folder / f"{disk}.qcow2"
+            assert not first_difference(contents(image, "qcow2"), bytes(expected)), disk
+            information = subprocess.run(
+                ["qemu-img", "info", "-U", "--output", "json", str(image)],
+                capture_output=True,
+                check=True,
+            )
+            assert "backing-filename" not in json.loads(information.stdout)
+        assert not list(vm.folder.glob("*.overlay.qcow2"))
+
+
+@pytest.fixture(params=["folder", "repository"])
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
+    """A point in each kind of target."""
+    return Scene(tmp_path, request.param)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path) -> Scene:
+    """A point in a folder."""
+    return Scene(tmp_path, "folder")
+
+
+def test_booted_used_settled_and_free_of_the_backup(scene: Scene) -> None:
+    assert "still runs" in scene.refusal
+    assert "is in use" in scene.refusal
+    with scene.booted() as vm:
+        vm.await_running()
+        scene.assert_seen(vm)
+        for number, disk in enumerate(DISKS * 2):
+            scene.write(vm, disk, number)
+        scene.assert_seen(vm)
+        assert "worst" in str(vm.qmp("query-name"))
+        (seen,) = scene.run("boot", "--list", "--json").check().objects
+        assert (seen["phase"], seen["status"], seen["kept"]) == ("point", "running", True)
+        settled = scene.run("settle", "--json").check().objects[0]
+        assert set(settled["disks"]) == set(DISKS)
+        wait_until(lambda: vm.server is None, "the end of the server")
+        scene.write(vm, "vda", 9)
+        scene.assert_seen(vm)
+        assert not any("boot" in each["id"] for each in vm.qmp("query-jobs"))
+        assert "settled" in scene.run("boot", "--end").check(2).err
+        vm.kill()
+        scene.assert_disks(vm)
+        scene.run("boot", "--to", vm.folder).check()  # without the target
+        scene.assert_seen(vm)
+
+
+def test_no_base_allocation_is_offered_and_what_is_thrown_away_leaves_nothing(
+    in_folder: Scene,
+) -> None:
+    # With it, QEMU 7.2 and 10.0 give a guest wrong data when a job streams and the server is lost.
+    import nbd
+
+    with in_folder.booted() as vm:
+        in_folder.write(vm, "vda", 1)
+        for disk in DISKS:
+            client = nbd.NBD()
+            client.add_meta_context("base:allocation")
+            client.connect_uri(f"nbd+unix:///{disk}?socket={vm.sockets / 'point'}")
+            assert not client.can_meta_context("base:allocation")
+            client.shutdown()
+        vm.disconnect()
+        in_folder.run("boot", "--end").check()
+        vm.assert_gone()
+    assert in_folder.run("boot", "--list").check().out == ""
+
+
+def test_servers_and_keepers_and_vms_that_are_killed(in_folder: Scene) -> None:
+    scene = in_folder
+    with scene.booted() as vm:
+        scene.write(vm, "vda", 1)
+        server, keeper = vm.server, vm.keeper
+        assert server
+        assert keeper
+        kill(server)
+        wait_until(lambda: vm.server not in {None, server}, "another server")
+        scene.assert_seen(vm)  # QEMU waits for it
+        kill(keeper)
+        scene.write(vm, "hd1", 2)
+        scene.assert_seen(vm)
+        scene.boot("--to", vm.folder).check()
+        assert vm.keeper not in {None, keeper}
+        scene.write(vm, "vda", 3)
+        vm.kill()
+        wait_until(lambda: vm.server is None, "the end of the server")
+        scene.run("boot", "--to", vm.folder).check()
+        scene.assert_seen(vm)
+        scene.run("settle").check()
+        vm.kill()
+        scene.assert_disks(vm)
+
+
+def test_a_vm_that_is_off_is_settled_too(in_folder: Scene) -> None:
+    with in_folder.booted() as vm:
+        in_folder.write(vm, "vda", 1)
+        vm.kill()
+        in_folder.run("settle").check()
+        in_folder.assert_disks(vm)
+        assert vm.processes() == []
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from qmpbackup.cli import main
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.service.boot_folder import BootFolder
+
+execute, store = Monitor.execute, BootFolder.store
+left = int(sys.argv.pop(1))
+
+def done(step):
+    global left
+    left -= 1
+    if not left:
+        print(step, flush=True)
+        os._exit(77)
+
+def executed(self, command, *rest):
+    result = execute(self, command, *rest)
+    if not command.name.startswith(("query-", "x-debug")):
+        done(command.name)
+    return result
+
+def stored(self, boot):
+    store(self, boot)
+    done(boot.phase.value)
+
+Monitor.execute, BootFolder.store = executed, stored
+sys.exit(main.run(lambda: main._parser(sys.argv[1:]), sys.argv[1:]))
+"""
+
+
+def settle_once(scene: Scene, folder: Path, steps: int = 1) -> tuple[int, str]:
+    """Settle until so many steps are done, and be killed; the exit code, and what was done last."""
+    command = [sys.executable, "-c", SCRIPT, str(steps), "settle", "--to", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=scene.environment
+    )
+    assert done.returncode in {0, KILLED}, done.stderr
+    return done.returncode, done.stdout.strip()
+
+
+def steps_of_settling(scene: Scene, vm: Booted) -> Iterator[str]:
+    """Kill `settle` after its first step, again and again, until it is through."""
+    for _ in range(60):
+        code, step = settle_once(scene, vm.folder)
+        if code == 0:
+            return
+        yield step
+    raise AssertionError("it does not come to an end")
+
+
+@pytest.mark.parametrize(
+    "kept", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept", "alone"]
+)
+def test_settle_is_killed_after_each_of_its_steps(in_folder: Scene, kept: bool) -> None:
+    with in_folder.booted() as vm:
+        if vm.keeper and not kept:
+            kill(vm.keeper)
+        done = []
+        for number, step in enumerate(steps_of_settling(in_folder, vm)):
+            done.append(step)
+            if kept:
+                vm.await_running()  # also where it had been stopped
+            if vm.qmp("query-status")["running"]:
+                in_folder.write(vm, DISKS[number % 2], number + 1)
+            in_folder.assert_seen(vm)
+        vm.await_running()
+        expected = {"restored", "blockdev-reopen", "local", "block-commit", "completing", "stop"}
+        assert expected < set(done), done
+        assert kept or {"job-complete", "settled"} < set(done), done
+        vm.kill()
+        in_folder.assert_disks(vm)
+
+
+def kill_settle_and_vm(scene: Scene, steps: int) -> bool:
+    """Kill `settle` after so many steps, and the VM before it does anything more, then go on; false if
+    there are not so many."""
+    with scene.booted() as vm:
+        scene.write(vm, "vda", steps)
+        if vm.keeper:
+            kill(vm.keeper)
+        code, _ = settle_once(scene, vm.folder, steps)
+        was_killed = code == KILLED
+        if vm.qmp("query-status")["running"]:
+            scene.write(vm, "hd1", steps + 1)
+        vm.kill()
+        scene.run("boot", "--to", vm.folder).check()
+        vm.await_running()
+        scene.assert_seen(vm)
+        scene.write(vm, "vda", steps + 2)
+        scene.run("settle").check()
+        scene.write(vm, "hd1", steps + 3)
+        vm.kill()
+        scene.assert_disks(vm)
+        for number, disk in enumerate(DISKS):
+            scene.expected[disk] = bytearray(pattern(SIZE, number))
+        shutil.rmtree(vm.folder)
+        return was_killed
+
+
+def test_settle_and_the_vm_are_killed_around_the_move(in_folder: Scene) -> None:
+    assert kill_settle_and_vm(in_folder, 12)  # one disk is moved, which only QEMU knows
+
+
+@pytest.mark.slow
+def test_settle_and_the_vm_are_killed_after_any_step(in_folder: Scene) -> None:
+    steps = 1
+    while kill_settle_and_vm(in_folder, steps):
+        steps += 1
+    assert steps > 15
+
+
+def test_a_boot_that_cannot_be_leaves_nothing(in_folder: Scene) -> None:
+    def refused(code: int, *more: cli.Argument) -> str:
+        result = in_folder.boot("--to", in_folder.folder / "booted", *more).check(code)
+        assert not (in_folder.folder / "booted").exists()
+        return result.err
+
+    assert "does not start" in refused(6, "--accel", "nonsense")
+    (in_folder.folder / "rom").unlink()
+    assert "is not here" in refused(6)
+    shown = in_folder.boot("--print").check().out
+    assert "In the way" in shown
+    assert "base:allocation" not in shown
+    assert "qmpbackup serve" in shown
+    assert in_folder.run("boot", "--list").check().out == ""
+    folder = in_folder.folder / "mine"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    in_folder.boot("--to", folder).check(10)
+    assert [each.name for each in folder.iterdir()] == ["file"]
+
+
+def test_interrupted_it_leaves_nothing(in_folder: Scene) -> None:
+    folder = in_folder.folder / "booted"
+    arguments = ("boot", "--target", str(in_folder.target), "--to", folder)
+    with cli.start(*arguments, env=in_folder.environment) as running:
+        wait_until(running.unless_over((folder / "boot.json").exists), "its journal")
+        running.signal(signal.SIGTERM)
+        code = running.wait().code
+    vm_runs = folder.exists()
+    assert vm_runs == (code == 0)  # it was through already
+    if vm_runs:
+        in_folder.run("boot", "--end").check()
+    assert listener(folder / "x") is None
+    assert not folder.exists()

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line that boots a point: every device stays, back-ends are replaced."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from qmpbackup.model import VmConfig, VmIdentity
+from qmpbackup.plan.boot_disks import Attached
+from qmpbackup.plan.booting import Launch, Setting, launch
+from qmpbackup.plan.qemu_options import escaped, members_of, option, parse, render
+
+AROUND = Setting(sockets="/run/b", logs="/l", monitors=("qmp",))
+
+
+def attached(disk: str, file: str = "", number: int = 0) -> Attached:
+    inner = {"driver": "file", "filename": f"/new/{disk}", "node-name": f"boot{number}-file"}
+    node = {"driver": "qcow2", "node-name": f"boot{number}", "file": inner, "discard": "unmap"}
+    return Attached(disk, file, node)
+
+
+def launched(*words: str, disks: Sequence[Attached] = (), around: Setting = AROUND) -> Launch:
+    record = VmConfig(VmIdentity(), "7.2", "pc-q35-7.2", ("qemu-system-x86_64", *words))
+    return launch(record, disks, around)
+
+
+def values(found: Launch, name: str) -> list[str]:
+    return [each.value or "" for each in parse(found.argv[1:]) if each.name == name]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-device", "virtio-blk-pci,drive=a,id=b", "-S", "-m", "64M"],
+        ["-append", "", "-kernel", "/k"],
+        ["disk.img"],
+        ["-nodefaults", "-name", "a,,b,debug-threads=on"],
+    ],
+)
+def test_options_come_back_as_they_were(words: list[str]) -> None:
+    assert list(render(list(parse(words)))) == words
+
+
+def test_two_dashes_are_one() -> None:
+    assert list(parse(["--enable-kvm", "--m", "1"])) == [option("enable-kvm"), option("m", "1")]
+
+
+def test_members() -> None:
+    found = members_of("device", "virtio-blk-pci,serial=a,,b=c,disable-legacy")
+    assert found.values == {"driver": "virtio-blk-pci", "serial": "a,b=c", "disable-legacy": None}
+    assert found.render() == "virtio-blk-pci,serial=a,,b=c,disable-legacy"
+    assert escaped("a,b") == "a,,b"
+    assert members_of("device", '{"driver": "x", "n": 1}').replaced({"n": 2}).render() == (
+        '{"driver": "x", "n": 2}'
+    )
+    assert members_of("device", "{no json").text("{no json") == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            *("-blockdev", "qcow2,node-name=n,file.driver=file,file.filename=/old/a"),
+            *("-device", "virtio-blk-pci,drive=n,id=vda,bootindex=1"),
+        ],
+        [
+            *("-blockdev", '{"driver":"file","filename":"/old/a","node-name":"n-storage"}'),
+            *("-blockdev", '{"driver":"qcow2","node-name":"n","file":"n-storage"}'),
+            *("-device", '{"driver":"virtio-blk-pci","drive":"n","id":"vda","bootindex":1}'),
+        ],
+        [
+            *("-drive", "if=none,id=d,file=/old/a,format=qcow2"),
+            *("-device", "scsi-hd,drive=d,id=vda,bootindex=1"),
+        ],
+    ],
+)
+def test_a_disk_of_a_device(words: list[str]) -> None:
+    found = launched(*words, disks=[attached("vda")])
+    assert found.obstacles == ()
+    assert found.left_out == ()
+    (node,) = values(found, "blockdev")
+    assert json.loads(node)["file"]["filename"] == "/new/vda"
+    assert not values(found, "drive")
+    (device,) = (members_of("device", each) for each in values(found, "device"))
+    assert device.text("drive") == "boot0"
+    assert device.text("rerror") == "stop"
+    assert device.text("bootindex") == "1"
+    assert "/old/a" not in " ".join(found.argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["-drive", "if=virtio,file=/old/a,format=raw,cache=none,index=3"], {"index": "3"}),
+        (["-hda", "/old/a"], {"index": "0", "media": "disk"}),
+        (["-hdb", "/old/a"], {"index": "1"}),
+        (["/old/a"], {"index": "0"}),
+        (["-drive", "file=/old/a,if=pflash,unit=1"], {"unit": "1"}),
+    ],
+)
+def test_a_disk_of_a_drive_is_known_by_its_file(words: list[str], kept: dict[str, str]) -> None:
+    found = launched(*words, disks=[attached("virtio0", "/old/a")])
+    assert found.obstacles == ()
+    (drive,) = (members_of("drive", each) for each in values(found, "drive"))
+    assert drive.text("file.filename") == "/new/virtio0"
+    assert drive.text("file") == ""
+    assert {name: drive.text(name) for name in kept} == kept
+    assert drive.text("rerror") == ("" if "unit" in kept else "stop")
+    assert not values(found, "blockdev")
+
+
+def test_variables_of_firmware() -> None:
+    found = launched(
+        *("-machine", "q35,accel=kvm,smm=on,pflash0=code,pflash1=vars"),
+        *("-blockdev", "raw,node-name=code,read-only=on,file.driver=file,file.filename=/CODE.fd"),
+        *("-blockdev", "raw,node-name=vars,file.driver=file,file.filename=/v"),
+        disks=[attached("pflash1")],
+    )
+    (machine,) = (members_of("machine", each) for each in values(found, "machine"))
+    assert machine.text("type") == "pc-q35-7.2"
+    assert machine.text("pflash0") == "code"
+    assert machine.text("pflash1") == "boot0"
+    assert machine.text("smm") == "on"
+    assert values(found, "accel") == ["kvm", "tcg"]
+    assert found.needs == ("/CODE.fd",)
+    assert found.obstacles == ()
+
+
+def test_what_a_guest_waits_for_stays() -> None:
+    found = launched(
+        *("-chardev", "socket,path=/old,server=on,wait=off,id=ga"),
+        *("-device", "virtserialport,chardev=ga,name=org.qemu.guest_agent.0"),
+        *("-chardev", "stdio,id=s", "-serial", "chardev:s", "-serial", "file:/x"),
+        *("-netdev", "tap,id=n,fd=27,vhost=on", "-device", "virtio-net-pci,netdev=n,mac=1:2"),
+        *("-nic", "tap,model=e1000,mac=3:4"),
+    )
+    assert found.agent == "/run/b/ga"
+    assert found.consoles == ("/l/serial0.log",)
+    assert values(found, "device") == [
+        "virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
+        "virtio-net-pci,netdev=n,mac=1:2",
+    ]
+    assert values(found, "netdev") == ["hubport,id=n,hubid=1"]
+    assert values(found, "nic") == ["hubport,hubid=2,model=e1000,mac=3:4"]
+    assert all("/old" not in each for each in found.argv)
+
+
+def test_a_network_that_is_asked_for_is_the_recorded_one() -> None:
+    around = Setting(sockets="/run/b", logs="/l", network=True)
+    found = launched("-netdev", "tap,id=n", "-nic", "user", around=around)
+    assert values(found, "netdev") == ["tap,id=n"]
+    assert values(found, "nic") == ["user"]
+
+
+def test_a_vm_with_a_network_by_default_has_none() -> None:
+    assert values(launched("-m", "1G"), "nic") == ["hubport,hubid=1"]
+    assert values(launched("-nodefaults"), "nic") == []
+
+
+GONE: list[tuple[Any, ...]] = [
+    ("-qmp", "unix:/q", "-monitor", "stdio", "-mon", "chardev=m"),
+    ("-daemonize", "-pidfile", "/p", "-runas", "u", "-S", "-incoming", "defer", "-D", "/d"),
+    ("-vnc", ":1", "-spice", "port=1", "-display", "gtk", "-snapshot", "-sandbox", "on"),
+    ("-add-fd", "set=1,fd=3", "-mem-path", "/hugepages"),
+]
+
+
+@pytest.mark.parametrize("words", GONE)
+def test_what_belongs_to_the_process_is_gone(words: tuple[str, ...]) -> None:
+    found = launched("-nodefaults", *words)
+    assert not {"/q", "/p", "u", "defer", ":1", "port=1", "gtk", "/hugepages"} & set(found.argv)
+    assert values(found, "qmp") == ["unix:/run/b/qmp,server=on,wait=off"]
+    assert found.argv[-1] == "-S"
+
+
+def test_what_is_of_that_host_is_left_out_and_said() -> None:
+    found = launched(
+        *("-device", "vfio-pci,host=01:00.0", "-device", "usb-host,hostbus=1"),
+        *("-object", "secret,id=s,data=***"),
+        *("-chardev", "spicevmc,id=sp", "-device", "virtserialport,chardev=sp"),
+        *("-tpmdev", "emulator,id=t,chardev=c", "-device", "tpm-crb,tpmdev=t"),
+        *("-object", "memory-backend-file,id=m,mem-path=/dev/hugepages,size=1G"),
+    )
+    assert values(found, "device") == []
+    assert values(found, "object") == ["memory-backend-ram,id=m,size=1G"]
+    said = " ".join(found.left_out)
+    for word in ("vfio-pci", "usb-host", "object s", "virtserialport", "tpm"):
+        assert word in said
+
+
+def test_drives_that_the_point_does_not_hold() -> None:
+    found = launched(
+        *("-drive", "if=none,id=cd,file=/iso,media=cdrom", "-device", "ide-cd,drive=cd"),
+        *("-drive", "if=none,id=x,file=/x", "-device", "virtio-blk-pci,drive=x,id=vdx"),
+        *("-cdrom", "/iso2"),
+    )
+    assert found.needs == ("/iso", "/iso2")
+    assert "vdx" in " ".join(found.left_out)
+    assert [members_of("device", each).text("driver") for each in values(found, "device")] == [
+        "ide-cd"
+    ]
+
+
+def test_obstacles() -> None:
+    assert "vda" in launched(disks=[attached("vda")]).obstacles[0]
+    assert "-readconfig" in launched("-readconfig", "vm.cfg").obstacles[0]
+    assert "started" in launched("-kernel", "boot/vmlinuz").obstacles[0]
+    assert launched("-bios", "bios.bin").obstacles == ()  # of QEMU's own
+    empty = VmConfig(VmIdentity(), "7.2")
+    assert "does not say" in launch(empty, [], AROUND).obstacles[0]
+
+
+def test_processors_and_accelerators() -> None:
+    found = launched("-cpu", "host,+x", "-enable-kvm")
+    assert values(found, "cpu") == ["max,+x"]
+    assert values(found, "accel") == ["kvm", "tcg"]
+    around = Setting(sockets="/run/b", logs="/l", accelerators=("tcg",))
+    assert values(launched("-accel", "kvm", around=around), "accel") == ["tcg"]
