@@ -33,9 +33,9 @@ from qmpbackup.restic import (
     lock,
     pack,
     password,
-    repository,
     snapshot,
     tree,
+    unpacked,
 )
 from qmpbackup.restic.crypto import Key, seal
 from qmpbackup.restic.index import index_file
@@ -220,7 +220,7 @@ BYTES: dict[str, tuple[list[bytes], Callable[[bytes], object]]] = {
     ),
     "a compressed file": (
         [b"\x02" + compressed(b'{"a": 1}'), b'{"a": 1}', b"\x02" + compressed(bytes(100_000))],
-        lambda data: repository._decompress(data, Kind.INDEX, "A file"),
+        lambda data: unpacked.decompressed(data, Kind.INDEX, "A file"),
     ),
 }
 

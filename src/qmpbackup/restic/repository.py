@@ -12,30 +12,24 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from qmpbackup import interrupt
 from qmpbackup.errors import (
     DamagedError,
     NoSuchTarget,
     QmpBackupError,
     StorageError,
-    UsageError,
-    WrongPassword,
 )
 from qmpbackup.restic import config as configs
 from qmpbackup.restic import keyfile, lock, snapshot, tree
 from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
-from qmpbackup.restic.crypto import OVERHEAD, Key, seal, unseal
-from qmpbackup.restic.index import index_file
+from qmpbackup.restic.crypto import Key, seal, unseal
 from qmpbackup.restic.index.cache import cache_folder
 from qmpbackup.restic.index.lookup import BlobIndex
 from qmpbackup.restic.pack import (
-    LARGEST_WINDOW,
     BlobType,
     PackedBlob,
     open_blob,
@@ -43,47 +37,24 @@ from qmpbackup.restic.pack import (
 )
 from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
+from qmpbackup.restic.snapshots import read_all
 from qmpbackup.restic.storage.interface import (
     CONFIG,
     File,
     Kind,
     Missing,
-    Refused,
     Storage,
-    Strange,
-    Temporary,
 )
 from qmpbackup.restic.tree import Node
+from qmpbackup.restic.unlocking import refuse_existing, unlock
+from qmpbackup.restic.unpacked import bounded, called, compressed, decompressed, listed
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_LARGEST: Final = {
-    Kind.CONFIG: configs.LARGEST,
-    Kind.KEY: keyfile.LARGEST,
-    Kind.LOCK: lock.LARGEST,
-    Kind.SNAPSHOT: snapshot.LARGEST,
-    Kind.INDEX: 4 * index_file.LARGEST,
-}
-"""Bytes of JSON that are believed of each kind."""
-
-_MOST_KEYS: Final = 20
-"""Key files that are tried; as many as restic tries."""
-
-_SMALL: Final = 1 << 20
-_MOST_RATIO: Final = 64
-"""How many bytes of JSON one compressed byte of a file may stand for, beyond what is small."""
-
 _UNNOTICED: Final = 16 << 10
 """Bytes of a stored snapshot that is read beside others; restic's have half a kilobyte."""
-
-_COMPRESSED: Final = b"\x02"
-_JSON: Final = (b"{", b"[")
-_LEVEL: Final = 3
-_AT_ONCE: Final = 8
-_LARGE: Final = 64 << 10
-"""Bytes of a stored snapshot above which it is not read beside others."""
 
 
 class Repository:
@@ -123,7 +94,7 @@ class Repository:
             UsageError: there is a repository, or what is left of one.
             StorageError: it could not be written.
         """
-        _refuse_existing(storage)
+        refuse_existing(storage)
         storage.create()
         key, config = Key.random(), configs.create()
         data = keyfile.create(key, password, cost)
@@ -133,8 +104,8 @@ class Repository:
         try:
             storage.save(CONFIG, [sealed])
             # Saving changes nothing where somebody else was quicker.
-            if _bounded(storage, CONFIG) != sealed:
-                _refuse_existing(storage)
+            if bounded(storage, CONFIG) != sealed:
+                refuse_existing(storage)
         except BaseException:
             with suppress(QmpBackupError):
                 storage.remove(file)
@@ -154,12 +125,12 @@ class Repository:
             UsageError: its version is not known here.
         """
         try:
-            sealed = _bounded(storage, CONFIG)
+            sealed = bounded(storage, CONFIG)
         except Missing as error:
             raise NoSuchTarget(
                 f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
             ) from error
-        key = _unlock(storage, password, environment.get("RESTIC_KEY_HINT", ""))
+        key = unlock(storage, password, environment.get("RESTIC_KEY_HINT", ""))
         config = configs.parse(unseal(key, sealed, "The repository's config"))
         return cls(storage, key, config, cache_folder(environment))
 
@@ -187,10 +158,10 @@ class Repository:
             StorageError: it cannot be read.
         """
         file = File(kind, name)
-        stored = _bounded(self.storage, file, size)
+        stored = bounded(self.storage, file, size)
         if hashlib.sha256(stored).hexdigest() != name:
-            raise DamagedError(f"{_called(file)} is damaged: its hash is not its name.")
-        return _decompress(unseal(self.key, stored, _called(file)), kind, _called(file))
+            raise DamagedError(f"{called(file)} is damaged: its hash is not its name.")
+        return decompressed(unseal(self.key, stored, called(file)), kind, called(file))
 
     def seal_unpacked(self, kind: Kind, data: bytes) -> tuple[str, bytes]:
         """Name and bytes of a file with this JSON.
@@ -201,14 +172,10 @@ class Repository:
         Raises:
             DamagedError: this machine's memory or processor fails.
         """
-        plain = data
-        if self.config.version > 1:
-            import zstandard
-
-            plain = _COMPRESSED + zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+        plain = compressed(data) if self.config.version > 1 else data
         sealed = seal(self.key, plain)
         what = f"What was to be stored in {kind}"
-        if _decompress(unseal(self.key, sealed, what), kind, what) != data:
+        if decompressed(unseal(self.key, sealed, what), kind, what) != data:
             raise DamagedError(f"{what} is not what went into it.", "Test this machine's memory.")
         return hashlib.sha256(sealed).hexdigest(), sealed
 
@@ -236,34 +203,7 @@ class Repository:
             DamagedError: one is damaged, and there is no `damaged`.
             StorageError: the storage fails.
         """
-        listed = _list(self.storage, Kind.SNAPSHOT)
-        found: list[Snapshot] = []
-        large = threading.Lock()
-
-        def read(name: str, size: int) -> Snapshot | None:
-            """One snapshot, if it is wanted; such as name very many paths one after the other."""
-            with large if size > _LARGE else nullcontext():
-                one = self.snapshot(name, size)
-                return one if wanted(one) else None
-
-        with ThreadPoolExecutor(_AT_ONCE, "snapshots") as threads:
-            try:
-                waiting = [threads.submit(read, *each) for each in listed]
-                for (name, _), future in zip(listed, waiting, strict=True):
-                    interrupt.check()
-                    try:
-                        one = future.result()
-                    except Missing:
-                        continue  # somebody forgot it meanwhile
-                    except DamagedError as error:
-                        if damaged is None:
-                            raise
-                        damaged(name, error)
-                    else:
-                        found += [one] if one is not None else []
-            finally:
-                threads.shutdown(wait=True, cancel_futures=True)
-        return sorted(found, key=lambda each: (each.time, each.id))
+        return read_all(listed(self.storage, Kind.SNAPSHOT), self.snapshot, damaged, wanted)
 
     def snapshot(self, name: str, size: int | None = None) -> Snapshot:
         """One snapshot, by its whole name.
@@ -418,7 +358,7 @@ class Repository:
         """
         self._storage.require_same()
         try:
-            sealed = _bounded(self._storage, CONFIG, None)
+            sealed = bounded(self._storage, CONFIG, None)
             found = configs.parse(unseal(self.key, sealed, "The repository's config")).id
         except (Missing, DamagedError):
             found = ""
@@ -438,102 +378,3 @@ class Repository:
     def cache(self, name: str, data: bytes) -> None:
         """Keep something, sealed, where this user keeps caches."""
         self._cache.put(name, data)
-
-
-def _called(file: File) -> str:
-    return f"The file {file}"
-
-
-def _bounded(storage: Storage, file: File, size: int | None = None) -> bytes:
-    """A stored file, unless it is too large to be what it says; never more of it than it has by its
-    `size`, whatever the storage sends."""
-    size = storage.size(file) if size is None else size
-    if size > _LARGEST[file.kind] + OVERHEAD + len(_COMPRESSED):
-        raise DamagedError(f"{_called(file)} is damaged: it is too large.")
-    try:
-        return storage.load(file, 0, size)
-    except Strange as error:
-        raise DamagedError(error.message, error.hint) from error
-    except (Missing, Temporary, Refused):
-        raise
-    except StorageError as error:
-        if storage.size(file) < size:
-            raise DamagedError(f"{_called(file)} is damaged: it is too short.") from error
-        raise
-
-
-def _list(storage: Storage, kind: Kind) -> list[tuple[str, int]]:
-    """Names and sizes in order. A copy of a repository may lack folders in which nothing was."""
-    try:
-        return sorted(storage.list(kind))
-    except Missing:
-        return []
-
-
-def _decompress(plain: bytes, kind: Kind, what: str) -> bytes:
-    """The JSON in a file; before version 2, and of version 1, it is not compressed."""
-    if not plain or plain.startswith(_JSON):
-        return plain
-    if not plain.startswith(_COMPRESSED):
-        raise DamagedError(f"{what} is damaged: it is not of a known form.")
-    import zstandard
-
-    most = min(_LARGEST[kind], _SMALL + _MOST_RATIO * len(plain))
-    try:
-        said = zstandard.get_frame_parameters(plain[1:32]).content_size
-        # The frame's own word on its size is a hint of how much to reserve, and no more.
-        wanted = min(said if said > 0 else most, most)
-        context = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
-        with context.stream_reader(memoryview(plain)[1:]) as reader:
-            data = reader.read(wanted + 1)
-    except zstandard.ZstdError as error:
-        raise DamagedError(f"{what} is damaged: it cannot be decompressed.") from error
-    if len(data) > wanted:
-        raise DamagedError(f"{what} is damaged: it is too large.")
-    return data
-
-
-def _refuse_existing(storage: Storage) -> None:
-    try:
-        storage.size(CONFIG)
-        found = "a repository"
-    except Missing:
-        kinds = (Kind.KEY, Kind.SNAPSHOT, Kind.INDEX)
-        left = [kind for kind in kinds if _list(storage, kind)]
-        found = f"something of a repository ({', '.join(left)})" if left else ""
-    if found:
-        raise UsageError(
-            f"There is {found} at {storage.name} already.", "Choose another place, or use it."
-        )
-
-
-def _unlock(storage: Storage, password: str, hint: str) -> Key:
-    """The master key, by the first key file that the password opens."""
-    listed = _list(storage, Kind.KEY)
-    if hint:
-        listed.sort(key=lambda each: not each[0].startswith(hint))
-    damaged: DamagedError | None = None
-    for name, size in listed[:_MOST_KEYS]:
-        interrupt.check()
-        try:
-            data = _bounded(storage, File(Kind.KEY, name), size)
-            if hashlib.sha256(data).hexdigest() != name:
-                raise DamagedError(f"The key {name} is damaged: its hash is not its name.")
-            key = keyfile.unlock(keyfile.parse(data, name), password, name)
-        except Missing:
-            continue
-        except DamagedError as error:
-            damaged = error
-            continue
-        if key is not None:
-            return key
-    if damaged is not None:
-        raise damaged
-    if not listed:
-        raise DamagedError(f"The repository at {storage.name} has no key.")
-    raise WrongPassword(
-        f"No key of the repository at {storage.name} is for this password.",
-        f"Only {_MOST_KEYS} of its keys were tried; RESTIC_KEY_HINT names the one to try first."
-        if len(listed) > _MOST_KEYS
-        else "Look at RESTIC_PASSWORD, RESTIC_PASSWORD_FILE and RESTIC_PASSWORD_COMMAND.",
-    )
