@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from lab.restic import PASSWORD, Restic
+from qmpbackup.restic.checker import Problem, check_packs, find_structure_problems
 from qmpbackup.restic.index import index_file
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.pack import BlobType, PackedBlob
-from qmpbackup.restic.reader import Problem, check_packs, find_structure_problems, read_blobs
+from qmpbackup.restic.reader import read_blobs
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.restic.storage.local import LocalStorage

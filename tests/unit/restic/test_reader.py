@@ -14,20 +14,14 @@ import pytest
 
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, Interrupted, StorageError
+from qmpbackup.restic.checker import Problem, check_pack, check_packs, find_structure_problems
 from qmpbackup.restic.index import index_file
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.pack import BlobType, PackBuilder, PackedBlob, read_header, seal_blob
-from qmpbackup.restic.reader import (
-    MEMORY,
-    Problem,
-    check_pack,
-    check_packs,
-    find_structure_problems,
-    in_threads,
-    read_blobs,
-)
+from qmpbackup.restic.reader import read_blobs
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.interface import File, Kind, Temporary
+from qmpbackup.restic.threads import MEMORY, Pace, in_threads
 from stock.remembered import Remembered
 
 DATA = BlobType.DATA
@@ -389,3 +383,11 @@ def test_reading_goes_on_although_the_cache_breaks_meanwhile(tmp_path: Path) -> 
         (cache,) = tmp_path.rglob("*.places")
         os.truncate(cache, 50)
         assert made.read() == made.contents
+
+
+def test_requests_under_way_follow_how_long_the_storage_takes() -> None:
+    near, far = Pace(16), Pace(16)
+    for pace, waited in ((near, 0.001), (far, 1.0)):
+        pace.note(waited=waited, worked=0.01)
+    assert near.width < 2 * far.width
+    assert far.width == 16

@@ -20,10 +20,11 @@ from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.plan.sizes import human
+from qmpbackup.restic.checker import Problem, check_packs, find_structure_problems
 from qmpbackup.restic.index.index_file import LARGEST
 from qmpbackup.restic.pack import BlobType
-from qmpbackup.restic.reader import Problem, check_packs, find_structure_problems, in_threads
 from qmpbackup.restic.storage.interface import Kind, Missing
+from qmpbackup.restic.threads import in_threads
 from qmpbackup.targets.inventory import Damage, Inventory
 from qmpbackup.targets.report import Proved, Report
 from qmpbackup.targets.repository.chunk_list import CHUNK, ID, ChunkList
