@@ -24,6 +24,7 @@ MEMORY: Final = 64 << 20
 _POLL_SECONDS: Final = 0.2
 _GUESS_SECONDS: Final = 0.01
 """What work is thought to take before any was done."""
+_PROCESSORS: Final = min(8, len(os.sched_getaffinity(0)))
 _SHARE: Final = 0.25
 """How much the newest measurement counts."""
 
@@ -39,7 +40,8 @@ class Pace:
     def __init__(self, most: int) -> None:
         """`most` jobs at a time."""
         self._most = most
-        self._workers = max(1, min(most, max(2, len(os.sched_getaffinity(0)))))
+        # One more than there are processors, as each has to wait for Python's lock at times.
+        self._workers = min(most, _PROCESSORS + 1)
         self._turn = threading.BoundedSemaphore(self._workers)
         self._waited = 0.0
         self._worked = 0.0
