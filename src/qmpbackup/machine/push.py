@@ -36,6 +36,9 @@ FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
 """Before 8.0 a read of a view that crosses from an overwritten cluster into an untouched one returns
 live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
 
+_UNDER_WAY = 64 * CLUSTER
+"""Bytes that a job reads or writes at a time."""
+
 _CANCELLED = os.strerror(errno.ECANCELED)
 """How a job ends that was whole until another one failed."""
 
@@ -222,15 +225,17 @@ def _backup(
 
 
 def _sizes(version: tuple[int, int, int], speed: int) -> dict[str, Json]:
-    """Size and number of requests: few large ones are fastest, where large ones are right.
+    """Size and number of requests: 4 MiB under way, in pieces of 256 KiB where these are right.
+
+    Measured (1 GiB of files): on QEMU 10 pieces of a MiB take a fifth longer than of 256 KiB, on a disk and
+    in memory, as do 16 clusters at a time on 7.2 in the place of 64. The storage hardly counts: the
+    kernel lets one write to a file at a time.
 
     With a limit a job reads something in each second, down to one cluster: a view that broke is seen
     when the job reads.
     """
-    if version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS:
-        chunk, workers = CLUSTER, 16
-    else:
-        chunk, workers = 16 * CLUSTER, 4
+    chunk = CLUSTER if version[:2] < FIRST_RIGHT_SNAPSHOT_ACCESS else 4 * CLUSTER
+    workers = _UNDER_WAY // chunk
     if speed:
         chunk = max(CLUSTER, min(chunk, speed // CLUSTER * CLUSTER))
         workers = max(1, min(workers, speed // chunk))
