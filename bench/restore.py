@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure restores against `restic restore`, `qemu-img convert` and what the machine can do at all.
+
+    python -m bench.restore [--megabytes 1024 4096] [--runs 5] [--disk DIR] [--tmpfs DIR]
+
+A disk full of this machine's own files is backed up by us into a repository and as a chain of four into a
+folder, and by restic into a repository of its own; then it is restored, in turn, on a disk and in memory,
+and 256 MiB of it from a REST server 50 ms away (`bench.delay`). Whole processes are timed; times and ratios
+are those of the fastest runs, as other work on the machine only ever makes a run slower. Ours ends with
+fsync, restic's does not; so there is a row with `sync` behind it, too. `limit` is `bench.limit`.
+
+Each copy is removed when it has been measured: besides the repositories and the chain there is one at a
+time, four times --megabytes in all.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.machine import PASSWORD, QMPBACKUP, call, make_repository, measure, real_files, vm, write
+
+MILLISECONDS = 50
+INCREMENTALS = 3
+OVER_REST = 256
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What ours is measured against: its name, the ratio to reach, and how it restores to a place."""
+
+    name: str
+    bar: float | None
+    argv: Callable[[Path], list[str]]
+
+
+def main() -> None:
+    """Measure everything and print a table."""
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended; nothing is left."))
+    print(f"{'what':<34} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
+    for megabytes in options.megabytes:
+        for place, folder in (("tmpfs", options.tmpfs), ("disk", options.disk)):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _local(_Made(Path(scratch), megabytes), f"{megabytes} MiB, {place}", options.runs)
+    with tempfile.TemporaryDirectory(dir=options.tmpfs) as scratch:
+        _over_rest(_Made(Path(scratch), OVER_REST), options.runs)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--megabytes", type=int, nargs="+", default=[1024, 4096], help="real files on the disk"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="runs of each side (default: 5)")
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk")
+    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a folder on tmpfs")
+    return parser.parse_args()
+
+
+class _Made:
+    """Our repository, restic's, and a chain in a folder, all of one disk."""
+
+    def __init__(self, folder: Path, megabytes: int) -> None:
+        self.folder = folder
+        self.ours, self.restic, self.chain = (folder / name for name in ("ours", "restic", "chain"))
+        self.output = folder / "output"
+        disk = folder / "vda.qcow2"
+        real_files(disk, megabytes)
+        make_repository(self.ours)
+        make_repository(self.restic)
+        with vm(folder, [disk]) as qmp:
+            backup = [*QMPBACKUP, "--socket", str(qmp), "backup", "--target"]
+            call([*backup, f"restic:{self.ours}"], PASSWORD)
+            call([*backup, str(self.chain)])
+            for number in range(INCREMENTALS):
+                _scribble(qmp, megabytes, number)
+                call([*backup, str(self.chain)])
+        raw = folder / "vda.raw"
+        call(["qemu-img", "convert", "-O", "raw", str(disk), str(raw)])
+        disk.unlink()
+        call(["restic", "--repo", str(self.restic), "--quiet", "backup", str(raw)], PASSWORD)
+        raw.unlink()
+
+    @property
+    def newest(self) -> Path:
+        """The last file of the chain."""
+        return max((self.chain / "vda").iterdir(), key=lambda each: each.name.rpartition("-")[2])
+
+    def clear(self) -> None:
+        """Remove what was restored."""
+        if self.output.is_dir():
+            shutil.rmtree(self.output)
+        self.output.unlink(missing_ok=True)
+
+
+def _scribble(qmp: Path, megabytes: int, seed: int) -> None:
+    """Overwrite 1 % of the disk, in pieces of 64 KiB."""
+    chance = random.Random(seed)
+    places = chance.sample(range(megabytes * 16), megabytes * 16 // 100)
+    write(qmp, "vda", [f"write -P {seed + 1} {place * 65536} 65536" for place in places])
+
+
+def _ours(target: str, format_: str) -> Callable[[Path], list[str]]:
+    command = [*QMPBACKUP, "restore", "--target", target, "--format", format_, "--output"]
+    return lambda output: [*command, str(output)]
+
+
+def _restic(repository: str, after: str = "") -> Callable[[Path], list[str]]:
+    def argv(output: Path) -> list[str]:
+        command = ["restic", "--repo", repository, "--quiet", "restore", "latest", "--target"]
+        if after:
+            return ["sh", "-c", f"{' '.join(command)} {output} && {after} {output}"]
+        return [*command, str(output)]
+
+    return argv
+
+
+def _local(made: _Made, what: str, runs: int) -> None:
+    limit = [sys.executable, "-m", "bench.limit", str(made.ours)]
+    restic = str(made.restic)
+    peers = [
+        Peer("restic restore", 0.7, _restic(restic)),
+        Peer("restic restore, then sync", None, _restic(restic, "sync --file-system")),
+        Peer("limit", 1.25, lambda output: [*limit, str(output)]),
+    ]
+    _report(made, f"repository, {what}", _ours(f"restic:{made.ours}", "raw"), peers, runs)
+    fast = ["qemu-img", "convert", "-W", "-m", "16", "-O", "qcow2", str(made.newest)]
+    peers = [
+        Peer("qemu-img convert -W -m 16", 1.1, lambda output: [*fast, str(output)]),
+        Peer(
+            "the same, then sync",
+            None,
+            lambda output: ["sh", "-c", f"{' '.join(fast)} {output} && sync {output}"],
+        ),
+    ]
+    _report(made, f"folder, {what}", _ours(str(made.chain), "qcow2"), peers, runs)
+
+
+def _over_rest(made: _Made, runs: int) -> None:
+    """Both repositories from one server, far away."""
+    with _far(made.folder) as address:
+        ours = _ours(f"restic:rest:{address}/ours/", "raw")
+        peers = [Peer("restic restore", 0.7, _restic(f"rest:{address}/restic/"))]
+        what = f"repository, {OVER_REST} MiB, REST {MILLISECONDS} ms"
+        _report(made, what, ours, peers, runs)
+
+
+@contextmanager
+def _far(folder: Path) -> Iterator[str]:
+    """A server of all repositories in a folder; gives its address."""
+    near, far = _free_port(), _free_port()
+    commands = [
+        ["rclone", "serve", "restic", "--addr", f"127.0.0.1:{near}", str(folder)],
+        [sys.executable, "-m", "bench.delay", str(far), str(near), str(MILLISECONDS)],
+    ]
+    running = [
+        subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for each in commands
+    ]
+    try:
+        _wait_for(near)
+        _wait_for(far)
+        yield f"http://127.0.0.1:{far}"
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise SystemExit("A server did not start.")
+
+
+def _report(
+    made: _Made,
+    what: str,
+    ours: Callable[[Path], list[str]],
+    peers: Sequence[Peer],
+    runs: int,
+) -> None:
+    """Run all in turn, after one turn that does not count, and print the ratios of the fastest."""
+    times: dict[str, float] = {}
+    for number in range(runs + 1):
+        for name, argv in (("", ours), *((peer.name, peer.argv) for peer in peers)):
+            made.clear()
+            os.sync()  # what the one before has left for the kernel to write is not this one's
+            taken = measure(argv(made.output)).time
+            if number:
+                times[name] = min(taken, times.get(name, taken))
+    made.clear()
+    for peer in peers:
+        us, them = times[""], times[peer.name]
+        bar = f"{peer.bar:.2f}" if peer.bar else "-"
+        print(
+            f"{what:<34} {us:>7.2f}s {them:>7.2f}s {us / them:>6.2f} {bar:>5}  {peer.name}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
