@@ -243,3 +243,29 @@ def settled(found: "Settled") -> Document:
     """A VM that depends on no backup."""
     disks = {disk.id: str(found.folder.base(disk)) for disk in found.boot.disks}
     return _document("settle", point=found.boot.point, disks=disks, stood_still=found.stood_still)
+
+
+def vm_config(point: Point) -> Document:
+    """What is recorded of the VM of a point, and what else of its host it needs."""
+    from qmpbackup.plan.boot_disks import Attached
+    from qmpbackup.plan.booting import MASK, Setting, launch
+
+    disks = [Attached(each.id, each.source_file, {"node-name": each.id}) for each in point.disks]
+    found = launch(point.vm, disks, Setting("", ""))
+    words = point.vm.command_line
+    return _document(
+        "vm-config",
+        point=point.id,
+        vm=point_to_json(point)["vm"],
+        disks=[
+            {
+                "id": each.id,
+                "size": each.size,
+                "source_file": each.source_file,
+                "source_format": each.source_format,
+            }
+            for each in point.disks
+        ],
+        needs=list(found.needs),
+        masked=[number for number, word in enumerate(words) if MASK in word],
+    )

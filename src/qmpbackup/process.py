@@ -119,6 +119,11 @@ class Child:
         """Whether it has ended, and not well; does not wait."""
         return bool(self._process.poll())
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended; does not wait."""
+        return self._process.poll() is not None
+
     def kill(self) -> None:
         """End it at once, if it still runs."""
         if self._process.poll() is None:
@@ -236,6 +241,7 @@ def run(
 
 _INSTALL = {
     "qemu-img": "Install it; on Debian and Ubuntu: apt install qemu-utils.",
+    "nbdfuse": "Install it; on Debian and Ubuntu: apt install libnbd-bin fuse3.",
     "restic": "Install it; on Debian and Ubuntu: apt install restic.",
 }
 

@@ -43,6 +43,12 @@ def test_options_come_back_as_they_were(words: list[str]) -> None:
     assert list(render(list(parse(words)))) == words
 
 
+def test_a_program_that_a_loader_ran() -> None:
+    loader = ("/lib/ld-linux.so.2", "--library-path", "/l", "/usr/bin/qemu-system-x86_64")
+    record = VmConfig(VmIdentity(), "10.0", "", (*loader, "-m", "64M"))
+    assert launch(record, [], AROUND).argv[:6] == (*loader, "-m", "64M")
+
+
 def test_two_dashes_are_one() -> None:
     assert list(parse(["--enable-kvm", "--m", "1"])) == [option("enable-kvm"), option("m", "1")]
 

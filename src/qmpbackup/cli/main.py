@@ -247,6 +247,7 @@ COMMANDS = {
     "verify": "verify",
     "restore": "restore",
     "serve": "serve",
+    "mount": "mount",
     "boot": "boot",
     "settle": "settle",
     "prune": "prune",

@@ -52,6 +52,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     place.add_argument(
         "--output-file", type=path, metavar="FILE", help="file or block device, for one disk"
     )
+    place.add_argument(
+        "--vm-config",
+        action="store_true",
+        help="restore nothing, and print what is recorded of the VM as JSON: machine, command line, which "
+        "file each disk was, and the files of its host that it needs besides",
+    )
     add(
         "-f",
         "--format",
@@ -68,6 +74,13 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Restore and say what went where."""
+    if arguments.vm_config:
+        from qmpbackup import documents
+        from qmpbackup.service import show
+
+        point, _ = show.point(arguments.target, arguments.point, arguments.lock_wait, arguments.vm)
+        say_json(documents.vm_config(point), indent=1)
+        return 0
     from qmpbackup.service.restore import Request, restore
 
     outcome = restore(

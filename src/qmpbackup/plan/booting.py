@@ -20,7 +20,7 @@ from typing import Any
 from qmpbackup.model import VmConfig
 from qmpbackup.plan import boot_backends as backends
 from qmpbackup.plan.boot_disks import Attached, RecordedDisks, file_in, flattened, is_read_only
-from qmpbackup.plan.qemu_options import Parameters, QemuOption, option, parse, render
+from qmpbackup.plan.qemu_options import Parameters, QemuOption, option, parse, program_of, render
 
 MASK = "***"
 """What stands in a recorded command line where a secret was."""
@@ -70,7 +70,9 @@ def launch(record: VmConfig, disks: Sequence[Attached], around: Setting) -> Laun
         return Launch(
             (), obstacles=("The point does not say with which command line the VM was started.",)
         )
-    draft = _Draft(record, disks, around, list(parse(record.command_line[1:])))
+    draft = _Draft(
+        record, disks, around, list(parse(record.command_line[program_of(record.command_line) :]))
+    )
     return draft.finished()
 
 
@@ -106,7 +108,8 @@ class _Draft:
             if each.id in self.placed
             for node in (*each.below, *(() if each.id in self.inline else (each.node,)))
         ]
-        argv = (self.record.command_line[0], *render([*nodes, *self.out]))
+        program = self.record.command_line[: program_of(self.record.command_line)]
+        argv = (*program, *render([*nodes, *self.out]))
         return Launch(
             argv=argv,
             left_out=tuple(self.left_out),

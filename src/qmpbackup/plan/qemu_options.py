@@ -129,6 +129,22 @@ def option(name: str, value: str | None = None) -> QemuOption:
     return QemuOption(name, value, members_of(name, value or ""))
 
 
+def program_of(words: Sequence[str]) -> int:
+    """How many words name the program: more than one where it was run by a loader of libraries, which
+    takes options of its own before it (ld.so(8))."""
+    if not words or not words[0].rpartition("/")[2].startswith("ld"):
+        return 1
+    at = 1
+    while at < len(words) and words[at].startswith("--"):
+        at += 2 if words[at] in _OF_THE_LOADER else 1
+    return at + 1
+
+
+_OF_THE_LOADER = frozenset(
+    {"--library-path", "--argv0", "--preload", "--audit", "--glibc-hwcaps-prepend"}
+)
+
+
 def parse(words: Sequence[str]) -> Iterator[QemuOption]:
     """The options of a command line, without the program."""
     left = iter(words)

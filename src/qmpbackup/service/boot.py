@@ -42,6 +42,7 @@ from qmpbackup.machine.reply import Reply
 from qmpbackup.model import Location, Place, Point, VmIdentity
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.commands import Command
+from qmpbackup.plan.qemu_options import program_of
 from qmpbackup.process import run
 from qmpbackup.service.boot_folder import (
     Boot,
@@ -112,7 +113,7 @@ def prepared(request: Request) -> Prepared:
         point=point.id,
         name=point.vm.identity.name,
         machine=point.vm.machine,
-        command_line=(_program(recorded[0]), *recorded[1:]) if recorded else (),
+        command_line=_with_program(recorded),
         disks=disks,
         network=request.network,
         accelerators=request.accelerators,
@@ -190,9 +191,13 @@ def _absolute(place: Place) -> str:
     return str(place.absolute())
 
 
-def _program(recorded: str) -> str:
-    """The QEMU that the VM was run with, or the one of that name here."""
-    return shutil.which(recorded) or shutil.which(Path(recorded).name) or recorded
+def _with_program(recorded: tuple[str, ...]) -> tuple[str, ...]:
+    """A command line with the QEMU that the VM was run with, or the one of that name here."""
+    if not recorded or shutil.which(recorded[0]):
+        return recorded
+    number = program_of(recorded)
+    name = Path(recorded[min(number, len(recorded)) - 1]).name
+    return (shutil.which(name) or name, *recorded[number:])
 
 
 def _original(point: Point) -> list[str]:
