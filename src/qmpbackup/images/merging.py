@@ -5,15 +5,19 @@ An image that is written to is opened by what its own head says, so it must be o
 nobody else may write to. All go by descriptor. Must not know targets or points.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 
-from qmpbackup import process
+from qmpbackup import interrupt, process
 from qmpbackup.durable import storage_errors
 from qmpbackup.images import layers
 from qmpbackup.images.layers import Layer, path
 from qmpbackup.images.qcow2 import read_header
 from qmpbackup.images.qemu_img import PARALLEL, ZSTD, failure
+
+_FICLONE = 0x40049409  # linux/fs.h
+_CHUNK = 16 * 1024 * 1024
 
 
 def create(fd: int, name: str, size: int, *, backing: str = "", compress: bool = False) -> None:
@@ -29,44 +33,65 @@ def create(fd: int, name: str, size: int, *, backing: str = "", compress: bool =
     _run(arguments, fd, [], f"create {name}")
 
 
-def apply(layer: Layer, base: int, *, rate: int = 0) -> None:
-    """Write what an image holds into the image that it builds on, and leave the former alone.
-
-    Args:
-        layer: the image; where its link leads does not matter.
-        base: the open image to write into, which grows to the size of the other.
-        rate: bytes a second at most (0: no limit).
+def copy(source: Layer, output: int) -> None:
+    """Copy a file into an empty one, with the head that was checked: programs are going to write where
+    that says.
 
     Raises:
-        QmpBackupError: it failed; `base` may hold part of the changes.
+        StorageError: it could not be copied.
     """
-    # qemu-img commits from the top of a chain and wants to write there; so the top is an empty
-    # image of our own, and the one that matters lies below it, open for reading only.
-    with storage_errors("make an image in memory"):
-        top = os.memfd_create("qmpbackup-top", os.MFD_CLOEXEC)
+    with storage_errors(f"copy {source.name}"):
+        _copy_file(source.fd, output)
+        os.pwrite(output, source.head, 0)
+
+
+def _copy_file(source: int, output: int) -> None:
+    """Share the blocks of a file where the file system can, else copy it without its holes."""
+    import fcntl
+
     try:
-        create(top, "an image in memory", layer.header.size)
-        into = layers.image(base)
-        limit = ["-r", str(rate)] if rate else []
-        arguments = ["commit", "-q", "-d", *limit, "-b", into.name]
-        with layers.opened([layer], into) as below:
-            whole = layers.image(top, below)
-            _run([*arguments, whole.name], base, whole.fds, f"apply {layer.name}")
-    finally:
-        os.close(top)
+        fcntl.ioctl(output, _FICLONE, source)
+        return
+    except OSError:
+        pass
+    size = os.fstat(source).st_size
+    os.ftruncate(output, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole is left
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        _copy_range(source, output, at, end)
+        at = end
 
 
-def apply_above(
-    layer: Layer, base: int, ground: int, *, compress: bool = False, rate: int = 0
+def _copy_range(source: int, output: int, at: int, end: int) -> None:
+    while at < end:
+        interrupt.check()
+        view = memoryview(os.pread(source, min(_CHUNK, end - at), at))
+        if not view:
+            raise OSError(errno.EIO, "the file became shorter")
+        while view:
+            written = os.pwrite(output, view, at)
+            at += written
+            view = view[written:]
+
+
+def apply(
+    layer: Layer, base: int, *, below: int = 0, compress: bool = False, rate: int = 0
 ) -> None:
-    """Write what an image holds itself into the one it builds on, which builds on something, too.
+    """Write what an image holds itself into the one it builds on, and leave the former alone.
 
     What neither holds stays so, and explicit zeros stay explicit. Only `base` is written to.
 
     Args:
-        layer: the upper image.
+        layer: the upper image; where its link leads does not matter.
         base: the lower one, open, which becomes as large as a disk as the upper one.
-        ground: a `stand_in` of the size of what the lower one builds on.
+        below: the size of the disk in what the lower one builds on, in bytes (0: it stands alone).
         compress: compress what is written; only for what the lower one does not hold yet.
         rate: bytes a second at most (0: no limit).
 
@@ -74,20 +99,27 @@ def apply_above(
         QmpBackupError: it failed; `base` may hold part of the changes.
     """
     size = layer.header.size
-    if size != read_header(base, "The merged image").size:
-        whole = layers.image(base, layers.raw(ground))
+    with layers.stand_in(below) as ground:
+        _fit(base, size, ground if below else None)
+        # Behind the end of what it takes for the backing file, qemu-img writes no zeros.
+        os.ftruncate(ground, max(below, size))
+        output = (
+            f"driver=qcow2,file.driver=file,file.filename={path(base)},"
+            f"backing.driver=raw,backing.file.driver=file,backing.file.filename={path(ground)}"
+        )
+        arguments = ["convert", *PARALLEL, "-n", "-B", path(ground), "-F", "raw"]
+        arguments += ["-c"] if compress else []
+        arguments += ["-r", str(rate)] if rate else []
+        with layers.opened([layer], layers.raw(ground)) as source:
+            arguments += ["--target-image-opts", source.name, output]
+            _run(arguments, base, source.fds, f"apply {layer.name}")
+
+
+def _fit(base: int, size: int, ground: int | None) -> None:
+    """Let an image on this ground be as large as another; what is new shows zeros."""
+    if size > read_header(base, "The merged image").size:
+        whole = layers.image(base, layers.raw(ground) if ground is not None else None)
         _run(["resize", "-q", whole.name, str(size)], base, whole.fds, "enlarge the merged image")
-    below = path(ground)
-    output = (
-        f"driver=qcow2,file.driver=file,file.filename={path(base)},"
-        f"backing.driver=raw,backing.file.driver=file,backing.file.filename={below}"
-    )
-    arguments = ["convert", *PARALLEL, "-n", "-B", below, "-F", "raw"]
-    arguments += ["-c"] if compress else []
-    arguments += ["-r", str(rate)] if rate else []
-    with layers.opened([layer], layers.raw(ground)) as source:
-        arguments += ["--target-image-opts", source.name, output]
-        _run(arguments, base, source.fds, f"apply {layer.name}")
 
 
 def take_snapshot(fd: int, name: str) -> None:

@@ -4,7 +4,6 @@
 The files of the chain are only read. Must not know manifests or what happens afterwards.
 """
 
-import errno
 import logging
 import os
 import stat
@@ -26,9 +25,6 @@ log = logging.getLogger(__name__)
 
 _SPARE = 4 * 1024 * 1024
 """Bytes beyond the images themselves: manifests, a journal, a folder's growth."""
-
-_FICLONE = 0x40049409  # linux/fs.h
-_CHUNK = 16 * 1024 * 1024
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
@@ -88,10 +84,8 @@ def build(folder: Folder, plan: MergePlan, layers: Sequence[Layer], rate: int) -
     with _created(folder, partial) as fd:
         if plan.flattens:
             flatten(layers, fd, rate)
-        elif plan.below is not None:
-            _merge_above(folder, fd, plan, layers, rate)
         else:
-            _copy_and_apply(fd, plan, layers, rate)
+            _copy_and_apply(folder, fd, plan, layers, rate)
         with storage_errors(f"read {folder.path / partial}"):
             new = Layer.of(fd, partial)
         _prove(new, plan, layers)
@@ -138,91 +132,39 @@ def _give_away(fd: int, like: int) -> None:
     os.fchmod(fd, stat.S_IMODE(state.st_mode))
 
 
-def _copy_and_apply(new: int, plan: MergePlan, layers: Sequence[Layer], rate: int) -> None:
+def _copy_and_apply(
+    folder: Folder, new: int, plan: MergePlan, layers: Sequence[Layer], rate: int
+) -> None:
+    """Write down in a copy of the first file what is in the others. What lies below a part of a chain
+    is neither read nor shown in the result."""
+    if plan.below is None or not any(compressed([layer]) for layer in layers):
+        _apply_all(new, plan, layers, rate)
+        return
+    # QEMU compresses only into room that is free, so all is merged first, then compressed. Until
+    # the merge is proved nobody takes the second file for more than half made.
+    with _created(folder, plan.base + MERGED) as fd:
+        _apply_all(fd, plan, layers, 0)
+        with storage_errors(f"read {plan.base}{MERGED}"):
+            merged = Layer.of(fd, plan.base + MERGED)
+        size, link = merged.header.size, layers[0].header.backing
+        merging.create(new, plan.base + PARTIAL, size, backing=link, compress=True)
+        merging.apply(merged, new, below=plan.below, compress=True, rate=rate)
+
+
+def _apply_all(new: int, plan: MergePlan, layers: Sequence[Layer], rate: int) -> None:
     tags = {tag.file: tag for tag in plan.tags}
-    _copy(layers[0], new)
+    merging.copy(layers[0], new)
     _keep(new, tags.get(layers[0].name))
     for layer in layers[1:]:
         interrupt.check()
         log.info("Applying %s", layer.name)
-        merging.apply(layer, new, rate=rate)
+        merging.apply(layer, new, below=plan.below or 0, rate=rate)
         _keep(new, tags.get(layer.name))
-
-
-def _merge_above(
-    folder: Folder, new: int, plan: MergePlan, layers: Sequence[Layer], rate: int
-) -> None:
-    """As `_copy_and_apply` for a part of a chain; what lies below the part is neither read nor shown
-    in the result."""
-    with stand_in(plan.below or 0) as ground:
-        if not any(compressed([layer]) for layer in layers):
-            _copy_and_apply_above(new, ground, layers, rate)
-            return
-        # QEMU compresses only into room that is free, so all is merged first, then compressed. Until
-        # the merge is proved nobody takes the second file for more than half made.
-        with _created(folder, plan.base + MERGED) as fd:
-            _copy_and_apply_above(fd, ground, layers, 0)
-            with storage_errors(f"read {plan.base}{MERGED}"):
-                merged = Layer.of(fd, plan.base + MERGED)
-            size, below = merged.header.size, layers[0].header.backing
-            merging.create(new, plan.base + PARTIAL, size, backing=below, compress=True)
-            merging.apply_above(merged, new, ground, compress=True, rate=rate)
-
-
-def _copy_and_apply_above(new: int, ground: int, layers: Sequence[Layer], rate: int) -> None:
-    _copy(layers[0], new)
-    for layer in layers[1:]:
-        interrupt.check()
-        log.info("Applying %s", layer.name)
-        merging.apply_above(layer, new, ground, rate=rate)
 
 
 def _keep(fd: int, tag: Tag | None) -> None:
     if tag is not None and not tag.exists:
         merging.take_snapshot(fd, tag.name)
-
-
-def _copy(source: Layer, output: int) -> None:
-    """Copy a file, with the head that was checked: programs are going to write where that says."""
-    with storage_errors(f"copy {source.name}"):
-        _copy_file(source.fd, output)
-        os.pwrite(output, source.head, 0)
-
-
-def _copy_file(source: int, output: int) -> None:
-    """Share the blocks of a file where the file system can, else copy it without its holes."""
-    import fcntl
-
-    try:
-        fcntl.ioctl(output, _FICLONE, source)
-        return
-    except OSError:
-        pass
-    size = os.fstat(source).st_size
-    os.ftruncate(output, size)
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # nothing but a hole is left
-        end = os.lseek(source, at, os.SEEK_HOLE)
-        _copy_range(source, output, at, end)
-        at = end
-
-
-def _copy_range(source: int, output: int, at: int, end: int) -> None:
-    while at < end:
-        interrupt.check()
-        view = memoryview(os.pread(source, min(_CHUNK, end - at), at))
-        if not view:
-            raise OSError(errno.EIO, "the file became shorter")
-        while view:
-            written = os.pwrite(output, view, at)
-            at += written
-            view = view[written:]
 
 
 def _prove(new: Layer, plan: MergePlan, layers: Sequence[Layer]) -> None:

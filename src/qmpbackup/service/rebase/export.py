@@ -3,21 +3,19 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qmpbackup import durable, interrupt
-from qmpbackup.durable import make_folders, storage_errors
+from qmpbackup import interrupt
+from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.images.layers import require_unchanged
 from qmpbackup.ownership import refuse_planted_links
-from qmpbackup.plan.merge import PARTIAL
 from qmpbackup.service.rebase import build
 from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import refuse_unfinished
 from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
+from qmpbackup.service.restore.place import partial_file
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +41,14 @@ def export(request: Request, output: Path) -> str:
             if not request.skip_check:
                 sources.verify(source, layers)
             needed = build.flat_bytes(layers)
-            with _new_file(output) as fd:
+            with partial_file(output, request.lock_wait, "qcow2") as new:
                 build.require_room(output.parent, needed, "The new image")
                 log.info("Merging %s into %s", ", ".join(source.names), output)
-                build.flatten(layers, fd, request.rate)
+                with new.writing():
+                    build.flatten(layers, new.fd, request.rate)
                 require_unchanged(layers)
-                with storage_errors(f"write {output}"):
-                    os.fsync(fd)
                 interrupt.check()
+                new.finish(force=False)
     return source.names[-1]
 
 
@@ -79,49 +77,3 @@ def _check_links(source: Source) -> None:
             "%s has no link; taking the order from the numbers in the names.",
             source.assumed[0].child,
         )
-
-
-@contextmanager
-def _new_file(output: Path) -> Iterator[int]:
-    """A file that gets its name at the end of the block, and is gone if that fails."""
-    with ExitStack() as stack:
-        with storage_errors(f"write to {output.parent}"):
-            make_folders(output.parent)
-            folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, folder)
-            temporary = output.name + PARTIAL
-            fd = _create(folder, temporary, output)
-            stack.callback(os.close, fd)
-            stack.callback(_remove, folder, temporary)
-        yield fd
-        with storage_errors(f"write {output}"):
-            _publish(folder, temporary, output)
-            durable.sync_folder(folder)
-
-
-def _create(folder: int, name: str, output: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(name, flags, 0o600, dir_fd=folder)
-    except FileExistsError:
-        raise UsageError(
-            f"{output}{PARTIAL} exists: another run is writing it, or one that died has left it.",
-            "If no other run does, remove it.",
-        ) from None
-
-
-def _publish(folder: int, temporary: str, output: Path) -> None:
-    """Give the file its name; a file that has appeared there meanwhile is never replaced."""
-    try:
-        os.link(temporary, output.name, src_dir_fd=folder, dst_dir_fd=folder)
-    except FileExistsError:
-        raise UsageError(f"{output} has appeared meanwhile.", "Choose another place.") from None
-    except OSError:  # a file system without hard links
-        if os.path.lexists(output):
-            raise UsageError(f"{output} has appeared meanwhile.", "Choose another place.") from None
-        os.rename(temporary, output.name, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _remove(folder: int, name: str) -> None:
-    with suppress(OSError):
-        os.unlink(name, dir_fd=folder)
