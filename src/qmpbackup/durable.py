@@ -20,7 +20,22 @@ TEMPORARY = ".tmp"
 _MOST_PARTS = 512
 """Parts that are written at once; writev(2) takes 1024."""
 
+_AWAY = "See that it is mounted and whole, and run again."
+
 HINTS = {
+    errno.ENOENT: "See that it is still there: mounted, and under this name.",
+    errno.ESTALE: _AWAY,
+    errno.ENOTCONN: _AWAY,  # a FUSE file system whose program has ended
+    errno.ENODEV: _AWAY,
+    errno.ENXIO: _AWAY,
+    errno.ESHUTDOWN: _AWAY,  # XFS and ext4 that were shut down
+    errno.ETIMEDOUT: "See that its server can be reached.",
+    errno.EHOSTDOWN: "See that its server can be reached.",
+    errno.EHOSTUNREACH: "See that its server can be reached.",
+    errno.ENETUNREACH: "See that its server can be reached.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ELOOP: "Something on the path is a link that leads nowhere.",
+    errno.EBUSY: "End what uses it, and run again.",
     errno.ENOSPC: "Make room there, and run again.",
     errno.EDQUOT: "Make room there or raise the quota, and run again.",
     errno.EROFS: "The file system is mounted read-only.",

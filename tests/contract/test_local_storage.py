@@ -237,3 +237,18 @@ def test_a_repository_behind_a_link_is_one(stored: StoredRepository, tmp_path: P
     link.symlink_to(stored.path)
     cli.run("verify", "--target", f"restic:{link}", env=stored.made.environment).check()
     Restic(link, tmp_path / "restic-cache")("check")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_was_there_is_not_made_anew(place: Path, kind: Kind) -> None:
+    """What was in it has gone away, and so has all that builds on it."""
+    storage = LocalStorage(place)
+    storage.require_same()
+    folder = place / kind
+    folder.rename(place.with_name("aside"))
+    with pytest.raises(StorageError) as raised:
+        storage.save(File(kind, NAME), [b"new"])
+    assert "still there" in raised.value.hint
+    with pytest.raises(StorageError, match=f"no folder {kind}"):
+        storage.require_same()
+    assert not folder.exists()

@@ -56,7 +56,7 @@ def assert_given_up(stage: Scene, result: cli.Result) -> None:
     """The run says why, and there is no point and nothing left in the VM."""
     result.check(STORAGE)
     assert "Point " not in result.out
-    assert result.err.strip()
+    assert result.err.count("error: ") == 2, "a sentence, and what to do"
     assert leftovers(stage.vm) == []
 
 

@@ -7,17 +7,11 @@ Everything is reached through the descriptor of the repository's folder, and no 
 followed: what is unmounted, moved away or replaced meanwhile is never mixed up with what was opened,
 and nobody who may write into it can lead us out of it. What has the name of a file and is none (a link,
 a pipe, a device) is not opened.
-
-A file is written without a name, made durable, given its name, and its folder made durable: so a name
-is there with all its bytes or not at all, and a process that dies leaves nothing. Where the file system
-knows no files without a name (open(2), O_TMPFILE), it is written under a temporary one and renamed, as
-restic does; such names are no names of files, so listings do not show what a run that died has left.
 """
 
 import errno
 import os
 import re
-import secrets
 import stat
 import threading
 import weakref
@@ -25,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qmpbackup.durable import storage_error, sync_folder, write_all
+from qmpbackup.durable import storage_error, sync_folder
 from qmpbackup.errors import StorageError
 from qmpbackup.ownership import require_ours
 from qmpbackup.restic.storage.interface import (
@@ -38,12 +32,11 @@ from qmpbackup.restic.storage.interface import (
     Strange,
     is_name,
 )
+from qmpbackup.restic.storage.plain_file import is_there, opened, plain, read, write
 
 _FOLDERS = [kind for kind in Kind if kind is not Kind.CONFIG]
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
-_NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.EPERM})
-"""How file systems and old kernels say that there are no files without a name."""
 
 _ANY_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
@@ -67,6 +60,8 @@ class LocalStorage(Storage):
         self._path = path
         self._opening = threading.Lock()
         self._fd: int | None = None
+        self._found: frozenset[str] = frozenset()
+        """The folders that were there when it was opened."""
         self._close: Callable[[], object] = lambda: None
 
     @property
@@ -85,6 +80,7 @@ class LocalStorage(Storage):
         with self._opening:
             if self._fd is None:
                 self._fd = os.open(self._path, _ANY_FOLDER)
+                self._found = _folders_in(self._fd)
                 self._close = weakref.finalize(self, os.close, self._fd)
             return self._fd
 
@@ -116,6 +112,11 @@ class LocalStorage(Storage):
             raise StorageError(
                 f"The repository at {self._path} has gone away: something else is there now.", _GONE
             )
+        for lost in self._found - _folders_in(self._top):
+            raise StorageError(
+                f"The repository at {self._path} has gone away: it has no folder {lost} any more.",
+                _GONE,
+            )
 
     def require_ours(self) -> None:
         """Refuse folders that others could rearrange while we write into them."""
@@ -143,7 +144,8 @@ class LocalStorage(Storage):
         """A folder below the repository's own, open while the block runs.
 
         With `make`, one that is missing is made, as copies of repositories may lack empty folders;
-        but only beside the repository's config: what has none is no repository any more.
+        but only beside the repository's config: what has none is no repository any more. One that
+        was there at first is not made anew.
         """
         fds: list[int] = []
         try:
@@ -152,7 +154,8 @@ class LocalStorage(Storage):
                 try:
                     fds.append(_open_folder(part, above, self._path.joinpath(*parts[: depth + 1])))
                 except FileNotFoundError:
-                    if not make or not _exists(Kind.CONFIG, self._top):
+                    lost = depth == 0 and part in self._found
+                    if not make or lost or not _exists(Kind.CONFIG, self._top):
                         raise
                     _make(part, above)
                     fds.append(_open_folder(part, above, self._path.joinpath(*parts[: depth + 1])))
@@ -166,8 +169,8 @@ class LocalStorage(Storage):
         path = self._where(file)
         try:
             with self._folder(*self._parts(file), make=True) as folder:
-                if not _is_there(path, folder):
-                    _write(path, folder, parts)
+                if not is_there(path, folder):
+                    write(path, folder, parts)
         except OSError as error:
             raise _failure(f"write {path}", error) from error
 
@@ -175,9 +178,9 @@ class LocalStorage(Storage):
         """Read a file or a part of it."""
         path = self._where(file)
         try:
-            with self._folder(*self._parts(file)) as folder, _opened(path, folder) as fd:
+            with self._folder(*self._parts(file)) as folder, opened(path, folder) as fd:
                 wanted = os.fstat(fd).st_size - offset if length is None else length
-                data = _read(fd, offset, wanted)
+                data = read(fd, offset, wanted)
         except OSError as error:
             raise _failure(f"read {path}", error) from error
         if len(data) != wanted:
@@ -189,7 +192,7 @@ class LocalStorage(Storage):
         path = self._where(file)
         try:
             with self._folder(*self._parts(file)) as folder:
-                return _plain(path, folder).st_size
+                return plain(path, folder).st_size
         except OSError as error:
             raise _failure(f"look at {path}", error) from error
 
@@ -254,42 +257,8 @@ def _exists(name: str, folder: int) -> bool:
     return True
 
 
-def _is_there(path: Path, folder: int) -> bool:
-    try:
-        _plain(path, folder)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _plain(path: Path, folder: int) -> os.stat_result:
-    """The state of a plain file.
-
-    Raises:
-        Strange: it is none.
-    """
-    state = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-    if not stat.S_ISREG(state.st_mode):
-        raise _strange(path)
-    return state
-
-
-def _strange(path: Path) -> Strange:
-    return Strange(f"{path} is not a plain file (a link, a pipe, a device).", "Remove it.")
-
-
-@contextmanager
-def _opened(path: Path, folder: int) -> Iterator[int]:
-    """A plain file, open for reading while the block runs."""
-    _plain(path, folder)  # first, as the mere opening of a device or a pipe can have an effect
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(path.name, flags, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _strange(path)
-        yield fd
-    finally:
-        os.close(fd)
+def _folders_in(top: int) -> frozenset[str]:
+    return frozenset(str(kind) for kind in _FOLDERS if _exists(kind, top))
 
 
 def _listed(folder: int, prefix: str) -> Iterator[tuple[str, int]]:
@@ -322,69 +291,6 @@ def _make_at(path: Path) -> None:
         _make(path.name, above)
     finally:
         os.close(above)
-
-
-def _write(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
-    if not _write_nameless(path, folder, parts):
-        _write_renamed(path, folder, parts)
-    sync_folder(folder)
-
-
-def _write_nameless(path: Path, folder: int, parts: Sequence[Buffer]) -> bool:
-    """Write a file that has no name before it is durable; false where that cannot be done."""
-    try:
-        fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    except OSError as error:
-        if error.errno in _NO_NAMELESS:
-            return False
-        raise
-    try:
-        write_all(fd, parts)
-        os.fsync(fd)
-        return _named(fd, path, folder)
-    finally:
-        os.close(fd)
-
-
-def _named(fd: int, path: Path, folder: int) -> bool:
-    """Give a file without a name one; false where a file cannot come to its name like this.
-
-    There may be no /proc, or a policy may forbid links alone.
-    """
-    try:
-        # A folder's descriptor has Python call linkat(2), which follows.
-        os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=folder)
-    except FileExistsError:
-        return _is_there(path, folder)
-    except OSError:
-        return False
-    return True
-
-
-def _write_renamed(path: Path, folder: int, parts: Sequence[Buffer]) -> None:
-    temporary = f"{path.name}-tmp-{secrets.token_hex(4)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
-    try:
-        try:
-            write_all(fd, parts)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary, dir_fd=folder)
-        raise
-
-
-def _read(fd: int, offset: int, length: int) -> bytes:
-    pieces: list[bytes] = []
-    while length > 0 and (piece := os.pread(fd, length, offset)):
-        pieces.append(piece)
-        offset += len(piece)
-        length -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _failure(action: str, error: OSError) -> StorageError:
