@@ -158,6 +158,27 @@ def test_moved_away(tmp_path: Path, where: Where, instead: str) -> None:
         stage.make_good("inc")
 
 
+def test_a_folder_that_is_gone_before_the_run_begins(tmp_path: Path) -> None:
+    """As one whose file system is not mounted: the VM's change bitmaps tell that it was there."""
+    with scene(tmp_path, "directory") as stage:
+        make_target(stage, "directory", tmp_path / "place")
+        place, aside = stage.target, tmp_path / "aside"
+        place.rename(aside)
+        place.mkdir()
+        for dry in ((), ("--dry-run",)):
+            result = stage.run("auto", *dry).check(STORAGE)
+            assert "is mounted" in result.err
+            assert [*place.iterdir()] == []
+        stage.run("inc").check(4)
+        place.rename(tmp_path / "empty")
+        aside.rename(place)
+        stage.make_good("inc")
+        stage.write()
+        place.rename(aside)
+        stage.run("full").check()
+        stage.make_good("auto")
+
+
 def names(folder: Path) -> set[str]:
     """All that is in a folder, without locks, which come and go."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -155,11 +155,13 @@ class Wish:
 @dataclass(frozen=True, slots=True)
 class Found:
     """What there is at a place: `target` is held for writing; there is none where it is still to be
-    made, or only looked at."""
+    made, or only looked at. In the former case, `earlier` is what the id of a target that was at this
+    place before begins with, if a slash is put behind it (empty: that cannot be told)."""
 
     ground: Ground
     stored: Inventory
     target: Target | None = None
+    earlier: str = ""
 
 
 class Opening(Protocol):

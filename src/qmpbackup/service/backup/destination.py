@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from qmpbackup.errors import StorageError
 from qmpbackup.machine.pull import Method, method
 from qmpbackup.model import Level, Point, Vm
+from qmpbackup.plan.names import parse_bitmap
 from qmpbackup.service.backup.request import Request
 from qmpbackup.service.backup.way import Frame, Way
 from qmpbackup.targets import opening
@@ -108,4 +110,24 @@ class Named:
     def found(self, vm: Vm) -> Iterator[Destination]:
         """What is there, held for the block; nothing is made."""
         with self._opening.found(vm.config.identity) as found:
+            if self._request.level is Level.AUTO:
+                _require_new(found, vm)
             yield Destination(self._request, self._opening, found)
+
+
+def _require_new(found: Found, vm: Vm) -> None:
+    """Make nothing anew, unasked, where the VM has change bitmaps of a target that was there: it is a
+    place whose file system is not mounted, more often than one that was cleared on purpose.
+
+    Raises:
+        StorageError: so it is.
+    """
+    names = (parse_bitmap(bitmap.name) for disk in vm.disks for bitmap in disk.bitmaps)
+    ids = {f"{name.target}/" for name in names if name}
+    if found.earlier and any(each.startswith(found.earlier) for each in ids):
+        raise StorageError(
+            f"There is no target in {found.ground.name}, but the VM has change bitmaps of one that was "
+            "there.",
+            "See that its file system is mounted. If it was removed on purpose, --level full begins a "
+            "new one.",
+        )

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder that is to take a point: found or made, and held."""
 
+import hashlib
 import logging
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ class FolderOpening:
         """The target where there is one; else the ground for one, with the id that it will have."""
         target = DirectoryTarget.peek(self._place())
         if target is None:
-            yield Found(Vacant(self._place(), self._new_id()), Inventory())
+            yield Found(Vacant(self._place(), self._new_id()), Inventory(), earlier=self._earlier())
         elif self.wish.look_only:
             yield Found(target, target.load())
         else:
@@ -68,11 +70,23 @@ class FolderOpening:
         return DirectoryTarget.open_or_create(self._place(), vm, id_hint=whole.id)
 
     def _new_id(self) -> str:
-        """The id that a new target gets."""
+        """The id that a new target gets; it begins with a tag of the place, see `_earlier`."""
         whole = DirectoryTarget.peek(self.path) if self.wish.monthly else None
-        return (whole.id if whole else "") or self.wish.uuid or secrets.token_hex(4)
+        made = f"{_tag(self.path)}{secrets.token_hex(4)}"
+        return (whole.id if whole else "") or self.wish.uuid or made
+
+    def _earlier(self) -> str:
+        """See `Found`."""
+        if self.wish.monthly and DirectoryTarget.peek(self.path):
+            return ""
+        return f"{self.wish.uuid}/" if self.wish.uuid else _tag(self.path)
 
     def _place(self) -> Path:
         if not self.wish.monthly:
             return self.path
         return self.path / f"{datetime.now(UTC).astimezone():%Y-%m}"
+
+
+def _tag(folder: Path) -> str:
+    """What all ids of targets at a place begin with."""
+    return f"{hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=4).hexdigest()}-"
