@@ -189,6 +189,18 @@ class TestFolders:
         back_up(vm, target, "inc", *on("two"))
         assert [each["host"] for each in lines(target)] == ["one", "two"]
 
+    def test_clones_with_one_uuid_are_warned_of(
+        self, tmp_path: Path, start_qemu: StartQemu
+    ) -> None:
+        """As soon as they take turns: until then it may be one VM that was renamed."""
+        target = tmp_path / "target"
+        vms = [start_qemu([disk(tmp_path, each)], name=each, uuid=UUID) for each in ("a", "b")]
+        for vm in vms:
+            assert "take turns" not in try_backup(vm, target).check().err
+        assert "take turns" in try_backup(vms[0], target).check().err
+        found = cli.run("--socket", vms[1].socket, "doctor", "--target", target)
+        assert "take turns" in found.out
+
     def test_one_that_names_no_host_is_the_next_ones(
         self, tmp_path: Path, start_qemu: StartQemu
     ) -> None:

@@ -9,6 +9,7 @@ from qmpbackup.errors import QmpBackupError, StorageError
 from qmpbackup.machine import push, scratch, starved
 from qmpbackup.machine.inventory import Leftovers
 from qmpbackup.model import Absence, Bitmap, Disk, Skipped, Vm
+from qmpbackup.plan.clones import TODO, others_with_uuid
 from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.plan.levels import (
     SMALL,
@@ -88,6 +89,8 @@ def _target(
     found = yield from entrance.advice(vm.config.identity, lock_wait, strict=strict)
     if found is not None:
         ground, stored = found
+        if clones := others_with_uuid(stored.points, vm.config.identity):
+            yield Finding("UUID", Health.PROBLEM, f"in {ground.name}, {clones}", TODO)
         yield from _next_backup(vm, stored, ground.name)
         yield from room_findings.of_next_backup(vm, files, ground, stored, scratch_dir)
 

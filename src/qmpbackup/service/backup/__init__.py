@@ -31,6 +31,7 @@ from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmErro
 from qmpbackup.machine.view import require_present
 from qmpbackup.model import Absence, Level, Quiesce, Skipped
 from qmpbackup.plan import commands
+from qmpbackup.plan.clones import TODO, others_with_uuid
 from qmpbackup.plan.levels import NewPoint, plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.service import offline, room, session
@@ -150,6 +151,8 @@ def _plan(request: Request, session_: session.Session, destination: Destination)
         destination.chunk,
     )
     points, obstacle = destination.stored.points, destination.obstacle
+    if clones := others_with_uuid(points, vm.config.identity):
+        log.warning("In %s, %s. %s", destination.place, clones, TODO)
     plans = plan_disks(chosen, request.level, points, obstacle, point, vm.config.process)
     files = rooms.files_of(session_.monitor, chosen)
     needs = rooms.needs(files, vm, plans, destination, request.scratch)
