@@ -47,7 +47,7 @@ class Pushed:
     def _image(self, plan: DiskPlan) -> push.NewImage:
         file = self._files.file(plan.disk.id)
         base = plan.stored_base
-        backing = base.file.rpartition("/")[2] if base else ""
+        backing = base.name if base else ""
         return push.NewImage(plan.seat, file.fd, file.path, backing)
 
     def copy(self) -> None:

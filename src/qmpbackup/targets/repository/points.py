@@ -149,7 +149,7 @@ class VmPoints:
         kept = self._contents.get(disk.id)
         if kept is None or kept[0] != point.id:
             snapshot = self.snapshot_of(point)
-            node = self._nodes(snapshot).get(disk.file.rpartition("/")[2])
+            node = self._nodes(snapshot).get(disk.name)
             what = f"Disk {disk.id} of point {point.id}"
             if node is None:
                 raise DamagedError(f"{what} is missing in snapshot {snapshot.id[:8]}.")
