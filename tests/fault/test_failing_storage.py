@@ -2,6 +2,7 @@
 """Storage that hangs or answers with I/O errors: the guest goes on, the run fails in order."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from lab import cli
 from lab.aftermath import manifests
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
 from lab.disks import MIB, Disk, create, first_difference, pattern
+from lab.guest import Guest
 from lab.patience import PATIENCE, wait_until
 from lab.qemu import Qemu, StartQemu
+from lab.repositories import environment_of
+from stock.repositories import repository
 
 SIZE = 32 * MIB
 
@@ -176,28 +180,73 @@ def test_bitmaps_that_find_no_room_when_the_vm_ends(
         _run("umount", str(small))
 
 
-def test_a_scratch_that_hangs_holds_up_a_guest_write_for_a_bounded_time(
-    tmp_path: Path, start_qemu: StartQemu
+@pytest.mark.guest
+@pytest.mark.parametrize("into", ["directory", "repository"])
+def test_a_scratch_that_hangs_holds_up_one_guest_write_for_a_bounded_time(
+    tmp_path: Path, into: str
 ) -> None:
-    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE, contents=pattern(SIZE, 3)))])
-    if vm.qmp("query-version")["qemu"]["major"] >= 10:
-        pytest.skip("not bounded with this QEMU, see docs/explanation/promises.md")
-    disk = create(tmp_path / "scratch.img", 256 * MIB, "raw")
-    target = tmp_path / "target"
-    back_up(vm, target)
-    with mounted(disk, tmp_path / "mnt") as mount:
-        slow = ("--level", "full", "--target", target, "--speed-limit", "1M", "--scratch", mount)
+    """Written by a guest: a write by the monitor would itself keep QEMU from answering."""
+    target = repository(tmp_path) if into == "repository" else tmp_path / "target"
+    # The small one is copied while a write to the large one waits, which is not when its wait is over.
+    sizes = {"vda": 8 * MIB, "vdb": 96 * MIB}
+    disks = [
+        Disk(name, create(tmp_path / name, size, contents=pattern(size, len(name))))
+        for name, size in sizes.items()
+    ]
+    image = create(tmp_path / "scratch.img", 256 * MIB, "raw")
+    with Guest(disks) as guest, mounted(image, tmp_path / "mnt") as mount:
+        back_up(guest, target)
         log = tmp_path / "log"
-        with cli.start("--socket", vm.socket, "--logfile", log, "backup", *slow) as running:
+        slow = ("--level", "full", "--speed-limit", "1M", "--scratch", mount)
+        arguments = ("--socket", guest.socket, "--logfile", log, "backup", "--target", str(target))
+        with cli.start(*arguments, *slow, env=environment_of(target)) as running:
             _wait_for(log, "The VM stood still")
             with hanging(mount):
-                # Returns, or the limit of the test's monitor (60 s) ends the test.
-                vm.write("vda", 20 * MIB, 65536, 7)
+                guest.run(f"{_overwrite('vdb', 40)} & echo")
+                # A job or a view that ended before would make QEMU wait for the scratch, and with it
+                # the guest.
                 _wait_for(log, "hangs; the views stay")
-                # A view taken down now would make QEMU, and with it the guest, wait for the scratch.
-                vm.write("vda", 21 * MIB, 65536, 8)
-            result = running.wait(180)
-        assert result.code == 6, str(result)
-    point = back_up(vm, target, "inc")
-    assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
-    assert leftovers(vm) == []
+                guest.run(_overwrite("vdb", 41))
+                guest.run(_overwrite("vda", 1))
+                assert guest.qmp("query-status")["running"]
+                assert running.process.poll() is None
+            result = running.wait().check(6)
+        assert "scratch" in result.err
+        assert leftovers(guest) == []
+        point = back_up(guest, target, "inc")
+        expected = {disk.id: guest.contents(disk.id) for disk in disks}
+        assert_restores(target, point["id"], expected, tmp_path)
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("into", ["directory", "repository"])
+def test_a_signal_while_a_scratch_hangs(tmp_path: Path, into: str) -> None:
+    target = repository(tmp_path) if into == "repository" else tmp_path / "target"
+    disk = Disk("vda", create(tmp_path / "vda", SIZE, contents=pattern(SIZE, 5)))
+    image = create(tmp_path / "scratch.img", 256 * MIB, "raw")
+    with Guest([disk]) as guest, mounted(image, tmp_path / "mnt") as mount:
+        back_up(guest, target)
+        log = tmp_path / "log"
+        slow = ("--level", "full", "--speed-limit", "256K", "--scratch", mount)
+        arguments = ("--socket", guest.socket, "--logfile", log, "backup", "--target", str(target))
+        with cli.start(*arguments, *slow, env=environment_of(target)) as running:
+            _wait_for(log, "The VM stood still")
+            with hanging(mount):
+                guest.run(f"{_overwrite('vda', 20)} & echo")
+                running.signal(signal.SIGTERM)
+                _wait_for(log, "hangs; the views stay")
+                guest.run("true")
+                assert guest.qmp("query-status")["running"]
+                assert running.process.poll() is None
+            running.wait().check(143)
+        assert leftovers(guest) == []
+        point = back_up(guest, target, "inc")
+        assert_restores(target, point["id"], {"vda": guest.contents("vda")}, tmp_path)
+
+
+def _overwrite(disk: str, block: int) -> str:
+    """A command for a guest that returns when its device has written."""
+    return (
+        f"dd if=/dev/urandom of=/dev/{disk} bs=1M count=1 seek={block} oflag=direct conv=notrunc"
+        " 2>/dev/null"
+    )

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Others who act on the VM while a run is under way: an administrator, a migration, other tools."""
 
+import json
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ import pytest
 from lab import cli
 from lab.aftermath import manifests
 from lab.backups import assert_restores, back_up, is_copying, leftovers, try_backup
-from lab.disks import MIB, Disk, contents, create, first_difference, pattern
+from lab.disks import CLUSTER, MIB, Disk, contents, create, first_difference, pattern
 from lab.proxy import Place, Proxy
 from lab.qemu import Qemu, StartQemu
+from lab.qmp import QmpError
+from lab.repositories import environment_of
+from stock.repositories import repository
 
 VM = 6
 SIZE = 16 * MIB
@@ -45,6 +51,14 @@ def migrate(vm: Qemu) -> None:
     """Migrate the VM away."""
     vm.qmp("migrate", uri="exec:cat >/dev/null")
     vm.qmp.poll(lambda: vm.qmp("query-migrate").get("status") == "completed")
+
+
+def assert_cannot_be_migrated(vm: Qemu) -> None:
+    """QEMU does not let go of the images, and the VM runs on."""
+    vm.qmp("migrate", uri="exec:cat >/dev/null")
+    vm.qmp.poll(lambda: vm.qmp("query-migrate").get("status") in {"completed", "failed"})
+    assert vm.qmp("query-migrate")["status"] == "failed"
+    vm.qmp.poll(lambda: vm.qmp("query-status")["running"])
 
 
 @pytest.mark.parametrize("before", ["blockdev-create", "object-add"])
@@ -97,19 +111,45 @@ def test_a_vm_that_is_migrated_away_never_runs_here_again(
     assert manifests(target) == []
 
 
-def test_a_vm_that_is_migrated_away_during_the_copy(tmp_path: Path, start_qemu: StartQemu) -> None:
-    """What the destination writes is not kept from the rest of the copy."""
-    vm = one_disk(start_qemu, tmp_path)
-    target = tmp_path / "target"
-    arguments = ("backup", "--level", "full", "--target", target, "--speed-limit", "8M")
+def test_a_migration_during_the_copy_is_refused(tmp_path: Path, start_qemu: StartQemu) -> None:
+    """What the destination would write is not kept from the rest of the copy. QEMU comes to no view
+    that a job reads when it lets go of its images, whether the job copies or is done."""
+    small = create(tmp_path / "vdb.qcow2", CLUSTER)
+    disk = Disk("vda", create(tmp_path / "vda.qcow2", SIZE, contents=pattern(SIZE, 3)))
+    vm, target = start_qemu([disk, Disk("vdb", small)]), tmp_path / "target"
+    expected = vm.contents("vda")
+    arguments = (
+        "backup",
+        "--level",
+        "full",
+        "--target",
+        target,
+        "--speed-limit",
+        "10000",
+        "--json",
+    )
     with cli.start("--socket", vm.socket, *arguments) as running:
         vm.qmp.poll(running.unless_over(lambda: is_copying(vm)))
-        migrate(vm)
-        result = running.wait().check(VM)
-    assert "migrated away" in result.err
-    assert vm.qmp("query-status")["status"] == "postmigrate"
+        assert_cannot_be_migrated(vm)
+        for job in vm.qmp("query-block-jobs"):
+            with suppress(QmpError):  # one that is done
+                vm.qmp("block-job-set-speed", device=job["device"], speed=0)
+        point = json.loads(running.wait().check().out)["point"]["id"]
+    assert_restores(target, point, {"vda": expected, "vdb": bytes(CLUSTER)}, tmp_path)
     assert leftovers(vm) == []
-    assert manifests(target) == []
+    migrate(vm)
+
+
+def test_a_migration_while_we_read_is_refused(tmp_path: Path, start_qemu: StartQemu) -> None:
+    vm, target = one_disk(start_qemu, tmp_path), repository(tmp_path)
+    arguments = ("backup", "--level", "full", "--target", str(target), "--speed-limit", "10000")
+    with cli.start("--socket", vm.socket, *arguments, env=environment_of(target)) as running:
+        vm.qmp.poll(running.unless_over(lambda: bool(vm.qmp("query-block-exports"))))
+        assert_cannot_be_migrated(vm)
+        running.signal(signal.SIGTERM)
+        running.wait().check(143)
+    assert leftovers(vm) == []
+    migrate(vm)
 
 
 def test_a_vm_that_was_migrated_away_is_not_backed_up_here(

@@ -69,7 +69,7 @@ def read_and_copied(run: Puller, folder: Path) -> tuple[dict[str, Read], dict[st
     reading.start()
     if run.pull.way is Method.V1:
         reading.join()  # QEMU 10.0 hangs as a whole, now and then, if a job starts beside it
-    push.copy_all(run.monitor, images, run.view, names, push.CopyOptions())
+    push.copy_all(run.monitor, images, run.view, names, push.CopyOptions(), undo)
     reading.join()
     run.pull.finish()
     assert undo.run() == []

@@ -3,6 +3,12 @@
 
 Jobs are started with `auto-dismiss: false`, so the reason of a failure stays readable in
 `query-jobs` until we have read it (QEMU docs/interop/live-block-operations, qapi/job.json).
+
+A job that ends changes the block graph, for which QEMU since 8.1 waits with its main loop, and so with
+the guest, until no request is under way, a write to a scratch that hangs included. So jobs that read
+views do not end by themselves: done, they are pending (`auto-finalize: false`), and they pause when
+they cannot read on (`on-source-error: stop`). Who started them ends them with `sweep`, when he knows
+that no scratch hangs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +24,12 @@ CREATE_SECONDS = 60.0
 _EVENTS = frozenset({"JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR"})
 _POLL_SECONDS = 1.0
 
+_TURNS = frozenset({"paused", "pending", "concluded", "null"})
+"""What a job comes to when it is done or cannot go on."""
+
+_STOPPED = "QEMU can read it no more"
+"""The reason of a job that has paused at an error of its source; QEMU keeps none."""
+
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
@@ -30,8 +42,8 @@ class JobProgress:
 
 @dataclass(slots=True)
 class JobEnd:
-    """How a job ended: empty `error` is success; `operation` is `read` or `write` where QEMU told
-    which side failed."""
+    """How a job ended: empty `error` is success, or that nothing has failed yet; `operation` is `read` or
+    `write` where QEMU told which side failed."""
 
     job: str
     error: str = ""
@@ -43,7 +55,10 @@ Watch = Callable[[Sequence[JobProgress]], None]
 
 @dataclass(slots=True)
 class _State:
+    """`stay`: the jobs neither end by themselves nor go on after an error."""
+
     open: set[str]
+    stay: bool = False
     ends: dict[str, JobEnd] = field(default_factory=dict)
     operations: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +96,25 @@ def wait(
     return [state.ends[name] for name in names]
 
 
+def wait_until_still(
+    monitor: Monitor, jobs: Iterable[str], watch: Watch | None = None
+) -> list[JobEnd]:
+    """Wait until jobs that do not end by themselves are done, or one has failed, and say how each has
+    fared until then. They are left to `sweep`.
+
+    Raises:
+        Interrupted, ConnectionLost: see `Monitor.wait_for_event`.
+    """
+    names = list(jobs)
+    state = _State(set(names), stay=True)
+    _look(monitor, state, watch)
+    while state.ends.keys() != set(names) and not any(end.error for end in state.ends.values()):
+        event = monitor.wait_for_event(_EVENTS, _POLL_SECONDS)
+        if event is None or _note(event, state):
+            _look(monitor, state, watch)
+    return [state.ends.get(name, JobEnd(name)) for name in names]
+
+
 def cancel(monitor: Monitor, jobs: Iterable[str]) -> None:
     """Ask jobs to end at once; those that have ended already are left alone."""
     for job in jobs:
@@ -91,10 +125,16 @@ def cancel(monitor: Monitor, jobs: Iterable[str]) -> None:
 
 
 def sweep(monitor: Monitor, jobs: Sequence[str]) -> None:
-    """Cancel jobs, wait for their end and dismiss them, whatever state they are in."""
-    present = {reply.text("id") for reply in _query(monitor)}
+    """End jobs, wait for their end and dismiss them, whatever state they are in: those that are done in
+    order, others by cancelling them."""
+    present = {reply.text("id"): reply.text("status") for reply in _query(monitor)}
     mine = [job for job in jobs if job in present]
-    cancel(monitor, mine)
+    for job in mine:
+        if present[job] == "pending":
+            with suppress(CommandError):
+                monitor.execute(Command("job-finalize", {"id": job}))
+        else:
+            cancel(monitor, [job])
     wait(monitor, mine, seconds=CREATE_SECONDS, give_up_on_error=False)
 
 
@@ -104,7 +144,7 @@ def _note(event: Reply, state: _State) -> bool:
     if event.text("event") == "BLOCK_JOB_ERROR":
         state.operations.setdefault(data.text("device"), data.text("operation"))
         return False
-    return data.text("id") in state.open and data.text("status") in {"concluded", "null"}
+    return data.text("id") in state.open and data.text("status") in _TURNS
 
 
 def _look(monitor: Monitor, state: _State, watch: Watch | None) -> None:
@@ -119,8 +159,13 @@ def _look(monitor: Monitor, state: _State, watch: Watch | None) -> None:
         seen.add(job)
         done = JobProgress(job, reply.integer("current-progress"), reply.integer("total-progress"))
         progress.append(done)
-        if reply.text("status") == "concluded":
+        status = reply.text("status")
+        if status == "concluded":
             _end(monitor, state, job, reply.text("error", ""))
+        elif state.stay and status == "pending":
+            state.ends[job] = JobEnd(job)
+        elif state.stay and status == "paused" and _has_failed(monitor, job):
+            state.ends[job] = JobEnd(job, _STOPPED, "read")
     for job in state.open - seen:
         _end(monitor, state, job, "somebody else dismissed the job")
     if watch is not None:
@@ -132,6 +177,15 @@ def _end(monitor: Monitor, state: _State, job: str, error: str) -> None:
         monitor.execute(Command("job-dismiss", {"id": job}))
     state.open = state.open - {job}
     state.ends[job] = JobEnd(job, error, state.operations.get(job, ""))
+
+
+def _has_failed(monitor: Monitor, job: str) -> bool:
+    """Whether it was an error that made a job pause, and nobody's wish."""
+    what = "query-block-jobs"
+    return any(
+        reply.text("device") == job and reply.text("io-status") != "ok"
+        for reply in objects(monitor.execute(Command(what)), what)
+    )
 
 
 def _query(monitor: Monitor) -> Iterable[Reply]:

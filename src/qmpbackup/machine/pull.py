@@ -193,7 +193,7 @@ class Pull:
             VmError: QEMU refused.
         """
         if self._staging:
-            self._staging.fill(speed, watch)
+            self._staging.fill(speed, watch, self._undo)
         elif self._server:
             self._server.export(list(self._exports()))
 

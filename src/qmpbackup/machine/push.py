@@ -6,6 +6,7 @@ so no other program and no path is involved.
 """
 
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from qmpbackup.errors import (
     CommandError,
-    Interrupted,
     JobError,
     QmpBackupError,
     StorageError,
@@ -29,8 +29,10 @@ from qmpbackup.machine.view import View
 from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.instant import Seat
-from qmpbackup.plan.names import RunNames
+from qmpbackup.plan.names import GUARD, RunNames
 from qmpbackup.undo import UndoStack
+
+log = logging.getLogger(__name__)
 
 FIRST_RIGHT_SNAPSHOT_ACCESS = (8, 0)
 """Before 8.0 a read of a view that crosses from an overwritten cluster into an untouched one returns
@@ -38,9 +40,6 @@ live data (fixed by QEMU commit a4d5224c); requests of one cluster are right."""
 
 _UNDER_WAY = 64 * CLUSTER
 """Bytes that a job reads or writes at a time."""
-
-_CANCELLED = os.strerror(errno.ECANCELED)
-"""How a job ends that was whole until another one failed."""
 
 _VIEW_BROKEN = frozenset(map(os.strerror, (errno.EACCES, errno.EINVAL)))
 """What QEMU says of a view whose scratch has failed (block/copy-before-write.c)."""
@@ -123,30 +122,56 @@ def copy_all(
     view: View,
     names: RunNames,
     options: CopyOptions,
+    undo: UndoStack,
     watch: jobs.Watch | None = None,
 ) -> None:
     """Copy the view of every disk into its image.
+
+    However it goes, the jobs are there until `undo` ends them: see `jobs`. Until then QEMU refuses to
+    migrate the VM, or to save it to a file.
 
     Raises:
         StorageError: a target could not be written.
         JobError: a view broke, or its disk could not be read.
         VmError: QEMU did not begin a copy, as when a disk has just been resized.
-        Interrupted, OutcomeUnknown: jobs may still be there.
+        Interrupted, OutcomeUnknown: see `Monitor`.
     """
-    started = [names.of("job", image.number) for image in images]
+    started = job_names(images, names)
+    _keep_here(monitor, names, undo)
+    undo.push("end the copying", lambda: jobs.sweep(monitor, started))
+    sent = answers(monitor, images, lambda image: _backup(monitor, names, image, view, options))
+    for image, answer in sent:
+        if isinstance(answer, CommandError):
+            raise _refused(image.disk_id, answer)
+    ends = {end.job: end for end in jobs.wait_until_still(monitor, started, watch)}
+    for image in images:
+        end = ends[names.of("job", image.number)]
+        if end.error:
+            raise _failure(image, end)
+
+
+def job_names(images: Sequence[NewImage], names: RunNames) -> list[str]:
+    """The jobs that fill images."""
+    return [names.of("job", image.number) for image in images]
+
+
+def _keep_here(monitor: Monitor, names: RunNames, undo: UndoStack) -> None:
+    """Have QEMU refuse to migrate or save the VM, by a node that keeps a right to write.
+
+    At the end of either QEMU lets go of all images, which fails if a node would go on writing. A view
+    would, to its scratch; but QEMU begins at nodes that it knows by themselves, and never comes to a view
+    that only a job uses (`bdrv_inactivate_all` in block.c). It would say that the VM was migrated, and go
+    on using its images.
+    """
+    name = names.of(GUARD, 0)
+    add = commands.blockdev_add(
+        name, "blkdebug", image={"driver": "null-co"}, take_child_perms=["write"]
+    )
+    step = Step(add, "let the VM be migrated again", commands.blockdev_del(name))
     try:
-        sent = answers(monitor, images, lambda image: _backup(monitor, names, image, view, options))
-        for image, answer in sent:
-            if isinstance(answer, CommandError):
-                raise _refused(image.disk_id, answer)
-        ends = {end.job: end for end in jobs.wait(monitor, started, watch)}
-    except (QmpBackupError, Interrupted):
-        jobs.sweep(monitor, started)
-        raise
-    copied = [(image, ends[names.of("job", image.number)]) for image in images]
-    failed = [each for each in copied if each[1].error]
-    if failed:
-        raise _failure(*min(failed, key=lambda each: each[1].error == _CANCELLED))
+        carry_out(monitor, [step], undo)
+    except CommandError as error:  # a QEMU that was built without this driver
+        log.debug("This VM can be migrated or saved during the run: %s", error)
 
 
 def _refused(disk_id: str, error: CommandError) -> VmError:
@@ -216,7 +241,8 @@ def _backup(
         "device": view.snapshot_node(image.seat),
         "target": names.of("image", image.number),
         "auto-dismiss": False,
-        "on-source-error": "report",
+        "auto-finalize": False,
+        "on-source-error": "stop",
         "on-target-error": "report",
         **_options(options, view.copy_bitmap(image.seat)),
     }

@@ -46,8 +46,9 @@ class Staging:
         options = push.CopyOptions()
         push.create_images(self._monitor, self._images(), self._names, options, self._open)
 
-    def fill(self, speed: int, watch: jobs.Watch | None) -> None:
-        """Copy the views, at most `speed` bytes a second for each disk (0: no limit).
+    def fill(self, speed: int, watch: jobs.Watch | None, undo: UndoStack) -> None:
+        """Copy the views, at most `speed` bytes a second for each disk (0: no limit). Where that fails,
+        `undo` ends it.
 
         Raises:
             StorageError: a file could not be written.
@@ -57,7 +58,9 @@ class Staging:
         seats = [stage.seat for stage in self._stages.values()]
         self._store_marks([seat for seat in seats if seat.shows_marks])
         options = push.CopyOptions(speed=speed)
-        push.copy_all(self._monitor, self._images(), self._view, self._names, options, watch)
+        images = self._images()
+        push.copy_all(self._monitor, images, self._view, self._names, options, undo, watch)
+        jobs.sweep(self._monitor, push.job_names(images, self._names))
         self._close()
 
     def served(self, seat: Seat) -> AbstractContextManager[str]:

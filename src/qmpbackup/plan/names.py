@@ -26,6 +26,9 @@ SERVING = "serving"
 LIVING = "living"
 """What a run calls the device in QEMU by which other runs see that it lives."""
 
+GUARD = "guard"
+"""What a run calls the node that keeps the VM from being migrated or saved while jobs copy."""
+
 STOPPED_MARKER = "qmpbackup-stopped"
 FROZEN_MARKER = "qmpbackup-frozen"
 

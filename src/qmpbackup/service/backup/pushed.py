@@ -53,7 +53,15 @@ class Pushed:
     def copy(self) -> None:
         """Have QEMU copy all views."""
         frame, names = self._frame, self._frame.plan.names
-        push.copy_all(frame.monitor, self._images, self.view, names, self._options, frame.watch)
+        push.copy_all(
+            frame.monitor,
+            self._images,
+            self.view,
+            names,
+            self._options,
+            frame.teardown,
+            frame.watch,
+        )
 
     def _close_images(self) -> None:
         failures = self._images_open.run()
