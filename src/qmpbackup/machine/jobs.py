@@ -173,6 +173,9 @@ def _look(monitor: Monitor, state: _State, watch: Watch | None) -> None:
 
 
 def _end(monitor: Monitor, state: _State, job: str, error: str) -> None:
+    if error and job not in state.operations:  # it may have been over when we first looked
+        for event in monitor.events_so_far(_EVENTS):
+            _note(event, state)
     with suppress(CommandError):
         monitor.execute(Command("job-dismiss", {"id": job}))
     state.open = state.open - {job}

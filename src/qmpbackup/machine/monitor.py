@@ -191,6 +191,14 @@ class Monitor:
             if event is None and left <= 0:
                 return None
 
+    def events_so_far(self, names: frozenset[str]) -> list[Reply]:
+        """The events of these names that have come and that nobody has taken; others are dropped.
+
+        What QEMU told before it answered a question is among them.
+        """
+        events = [Reply(event, "event") for event in self._client.inbox.clear()]
+        return [event for event in events if event.text("event") in names]
+
     def close(self) -> None:
         """End the session; what cannot be ended in order is dropped."""
         with suppress(Exception):
