@@ -11,11 +11,14 @@ import pytest
 from lab.backups import leftovers
 from lab.disks import Disk, create, first_difference, pattern
 from lab.qemu import StartQemu
-from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
+from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, UsageError
 from qmpbackup.model import Level, Point
 from qmpbackup.plan.finding import Health
+from qmpbackup.plan.retention import Policy
 from qmpbackup.service import show
 from qmpbackup.service.backup import Request, back_up
+from qmpbackup.service.prune import Request as PruneRequest
+from qmpbackup.service.prune import prune
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
@@ -182,6 +185,45 @@ class TestProof:
         with pytest.raises(DamagedError):
             restore(RestoreRequest(place.address, points[-1].id, ("hd0",), file=out, format="raw"))
         assert not out.exists()
+
+
+class TestRemoval:
+    """What a policy does not keep goes; what stays, stays whole."""
+
+    def test_all_but_the_newest_go(self, place: Place, points: list[Point]) -> None:
+        outcome = prune(PruneRequest(place.address, Policy(last=1)))
+        assert [each.point for each in outcome.kept] == points[-1:]
+        assert outcome.freed is not None
+        with place.read() as target:
+            (left,) = target.load().points
+            assert left.id == points[-1].id
+            for name, data in contents(target, left).items():
+                assert data == place.expected[left.id, name]
+        assert verify(VerifyRequest(place.address, read_data=1.0)).whole
+
+    def test_the_next_point_builds_on_what_has_stayed(
+        self, place: Place, points: list[Point]
+    ) -> None:
+        prune(PruneRequest(place.address, Policy(last=2)))
+        last = place.add(SECOND, points[-1])
+        with place.read() as target:
+            assert [each.id for each in target.load().points] == [
+                *(each.id for each in points[1:]),
+                last.id,
+            ]
+            assert contents(target, last)["hd0"] == place.expected[last.id, "hd0"]
+
+    def test_a_dry_run_changes_nothing(self, place: Place, points: list[Point]) -> None:
+        outcome = prune(PruneRequest(place.address, Policy(last=1), dry_run=True))
+        assert outcome.removed == (points[1], points[0])
+        with place.read() as target:
+            assert target.load().points == tuple(points)
+
+    def test_who_reads_is_not_disturbed(self, place: Place, points: list[Point]) -> None:
+        with place.read() as target:
+            with pytest.raises(Locked):
+                prune(PruneRequest(place.address, Policy(last=1)))
+            assert target.load().points == tuple(points)
 
 
 class TestUseCases:

@@ -23,12 +23,12 @@ from qmpbackup.model import Level
 from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
 from qmpbackup.service.prune import Outcome, Request, prune
-from qmpbackup.service.rebase.merge import merge_part
-from qmpbackup.service.rebase.place import Place
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
+from qmpbackup.targets.folder.disk_folder import DiskFolder
+from qmpbackup.targets.folder.merging import merge_part
 from qmpbackup.targets.folder.target import DirectoryTarget
 from stock.stored import MIB, Stored, Write, contents, run
 
@@ -482,4 +482,4 @@ def merge_one(target: Path, point_id: str) -> None:
     number = [point.id for point in points].index(point_id)
     links = chain(points, points[number + 1], "vda")[number : number + 2]
     with opened.lock(remove=True):
-        merge_part(Place(target / "vda", opened), points, links)
+        merge_part(DiskFolder(target / "vda", opened), points, links)

@@ -5,9 +5,9 @@ It takes chunks, and is complete enough for whole backups, restores and all comm
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Final
 
@@ -15,10 +15,12 @@ from lab.disks import MIB
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, UsageError
 from qmpbackup.model import Point, StoredDisk, VmIdentity
 from qmpbackup.plan.finding import Finding, Health
+from qmpbackup.plan.retention import Verdict
 from qmpbackup.targets import pouring
 from qmpbackup.targets.interface import Found, Made, Target, Wish
 from qmpbackup.targets.inventory import Inventory, same_vm
 from qmpbackup.targets.receiver import Arrival, Buffer, ChunkReceiver, Sealed
+from qmpbackup.targets.removal import Removed, Sweep
 from qmpbackup.targets.report import Proved, Report
 from qmpbackup.targets.stored_image import Extent, OpenDisks, Sink
 
@@ -72,7 +74,7 @@ class MemoryTarget:
     def __init__(self) -> None:
         self.points: list[Point] = []
         self.disks: dict[Key, RememberedImage] = {}
-        self._alone = threading.Lock()
+        self._holders = 0
 
     def load(self) -> Inventory:
         return Inventory(tuple(self.points))
@@ -95,9 +97,13 @@ class MemoryTarget:
     @contextmanager
     def lock(self, *, wait: float = 0.0) -> Iterator[None]:
         del wait
-        if self._alone.locked():
+        if self._holders < 0:
             raise Locked("Points are being removed from memory.")
-        yield
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
 
     @contextmanager
     def writing(self, wait: float = 0.0) -> Iterator[list[str]]:
@@ -136,6 +142,16 @@ class MemoryTarget:
     ) -> ChunkReceiver:
         del point_id, disks, check
         return MemoryReceiver(self)
+
+    @contextmanager
+    def removing(self, sweep: Sweep) -> Iterator["MemoryClearing"]:
+        if self._holders:
+            raise Locked("Somebody holds what is in memory.")
+        self._holders = -1
+        try:
+            yield MemoryClearing(self, dry_run=sweep.dry_run)
+        finally:
+            self._holders = 0
 
 
 class MemoryReceiver(ChunkReceiver):
@@ -205,6 +221,30 @@ class ArrivingBytes:
         self.data[place] = data
         self._missing.discard(index)
         return differs
+
+
+@dataclass
+class MemoryClearing:
+    """See `Clearing`."""
+
+    target: MemoryTarget
+    dry_run: bool
+    poor: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return tuple(self.target.points)
+
+    def perform(self, verdicts: Sequence[Verdict]) -> Removed:
+        gone = {each.point.id for each in verdicts if not each.kept}
+        keys = [key for key in self.target.disks if key[0] in gone]
+        freed = sum(len(self.target.disks[key].data) for key in keys)
+        if not self.dry_run:
+            self.target.points[:] = [each for each in self.points if each.id not in gone]
+            for key in keys:
+                del self.target.disks[key]
+        return Removed(tuple(verdicts), freed)
 
 
 @dataclass

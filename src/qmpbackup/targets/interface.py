@@ -21,6 +21,7 @@ from qmpbackup.model import Location, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.finding import Finding
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.receiver import Arrival, Receiver
+from qmpbackup.targets.removal import Clearing, Sweep
 from qmpbackup.targets.report import Report
 from qmpbackup.targets.stored_image import OpenDisks
 
@@ -115,6 +116,16 @@ class Target(Ground, Protocol):
         Raises:
             UsageError: a point cannot hold so much.
             StorageError: nothing is left behind.
+        """
+
+    def removing(self, sweep: Sweep) -> AbstractContextManager[Clearing]:
+        """Hold it so that points can go, after what earlier commands have left half done was finished;
+        for a dry run only so that none goes meanwhile.
+
+        Raises:
+            UsageError: the sweep is none for this kind.
+            Locked: somebody else held it for as long as was waited.
+            DamagedError: nobody can say what may go.
         """
 
     def left(self) -> list[str]:

@@ -10,12 +10,12 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.images.layers import require_unchanged
 from qmpbackup.ownership import refuse_planted_links
-from qmpbackup.service.rebase import build
-from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import refuse_unfinished
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import LINK_HINT, Request, Source
+from qmpbackup.service.rebase.source import LINK_HINT, Request, select
 from qmpbackup.service.restore.place import partial_file
+from qmpbackup.targets.folder import chain_files, merged_image
+from qmpbackup.targets.folder.chain_files import Source
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +35,17 @@ def export(request: Request, output: Path) -> str:
     with interrupt.held(), place.reading(request.lock_wait):
         refuse_unfinished(place)
         _check_output(place, output)
-        source = sources.select(place, request)
+        source = select(place, request)
         _check_links(source)
-        with sources.opened(source) as layers:
+        with chain_files.opened(source) as layers:
             if not request.skip_check:
-                sources.verify(source, layers)
-            needed = build.flat_bytes(layers)
+                chain_files.verify(source, layers)
+            needed = merged_image.flat_bytes(layers)
             with partial_file(output, request.lock_wait, "qcow2") as new:
-                build.require_room(output.parent, needed, "The new image")
+                merged_image.require_room(output.parent, needed, "The new image")
                 log.info("Merging %s into %s", ", ".join(source.names), output)
                 with new.writing():
-                    build.flatten(layers, new.fd, request.rate)
+                    merged_image.flatten(layers, new.fd, request.rate)
                 require_unchanged(layers)
                 interrupt.check()
                 new.finish(force=False)

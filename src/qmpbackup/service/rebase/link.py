@@ -15,10 +15,11 @@ from qmpbackup.folder import Folder
 from qmpbackup.images import relink
 from qmpbackup.plan.lineage import Bond
 from qmpbackup.plan.merge import SYMLINK
-from qmpbackup.service.rebase import source as sources
 from qmpbackup.service.rebase.merge import clear_up, refuse_unfinished
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import Request, Source
+from qmpbackup.service.rebase.source import Request, select
+from qmpbackup.targets.folder import chain_files
+from qmpbackup.targets.folder.chain_files import Source
 from qmpbackup.targets.folder.journal import put_symlink
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def link(request: Request) -> LinkPlan:
     place = Place.find(request.folder)
     with interrupt.held(), place.exclusive(request.lock_wait):
         clear_up(place)
-        source = sources.select(place, request)
+        source = select(place, request)
         plan = _plan(source)
         _verify(source, request)
         with storage_errors(f"make links in {place.folder}"), Folder.open(place.folder) as folder:
@@ -66,7 +67,7 @@ def dry_run(request: Request) -> LinkPlan:
     """
     place = Place.find(request.folder)
     refuse_unfinished(place)
-    return _plan(sources.select(place, request))
+    return _plan(select(place, request))
 
 
 def _plan(source: Source) -> LinkPlan:
@@ -86,6 +87,6 @@ def _plan(source: Source) -> LinkPlan:
 
 
 def _verify(source: Source, request: Request) -> None:
-    with sources.opened(source) as layers:
+    with chain_files.opened(source) as layers:
         if not request.skip_check:
-            sources.verify(source, layers)
+            chain_files.verify(source, layers)

@@ -15,7 +15,7 @@ from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.filelock import locked
 from qmpbackup.folder import Folder
 from qmpbackup.model import Point
-from qmpbackup.targets.folder.journal import MergeJournal
+from qmpbackup.targets.folder.disk_folder import DiskFolder
 from qmpbackup.targets.folder.target import DirectoryTarget, Inventory
 from qmpbackup.targets.names import POINTS, is_folder_name
 
@@ -23,21 +23,10 @@ _NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A folder with images of a disk; `target` is what it belongs to, if anything."""
+class Place(DiskFolder):
+    """A folder that a user names; `target` is what it belongs to, if anything."""
 
-    folder: Path
     target: DirectoryTarget | None = None
-
-    @property
-    def name(self) -> str:
-        """The folder's name, as manifests call it."""
-        return self.folder.name
-
-    @property
-    def journal(self) -> MergeJournal:
-        """Where a merge in this folder is written down."""
-        return MergeJournal(self.folder, self.target.path if self.target else None)
 
     @classmethod
     def find(cls, path: Path) -> "Place":

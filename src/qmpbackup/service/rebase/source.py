@@ -1,34 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chain that a command means, opened, and verified before anything relies on it.
+"""The chain that a command means.
 
 From manifests where there are any; else from the links inside the images. Must not know what is done
 with the chain.
 """
 
 import logging
-import os
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, UsageError
 from qmpbackup.folder import Folder
-from qmpbackup.images import qemu_img
-from qmpbackup.images.layers import Layer, check_link
-from qmpbackup.images.qcow2 import read_header
-from qmpbackup.model import Point, StoredDisk
+from qmpbackup.model import Point
 from qmpbackup.plan import chain, levels, lineage
 from qmpbackup.plan.chain import Link
-from qmpbackup.plan.lineage import Bond, LinkedImage
+from qmpbackup.plan.lineage import LinkedImage
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
 from qmpbackup.service.rebase.place import Place
-from qmpbackup.targets.folder import chains
-from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.folder.chain_files import Source, children_of, image_of, strays
 
 log = logging.getLogger(__name__)
+
+LINK_HINT = "Run `qmprestore rebase` first, which links the images."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,33 +37,6 @@ class Request:
     skip_check: bool = False
     rate: int = 0
     lock_wait: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A chain: the names of its files, the full first; or neighbours out of one (`part`).
-
-    `links` and `points` are empty without manifests. `children` are backups that build on files of
-    the chain and are not part of it, `strays` other files that do, such as overlays of an owner.
-    `assumed` and `misplaced` are as in `Lineage`.
-    """
-
-    place: Place
-    names: tuple[str, ...]
-    children: tuple[Bond, ...] = ()
-    strays: tuple[Bond, ...] = ()
-    links: tuple[Link, ...] = ()
-    points: tuple[Point, ...] = ()
-    assumed: tuple[Bond, ...] = ()
-    misplaced: tuple[Bond, ...] = ()
-
-    @property
-    def times(self) -> tuple[datetime | None, ...]:
-        """The instant of the state that each file holds, as far as it is known."""
-        if self.links:
-            return tuple(link.point.time for link in self.links)
-        # A full may have been merged into since it got its name.
-        return (None, *(lineage.time_of(name) for name in self.names[1:]))
 
 
 def select(place: Place, request: Request) -> Source:
@@ -103,17 +71,7 @@ def _images(folder: Folder) -> list[LinkedImage]:
             f"{folder.path} holds an unfinished file, {partial[0]}, so the chain may not be whole.",
             "Find out what left it; if it is only half a file, remove it.",
         )
-    return [_image(folder, name) for name in lineage.candidates(names)]
-
-
-def _image(folder: Folder, name: str) -> LinkedImage:
-    fd = folder.open_file(name)
-    try:
-        return LinkedImage(name, read_header(fd, name).backing)
-    except DamagedError:
-        return LinkedImage(name)  # no qcow2: it has no link, and is refused where a chain needs it
-    finally:
-        os.close(fd)
+    return [image_of(folder, name) for name in lineage.candidates(names)]
 
 
 def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> Source:
@@ -126,25 +84,8 @@ def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> 
     newest = _newest(states, request)
     links = chain.chain(points, newest.point, newest.disk.id)
     names = tuple(link.disk.name for link in links)
-    children = tuple(_children(points, links))
+    children = tuple(children_of(points, links))
     return Source(place, names, children, strays(place, states, names), links, tuple(points))
-
-
-def part(place: Place, points: Sequence[Point], links: Sequence[Link]) -> Source:
-    """Neighbours out of a chain of manifests, the lowest first.
-
-    Raises:
-        StorageError: the folder cannot be read.
-    """
-    names = tuple(link.disk.name for link in links)
-    states = {
-        disk.name
-        for point in points
-        for disk in point.disks
-        if disk.file.startswith(f"{place.name}/")
-    }
-    children = tuple(_children(points, links))
-    return Source(place, names, children, strays(place, states, names), tuple(links), tuple(points))
 
 
 def _newest(states: dict[str, Link], request: Request) -> Link:
@@ -159,136 +100,3 @@ def _newest(states: dict[str, Link], request: Request) -> Link:
     candidates = [states[name].point for name in chosen]
     point = levels.last_point(candidates, disk_id) or candidates[-1]
     return next(link for link in states.values() if link.point.id == point.id)
-
-
-def _children(points: Sequence[Point], links: Sequence[Link]) -> Iterator[Bond]:
-    inside = {link.point.id for link in links}
-    for link in links:
-        for child in chain.children(points, link.point.id, link.disk.id):
-            disk = child.disk(link.disk.id)
-            if disk is not None and child.id not in inside:
-                yield Bond(disk.name, link.disk.name)
-
-
-def strays(place: Place, backups: Container[str], names: Sequence[str]) -> tuple[Bond, ...]:
-    """Files in the folder that are none of `backups` and build on one of `names`."""
-    found: list[Bond] = []
-    with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
-        for name in folder.names():
-            backing = "" if name in backups else _link_of(folder, name).rpartition("/")[2]
-            if backing in names:
-                found.append(Bond(name, backing))
-    return tuple(found)
-
-
-def _link_of(folder: Folder, name: str) -> str:
-    try:
-        return _image(folder, name).backing
-    except (DamagedError, FileNotFoundError):
-        return ""  # no plain file, or the unfinished file of a run that has just ended
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[list[Layer]]:
-    """Open the files of a chain and check lengths, headers and links.
-
-    Raises:
-        DamagedError: they are not what manifests, or the chain, say.
-        StorageError: they cannot be opened.
-    """
-    if source.links:
-        last = source.links[-1]
-        with chains.opened(_target(source), source.points, last.point, last.disk) as files:
-            yield [file.layer for file in files[-len(source.names) :]]
-        return
-    chains.allow_open_files(len(source.names))
-    with ExitStack() as stack:
-        layers = _open_layers(source, stack)
-        for layer, parent in zip(layers, ("", *source.names), strict=False):
-            check_link(layer, _expected_link(source, layer, parent))
-        yield layers
-
-
-def _expected_link(source: Source, layer: Layer, parent: str) -> str:
-    if any(bond.child == layer.name for bond in source.assumed):
-        return ""
-    if any(bond.child == layer.name for bond in source.misplaced):
-        return layer.header.backing  # to be rewritten, and not followed
-    return parent
-
-
-def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
-    layers: list[Layer] = []
-    with storage_errors(f"read {source.place.folder}"), Folder.open(source.place.folder) as folder:
-        for name in source.names:
-            fd = folder.open_file(name)
-            stack.callback(os.close, fd)
-            layers.append(Layer.of(fd, name))
-    return layers
-
-
-LINK_HINT = "Run `qmprestore rebase` first, which links the images."
-
-
-def verify(source: Source, layers: Sequence[Layer]) -> None:
-    """Prove the files of a chain: by the digests in manifests, else by QEMU's own check.
-
-    Raises:
-        DamagedError: one is damaged.
-    """
-    if source.links:
-        for link, layer in zip(source.links, layers, strict=True):
-            log.info("Verifying %s", layer.name)
-            chains.check_digest(_target(source), link.disk, layer)
-        return
-    for layer in layers:
-        log.info("Checking %s", layer.name)
-        found = qemu_img.check(layer)
-        if found.errors:
-            said = found.message or f"{found.errors} errors"
-            raise DamagedError(
-                f"qemu-img check finds {layer.name} damaged: {said}.",
-                "Put back an unharmed copy of it.",
-            )
-
-
-@contextmanager
-def opened_child(source: Source, name: str) -> Iterator[tuple[Layer, StoredDisk | None]]:
-    """Open an image that builds on the chain; its record is `None` without manifests.
-
-    Raises:
-        DamagedError: it is not as long as its manifest says.
-    """
-    disk = _record_of(source, name)
-    with storage_errors(f"open {name}"), Folder.open(source.place.folder) as folder:
-        fd = folder.open_file(name)
-    try:
-        if disk is not None:
-            chains.check_length(_target(source), disk, fd)
-        with storage_errors(f"read {name}"):
-            layer = Layer.of(fd, name)
-        yield layer, disk
-    finally:
-        os.close(fd)
-
-
-def verify_child(source: Source, layer: Layer, disk: StoredDisk) -> None:
-    """Prove an image that builds on the chain by its digest.
-
-    Raises:
-        DamagedError: it is damaged.
-    """
-    log.info("Verifying %s", disk.file)
-    chains.check_digest(_target(source), disk, layer)
-
-
-def _record_of(source: Source, name: str) -> StoredDisk | None:
-    file = f"{source.place.name}/{name}"
-    disks = (disk for point in source.points for disk in point.disks if disk.file == file)
-    return next(disks, None)
-
-
-def _target(source: Source) -> DirectoryTarget:
-    if source.place.target is None:
-        raise ValueError("a chain of manifests outside of a target")
-    return source.place.target

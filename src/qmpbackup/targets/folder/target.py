@@ -40,6 +40,7 @@ from qmpbackup.targets.names import (
     WRITER_LOCK,
 )
 from qmpbackup.targets.receiver import Arrival, FileReceiver
+from qmpbackup.targets.removal import Clearing, Sweep
 from qmpbackup.targets.report import Report
 from qmpbackup.targets.stored_image import OpenDisks
 
@@ -275,6 +276,28 @@ class DirectoryTarget(StoredFiles):
         del check
         wanted = [(disk.disk_id, disk.level) for disk in disks]
         return FolderReceiver(self.begin(point_id, wanted, datetime.now(UTC)))
+
+    @contextmanager
+    def removing(self, sweep: Sweep) -> Iterator[Clearing]:
+        """Hold it alone, cleared up; for a dry run just so that nothing goes meanwhile."""
+        from qmpbackup.targets.folder.removing import FolderClearing, require_ours, require_possible
+
+        require_possible(sweep)
+        with self.lock(remove=not sweep.dry_run, wait=sweep.wait):
+            if sweep.dry_run:
+                self._require_settled()
+            else:
+                require_ours(self)
+                for done in (*self.recover(), *journal.roll_forward(self.path)):
+                    log.warning("Cleaned up after a run that died: %s.", done)
+            yield FolderClearing(self, self.load, sweep)
+
+    def _require_settled(self) -> None:
+        if self.interrupted():
+            raise DamagedError(
+                f"A merge in {self.path} was interrupted, so this cannot be foretold.",
+                "The next backup finishes it, and so does prune without --dry-run.",
+            )
 
     def images(
         self,

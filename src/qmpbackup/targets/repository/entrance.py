@@ -17,6 +17,7 @@ from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.location import connect
 from qmpbackup.targets.interface import Ground, Made, Wish
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.repository.access import Access
 from qmpbackup.targets.repository.chunk_list import CHUNK
 from qmpbackup.targets.repository.opening import RepositoryOpening, refuse_what_makes_no_sense
 from qmpbackup.targets.repository.target import RepositoryTarget
@@ -36,13 +37,15 @@ class RepositoryEntrance:
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[RepositoryTarget]:
         """Open it to read from: the points of the named VM, or of the only one there is."""
-        with self.repository() as found:
-            yield RepositoryTarget.only(found, vm)
+        with self._repository() as (found, access):
+            target = RepositoryTarget.only(found, vm)
+            target.access = access
+            yield target
 
     @contextmanager
     def of(self, vm: VmIdentity) -> Iterator[RepositoryTarget]:
         """Open it to read the points of this VM."""
-        with self.repository() as found:
+        with self._repository() as (found, _):
             yield RepositoryTarget(found, vm)
 
     def newest(self, vm: str) -> Point | None:
@@ -89,23 +92,16 @@ class RepositoryEntrance:
             return Made(made.config.id, storage.name)
 
     @contextmanager
-    def repository(self, secret: str = "") -> Iterator[Repository]:
-        """Open the repository itself; `secret` is the password, if it has been asked for already.
-
-        Raises:
-            NoSuchTarget: there is no repository.
-            WrongPassword: the password does not open it.
-            UsageError: no password can be had, or the location is none.
-        """
-        with (
-            connect(self.location.text, os.environ) as storage,
-            Repository.open(storage, secret or password.read(os.environ)) as found,
-        ):
-            yield found
+    def _repository(self) -> Iterator[tuple[Repository, Access]]:
+        with connect(self.location.text, os.environ) as storage:
+            # Once: what was typed is not in the environment that restic inherits.
+            access = Access(self.location, password.read(os.environ))
+            with Repository.open(storage, access.secret) as found:
+                yield found, access
 
     @contextmanager
     def _ahead(self) -> Iterator[Callable[[], Repository]]:
-        """Gives the function that waits for the repository, and raises what `repository` raises."""
+        """Gives the function that waits for the repository, and raises what opening it raises."""
         from concurrent.futures import ThreadPoolExecutor
 
         with ExitStack() as stack:

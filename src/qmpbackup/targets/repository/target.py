@@ -9,6 +9,7 @@ Every point is complete in itself: any may be forgotten. A repository may hold m
 this is the view of one of them. Which snapshots are its points, `catalog` finds out. Knows manifests and the repository format; must not know QEMU.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.restic.writer import Writer
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.receiver import Arrival, ChunkReceiver
+from qmpbackup.targets.removal import Clearing, Sweep
 from qmpbackup.targets.report import Report
+from qmpbackup.targets.repository.access import Access
 from qmpbackup.targets.repository.chunk_list import CHUNK, ChunkList
 from qmpbackup.targets.repository.points import VmPoints
 from qmpbackup.targets.stored_image import OpenDisks
@@ -29,6 +32,8 @@ class RepositoryTarget(VmPoints):
 
     chunk = CHUNK
     stores_plain = False
+    access: Access | None = None
+    """Known where restic's own program may have to open it, too."""
 
     @property
     def folder(self) -> Path | None:
@@ -85,6 +90,18 @@ class RepositoryTarget(VmPoints):
         del point_id
         receiving.require_possible(disks)
         return receiving.RepositoryReceiver(self, check=check)
+
+    @contextmanager
+    def removing(self, sweep: Sweep) -> Iterator[Clearing]:
+        """Look at what there is; our own lock is released before restic takes its own."""
+        from qmpbackup.targets.repository import removing
+
+        removing.require_possible(sweep)
+        until = time.monotonic() + sweep.wait
+        self.repository.storage.require_ours()
+        with self.lock(wait=sweep.wait):
+            found = self.load()
+        yield removing.RepositoryClearing(self, found, self.access, sweep, until)
 
     def images(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a restic repository: decided here, forgotten and swept by restic's own program.
+"""Points go from a restic repository: forgotten and swept by restic's own program.
 
-Points do not build on each other, so what the policy does not keep simply goes. restic is told which
+Points do not build on each other, so what is not kept simply goes. restic is told which
 snapshots; location and password reach it by its environment, as they reached us. Must not know the
 format of repositories.
 """
@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 
 from qmpbackup import interrupt, process
 from qmpbackup.errors import (
@@ -24,16 +23,13 @@ from qmpbackup.errors import (
     UsageError,
     WrongPassword,
 )
-from qmpbackup.model import Location
-from qmpbackup.plan.pruning import keep_newest
-from qmpbackup.plan.retention import Verdict, decide
+from qmpbackup.plan.retention import Verdict
 from qmpbackup.process import Result
-from qmpbackup.restic import password
 from qmpbackup.restic.storage.interface import Kind
-from qmpbackup.service.prune import Outcome, Request
 from qmpbackup.targets.inventory import Inventory
-from qmpbackup.targets.repository.entrance import RepositoryEntrance
-from qmpbackup.targets.repository.target import RepositoryTarget
+from qmpbackup.targets.removal import Removed, Sweep
+from qmpbackup.targets.repository.access import Access
+from qmpbackup.targets.repository.points import VmPoints
 
 log = logging.getLogger(__name__)
 
@@ -74,69 +70,76 @@ _HINTS: Mapping[type[QmpBackupError], str] = {
 }
 
 
-def prune(request: Request, location: Location, now: datetime) -> Outcome:
-    """Prune the points of one VM in a repository; see `service.prune.prune`."""
-    if not request.merging:
-        raise UsageError("Nothing is merged in a repository.", "Leave --no-merge out.")
-    until = time.monotonic() + request.lock_wait
-    # Once: what was typed here is not in the environment that restic inherits.
-    secret = password.read(os.environ)
-    with interrupt.held(), RepositoryEntrance(location).repository(secret) as repository:
-        target = RepositoryTarget.only(repository, request.vm)
-        target.repository.storage.require_ours()
-        with target.lock(wait=request.lock_wait):
-            found = target.load()
-        verdicts = _decide(target, found, request, now)
+class RepositoryClearing:
+    """See `Clearing`. Nothing is held here: restic takes a lock that leaves room for no other."""
+
+    def __init__(
+        self, points: VmPoints, found: Inventory, access: Access | None, sweep: Sweep, until: float
+    ) -> None:
+        self.points = found.points
+        self.poor: Mapping[str, str] = {}
+        self.tags: Mapping[str, Sequence[str]] = {
+            point.id: tuple(tag for each in points.snapshots_of(point) for tag in each.tags)
+            for point in found.points
+        }
+        self._points = points
+        self._access = access
+        self._dry_run = sweep.dry_run
+        self._until = until
+        for damage in found.damaged:
+            log.warning("Damaged, so left alone: %s: %s", damage.path, damage.reason)
+
+    def perform(self, verdicts: Sequence[Verdict]) -> Removed:
+        """Have restic forget the snapshots of what goes, and sweep."""
         # By their ids, never by a group of restic's: nothing of another VM can be among them.
         gone = [
             snapshot.id
             for each in verdicts
             if not each.kept
-            for snapshot in target.snapshots_of(each.point)
+            for snapshot in self._points.snapshots_of(each.point)
         ]
-        if request.dry_run or not gone:
-            return Outcome(verdicts, None if gone else 0)
-        # Our own lock is released: restic takes one that leaves room for no other.
-        before = _stored(target)
-        with _told(location, secret) as (environment, fds):
+        if self._dry_run or not gone:
+            return Removed(tuple(verdicts), None if gone else 0)
+        if self._access is None:
+            raise ValueError("a repository that was opened for us alone")
+        before = _stored(self._points)
+        with _told(self._access) as (environment, fds):
             for first in range(0, len(gone), _AT_ONCE):
                 part = gone[first : first + _AT_ONCE]
                 sweep = ["--prune"] if part[-1] == gone[-1] else []
-                _restic(["forget", "--quiet", *sweep, "--", *part], environment, fds, until)
-        return Outcome(verdicts, before - _stored(target))
+                _restic(["forget", "--quiet", *sweep, "--", *part], environment, fds, self._until)
+        return Removed(tuple(verdicts), before - _stored(self._points))
 
 
-def _decide(
-    target: RepositoryTarget, found: Inventory, request: Request, now: datetime
-) -> tuple[Verdict, ...]:
-    for damage in found.damaged:
-        log.warning("Damaged, so left alone: %s: %s", damage.path, damage.reason)
-    tags = {
-        point.id: tuple(tag for each in target.snapshots_of(point) for tag in each.tags)
-        for point in found.points
-    }
-    return keep_newest(found.points, decide(found.points, request.policy, now, tags))
+def require_possible(sweep: Sweep) -> None:
+    """Refuse what repositories have not.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    if not sweep.merging:
+        raise UsageError("Nothing is merged in a repository.", "Leave --no-merge out.")
 
 
-def _stored(target: RepositoryTarget) -> int:
-    return sum(size for _, size in target.repository.storage.list(Kind.DATA))
+def _stored(points: VmPoints) -> int:
+    return sum(size for _, size in points.repository.storage.list(Kind.DATA))
 
 
 @contextmanager
-def _told(location: Location, secret: str) -> Iterator[tuple[dict[str, str], list[int]]]:
+def _told(access: Access) -> Iterator[tuple[dict[str, str], list[int]]]:
     """What restic has to know, by its environment and by descriptors that it inherits.
 
     The location is not in the command line either, as it may contain a password.
     """
     environment = {"RESTIC_PROGRESS_FPS": "0"}
-    if location.text:
-        environment |= {"RESTIC_REPOSITORY": location.text, "RESTIC_REPOSITORY_FILE": ""}
+    if access.location.text:
+        environment |= {"RESTIC_REPOSITORY": access.location.text, "RESTIC_REPOSITORY_FILE": ""}
     if any(os.environ.get(name) for name in _PASSWORDS):
         yield environment, []
         return
     fd = os.memfd_create("password", os.MFD_CLOEXEC)
     try:
-        os.write(fd, secret.encode())
+        os.write(fd, access.secret.encode())
         yield {**environment, "RESTIC_PASSWORD_FILE": f"/dev/fd/{fd}"}, [fd]
     finally:
         os.close(fd)
