@@ -8,7 +8,6 @@ times are aware datetimes in UTC.
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
 
 
 class Level(StrEnum):
@@ -165,10 +164,6 @@ class Location:
 
     def __str__(self) -> str:
         return f"restic:{self.text}"
-
-
-Place = Path | Location
-"""Where a target is: a folder, or a restic repository."""
 
 
 @dataclass(frozen=True, slots=True)

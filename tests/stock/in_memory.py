@@ -253,6 +253,12 @@ class Memory:
 
     target: MemoryTarget | None = None
     chunk = CHUNK
+    holds_several = False
+    spelled = "memory"
+
+    @staticmethod
+    def environment() -> Mapping[str, str]:
+        return {}
 
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[Target]:

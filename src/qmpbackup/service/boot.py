@@ -9,7 +9,6 @@ it here while it runs; `end` throws it away.
 """
 
 import logging
-import os
 import select
 import shutil
 import socket
@@ -39,7 +38,7 @@ from qmpbackup.images import qemu_img
 from qmpbackup.machine import booting
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
-from qmpbackup.model import Location, Place, Point, VmIdentity
+from qmpbackup.model import Point, VmIdentity
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.qemu_options import program_of
@@ -55,6 +54,7 @@ from qmpbackup.service.boot_keeper import launch_of, serve_command
 from qmpbackup.service.booted import end
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ _READY_SECONDS = 700.0
 class Request:
     """What to boot, and where the overlays go (`None`: a folder of the user's state)."""
 
-    target: Place
+    target: Address
     point: str
     vm: str = ""
     folder: Path | None = None
@@ -108,7 +108,7 @@ def prepared(request: Request) -> Prepared:
     )
     recorded = point.vm.command_line
     boot = Boot(
-        target=_absolute(request.target),
+        target=opening.entrance(request.target).spelled,
         vm=request.vm,
         point=point.id,
         name=point.vm.identity.name,
@@ -133,11 +133,11 @@ def boot(request: Request) -> Prepared:
         found = prepared(request)
         new = not _begun(found)
         if not new:
-            return again(found.folder, _secret(request.target))
+            return again(found.folder, opening.entrance(request.target).environment())
         _require_possible(found)
         try:
             _prepare(found)
-            _start_keeper(found.folder, _secret(request.target))
+            _start_keeper(found.folder, opening.entrance(request.target).environment())
         except BaseException:
             with suppress(QmpBackupError):
                 end(found.folder)
@@ -182,13 +182,6 @@ def _folder(request: Request, point: Point) -> Path:
     name = f"{point.vm.identity.name}-{point.id}" if point.vm.identity.name else point.id
     safe = "".join(each if each.isalnum() or each in "._-" else "-" for each in name)
     return state_folder() / "boots" / safe.lstrip(".")
-
-
-def _absolute(place: Place) -> str:
-    if isinstance(place, Location):
-        kind = ":" in place.text or not place.text
-        return str(place) if kind else f"restic:{Path(place.text).absolute()}"
-    return str(place.absolute())
 
 
 def _with_program(recorded: tuple[str, ...]) -> tuple[str, ...]:
@@ -274,17 +267,6 @@ def _create(folder: BootFolder, disk: BootedDisk) -> list[str]:
         *("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", point_uri(folder, disk)),
         *("-F", "raw", str(folder.overlay(disk)), str(disk.size)),
     ]
-
-
-def _secret(place: Place) -> Mapping[str, str]:
-    """The password, where somebody typed it: the keeper has no terminal."""
-    if not isinstance(place, Location) or not sys.stdin.isatty():
-        return {}
-    if any(name.startswith("RESTIC_PASSWORD") for name in os.environ):
-        return {}
-    from qmpbackup.restic import password
-
-    return {"RESTIC_PASSWORD": password.read(os.environ)}
 
 
 def keeper_command(folder: BootFolder) -> list[str]:

@@ -15,7 +15,6 @@ from qmpbackup import interrupt
 from qmpbackup.errors import StorageError, VmError
 from qmpbackup.images import qemu_img
 from qmpbackup.machine import booting
-from qmpbackup.model import Location, Place
 from qmpbackup.process import run
 from qmpbackup.service.boot_folder import Boot, BootFolder, BootPhase
 from qmpbackup.service.restore import Request as Restore
@@ -51,7 +50,7 @@ def settle(
     with interrupt.held(), folder.claimed(wait=lock_wait):
         boot = folder.load()
         if boot.phase is BootPhase.POINT:
-            _restore(folder, boot, opening.place(boot.target), lock_wait, reserve)
+            _restore(folder, boot, lock_wait, reserve)
             boot = folder.enter(BootPhase.RESTORED)
         stood = 0.0
         if boot.phase is not BootPhase.SETTLED:
@@ -59,18 +58,17 @@ def settle(
         return Settled(folder, folder.load(), stood)
 
 
-def _restore(
-    folder: BootFolder, boot: Boot, place: Place, lock_wait: float, reserve: int | None
-) -> None:
+def _restore(folder: BootFolder, boot: Boot, lock_wait: float, reserve: int | None) -> None:
     """Restore those disks that are not there; a file has its name only once it is whole."""
     lacking = tuple(disk.id for disk in boot.disks if not folder.base(disk).exists())
     if lacking:
+        place = opening.place(boot.target)
         wanted = Restore(
             target=place,
             point=boot.point,
             disks=lacking,
             folder=folder.path,
-            vm=boot.vm if isinstance(place, Location) else "",
+            vm=boot.vm if opening.entrance(place).holds_several else "",
             lock_wait=lock_wait,
             reserve=reserve,
         )

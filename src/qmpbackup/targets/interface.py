@@ -11,7 +11,7 @@ Each kind is a package beside this; `tests/contract/test_target.py` puts all of 
 Knows points; must not know where they lie, nor the VM that they are of.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +210,17 @@ class Entrance(Protocol):
     @property
     def chunk(self) -> int:
         """As of the target itself."""
+
+    @property
+    def holds_several(self) -> bool:
+        """Whether there may be points of several VMs."""
+
+    @property
+    def spelled(self) -> str:
+        """It as users write it, whatever folder they are in."""
+
+    def environment(self) -> Mapping[str, str]:
+        """What other processes of ours need to open it that they could not ask for themselves."""
 
     def opened(self, vm: str = "") -> AbstractContextManager[Target]:
         """Open it to read from: the points of the VM that a user calls so, or of the only one.

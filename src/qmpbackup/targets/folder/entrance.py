@@ -2,7 +2,7 @@
 """A folder that a user names as a target: how it is opened, and whether it is well."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,21 @@ class FolderEntrance:
     def chunk(self) -> int:
         """QEMU fills files."""
         return 0
+
+    @property
+    def holds_several(self) -> bool:
+        """It has one VM."""
+        return False
+
+    @property
+    def spelled(self) -> str:
+        """The path from the root."""
+        return str(self.path.absolute())
+
+    @staticmethod
+    def environment() -> Mapping[str, str]:
+        """Nothing."""
+        return {}
 
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[DirectoryTarget]:

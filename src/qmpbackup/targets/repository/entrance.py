@@ -5,9 +5,11 @@ Location and password are taken as restic takes them, from the environment.
 """
 
 import os
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
 from qmpbackup.model import Location, Point, VmIdentity
@@ -33,6 +35,24 @@ class RepositoryEntrance:
     def chunk(self) -> int:
         """Disks are taken in chunks."""
         return CHUNK
+
+    @property
+    def holds_several(self) -> bool:
+        """A repository may hold many VMs, of many hosts."""
+        return True
+
+    @property
+    def spelled(self) -> str:
+        """The location; the path from the root, where it is one."""
+        text = self.location.text
+        return str(self.location) if ":" in text or not text else f"restic:{Path(text).absolute()}"
+
+    @staticmethod
+    def environment() -> Mapping[str, str]:
+        """The password, where somebody types it: other processes have no terminal."""
+        if not sys.stdin.isatty() or any(name.startswith("RESTIC_PASSWORD") for name in os.environ):
+            return {}
+        return {"RESTIC_PASSWORD": password.read(os.environ)}
 
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[RepositoryTarget]:
