@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qmpbackup.errors import StorageError, UsageError
-from qmpbackup.ownership import refuse_planted_links, require_ours
+from qmpbackup.ownership import make_private, refuse_planted_links, require_ours
 
 GROUP_OF_OTHERS = 65534
 
@@ -74,3 +74,24 @@ def test_a_link_of_others_in_a_folder_open_to_all_is_planted(
         else:
             refuse_planted_links(path)
     refuse_planted_links(tmp_path / "other")
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_for_us_alone_is_made_or_made_so(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "above" / "cache"
+    if mode != 0o700:
+        folder.mkdir(parents=True)
+        folder.chmod(mode)
+    make_private(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_others_may_have_put_something_nothing_is_for_us_alone(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").touch()
+    for name in ("open", "link", "file"):
+        with pytest.raises(OSError):
+            make_private(tmp_path / name)
