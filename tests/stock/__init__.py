@@ -7,5 +7,6 @@ repositories, runs that can be killed anywhere. What knows nothing of the produc
     scene, repository_world      a VM and a target where runs are broken
     pulling, doomed              parts of a run, to be stopped and killed
     remembered, faulty           storages in memory
+    vm_in_memory                 a VM in memory, as a source of runs
     indexes, parsers             index files that are made up; the options that there are
 """

@@ -14,6 +14,8 @@ until the new point is durable, so a failed run costs nothing but itself.
     request      what is asked for, what is planned, what came out
     run          one run from its plan to its committed point
     rooms        the file systems it takes room on, and a VM that found none
+    source       what a run needs of a VM
+    live         a QEMU behind its monitor as such a source
     destination  the target: found, made if it is new, and the way into it
     way          what a run asks of the way into a target
     pushed       QEMU writes the views into files itself
@@ -30,16 +32,17 @@ from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, UnrecordedChanges, UsageError, VmError
 from qmpbackup.machine.view import require_present
 from qmpbackup.model import Absence, Level, Quiesce, Skipped
-from qmpbackup.plan import commands
 from qmpbackup.plan.clones import TODO, others_with_uuid
 from qmpbackup.plan.levels import NewPoint, plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
 from qmpbackup.service import offline, room, session
 from qmpbackup.service.backup import destination as destinations
 from qmpbackup.service.backup import rooms
-from qmpbackup.service.backup.destination import Destination
+from qmpbackup.service.backup.destination import Destination, Named
+from qmpbackup.service.backup.live import LiveVm
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
+from qmpbackup.service.backup.source import VmSource
 from qmpbackup.service.backup.way import Watch
 from qmpbackup.service.quiesce import Guest
 
@@ -54,33 +57,45 @@ def back_up(request: Request, watch: Watch | None = None) -> Outcome:
     """
     with (
         interrupt.held(),
-        destinations.named(request, look_only=False) as opening,
-        ExitStack() as stack,
+        destinations.named(request, look_only=False) as target,
+        _vm(request) as vm,
     ):
-        vm = stack.enter_context(_vm(request))
         _heal(request, vm)
-        found = stack.enter_context(opening.found(vm.vm))
-        plan = _plan(request, vm, found)
-        destination = stack.enter_context(found.claim(vm.vm))
+        return back_up_from(LiveVm(vm, request), target, request, watch)
+
+
+def back_up_from(
+    source: VmSource, target: Named, request: Request, watch: Watch | None = None
+) -> Outcome:
+    """Make a point of a source in a target.
+
+    Raises:
+        QmpBackupError: no point was made, and what was begun has been undone.
+    """
+    with ExitStack() as stack:
+        found = stack.enter_context(target.found(source.vm))
+        plan = _plan(request, source, found)
+        destination = stack.enter_context(found.claim(source.vm))
         try:
-            return Run(request, vm.monitor, destination, plan, watch).execute()
+            return Run(request, source, destination, plan, watch).execute()
         except UnrecordedChanges as alarm:
-            _drop_bitmaps(vm, destination, alarm.disks)
+            _drop_bitmaps(source, destination, alarm.disks)
             if request.level is not Level.AUTO:
                 raise
             log.error("%s The disks concerned are now read whole.", alarm.message)
             destination.distrust(alarm.disks)
-            plan = _plan(request, vm.again(), destination)
-            outcome = Run(request, vm.monitor, destination, plan, watch).execute()
+            again = source.again()
+            plan = _plan(request, again, destination)
+            outcome = Run(request, again, destination, plan, watch).execute()
             return replace(outcome, alarm=alarm.message)
 
 
-def _drop_bitmaps(vm: session.Session, destination: Destination, disks: frozenset[str]) -> None:
+def _drop_bitmaps(source: VmSource, destination: Destination, disks: frozenset[str]) -> None:
     """Remove change bitmaps that are not to be trusted, so that no later run does."""
-    for disk in vm.vm.disks:
+    for disk in source.vm.disks:
         if disk.id in disks:
             for name in rubbish(disk, (), destination.id):
-                vm.monitor.execute(commands.bitmap_remove(disk.format_node, name))
+                source.retire(disk, name)
 
 
 def dry_run(request: Request) -> Plan:
@@ -91,11 +106,11 @@ def dry_run(request: Request) -> Plan:
     """
     with (
         interrupt.held(),
-        destinations.named(request, look_only=True) as opening,
+        destinations.named(request, look_only=True) as target,
         _vm(request, look_only=True) as vm,
-        opening.found(vm.vm) as destination,
+        target.found(vm.vm) as destination,
     ):
-        return _plan(request, vm, destination)
+        return _plan(request, LiveVm(vm, request), destination)
 
 
 def _vm(request: Request, *, look_only: bool = False) -> AbstractContextManager[session.Session]:
@@ -135,8 +150,8 @@ def _require_possible(skipped: Sequence[Skipped]) -> None:
         raise VmError(f"Nothing of this VM can be backed up ({named}).")
 
 
-def _plan(request: Request, session_: session.Session, destination: Destination) -> Plan:
-    vm = session_.vm
+def _plan(request: Request, source: VmSource, destination: Destination) -> Plan:
+    vm = source.vm
     require_present(vm.status)
     chosen, skipped = request.selection.apply(vm.disks, vm.skipped)
     if not chosen:
@@ -154,8 +169,7 @@ def _plan(request: Request, session_: session.Session, destination: Destination)
     if clones := others_with_uuid(points, vm.config.identity):
         log.warning("In %s, %s. %s", destination.place, clones, TODO)
     plans = plan_disks(chosen, request.level, points, obstacle, point, vm.config.process)
-    files = rooms.files_of(session_.monitor, chosen)
-    needs = rooms.needs(files, vm, plans, destination, request.scratch)
+    needs = rooms.needs(source.files(chosen), vm, plans, destination, request.scratch)
     room.require(needs, request.reserve, rooms.HINT)
     names = RunNames(secrets.token_hex(3))
     return Plan(vm, destination.place, point, names, plans, skipped, tuple(needs))

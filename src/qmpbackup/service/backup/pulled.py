@@ -11,19 +11,16 @@ What is not a chunk of that point, because the disk grew, is read like a change.
 import logging
 import math
 import random
-from collections.abc import Sequence
 
 from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges
 from qmpbackup.machine.jobs import JobProgress
-from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
-from qmpbackup.machine.scratch import Scratch
-from qmpbackup.machine.view import View
 from qmpbackup.model import Point
-from qmpbackup.nbd.reader import Chunk, Flow
+from qmpbackup.nbd.reader import Chunk
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
-from qmpbackup.service.backup.way import Frame
+from qmpbackup.service.backup.source import ReadableDisk, Views
+from qmpbackup.service.backup.way import Frame, Watch
 from qmpbackup.targets.receiver import ArrivingDisk, Buffer, ChunkReceiver, Sealed
 
 log = logging.getLogger(__name__)
@@ -39,34 +36,13 @@ class Pulled:
         self._disks: dict[str, ArrivingDisk] = {}
         self._unrecorded: set[str] = set()
         self._done: dict[str, JobProgress] = {}
-        self.view = View(
-            frame.monitor,
-            frame.plan.seats,
-            frame.plan.names,
-            teardown=frame.teardown,
-            rollback=frame.rollback,
-        )
-        self._pull = Pull(
-            frame.monitor,
-            self.view,
-            frame.plan.seats,
-            frame.plan.names,
-            method(frame.plan.vm),
-            teardown=frame.teardown,
-        )
 
-    def prepare(self, scratches: Sequence[Scratch]) -> None:
-        """Scratch images, what is known of the disks, and what is to be read anyway."""
+    def prepare(self, views: Views) -> None:
+        """What is known of the disks, and what is to be read anyway."""
         for plan in self._frame.plan.disks:
             disk = plan.disk
             self._disks[disk.id] = self._chunks.begin(disk.id, disk.size, plan.base)
-        self._pull.start()
-        samples = {seat.number: self._samples(seat) for seat in self._frame.plan.seats}
-        self._pull.prepare(scratches, samples, self._stages())
-
-    def _stages(self) -> list[Scratch]:
-        staged = self._frame.plan.seats if self._pull.way is Method.STAGED else ()
-        return [self._frame.scratch(seat, "stage") for seat in staged]
+        views.show({seat.number: self._samples(seat) for seat in self._frame.plan.seats})
 
     def _samples(self, seat: Seat) -> list[int]:
         """Chunks to be read though nothing is known to have changed there."""
@@ -78,20 +54,16 @@ class Pulled:
         chosen = random.SystemRandom().sample(range(disk.known), wanted)
         return sorted([*chosen, *range(disk.known, disk.count)])
 
-    def copy(self) -> None:
+    def copy(self, views: Views, watch: Watch | None) -> None:
         """Read all disks and hand their chunks over.
 
         Raises:
             UnrecordedChanges: an audit found some; the point must not be made.
         """
-        speed = self._frame.request.speed
-        self._pull.serve(self._frame.watch, speed)
-        flow = Flow(speed=0 if self._pull.way is Method.STAGED else speed)
-        with self._pull.probing():
+        with views.reading(watch):
             for seat in self._frame.plan.seats:
-                with self._pull.open(seat, flow) as pulled:
-                    self._read(seat, pulled)
-        self._pull.finish()
+                with views.open(seat) as disk:
+                    self._read(seat, disk, watch)
         if self._unrecorded:
             names = ", ".join(sorted(self._unrecorded))
             raise UnrecordedChanges(
@@ -101,7 +73,7 @@ class Pulled:
                 frozenset(self._unrecorded),
             )
 
-    def _read(self, seat: Seat, pulled: PulledDisk) -> None:
+    def _read(self, seat: Seat, pulled: ReadableDisk, watch: Watch | None) -> None:
         disk = self._disks[seat.disk.id]
         done = 0
         for chunk in pulled.chunks():
@@ -111,13 +83,13 @@ class Pulled:
             else:
                 self._put(seat, pulled, chunk, chunk.data)
                 done += chunk.length
-                self._show(seat, done, pulled.bytes_to_read)
+                self._show(watch, seat, done, pulled.bytes_to_read)
         self._chunks.drain()
         if not disk.is_complete:
             raise JobError(f"Disk {seat.disk.id} was not read completely.", "Run again.")
         log.debug("Disk %s: %d bytes read, %d stored.", seat.disk.id, done, disk.stored)
 
-    def _put(self, seat: Seat, pulled: PulledDisk, chunk: Chunk, data: Buffer) -> None:
+    def _put(self, seat: Seat, pulled: ReadableDisk, chunk: Chunk, data: Buffer) -> None:
         def done(differs: bool) -> None:
             chunk.release()
             if differs:
@@ -125,20 +97,17 @@ class Pulled:
 
         self._disks[seat.disk.id].put(chunk.index, data, done)
 
-    def _note(self, seat: Seat, pulled: PulledDisk, index: int) -> None:
+    def _note(self, seat: Seat, pulled: ReadableDisk, index: int) -> None:
         """A chunk is not what it was; if no bitmap says so, that is an alarm."""
         if not pulled.changed[index]:
             place = index * seat.chunk
             log.error("Disk %s has changed at %d, which no bitmap recorded.", seat.disk.id, place)
             self._unrecorded.add(seat.disk.id)
 
-    def _show(self, seat: Seat, done: int, total: int) -> None:
-        if self._frame.watch is not None:
+    def _show(self, watch: Watch | None, seat: Seat, done: int, total: int) -> None:
+        if watch is not None:
             self._done[seat.disk.id] = JobProgress(seat.disk.id, done, total)
-            self._frame.watch(tuple(self._done.values()))
-
-    def close(self) -> None:
-        """Nothing of ours is left in QEMU once the view is gone."""
+            watch(tuple(self._done.values()))
 
     def seal(self, plan: DiskPlan) -> Sealed:
         """All of a disk is stored."""

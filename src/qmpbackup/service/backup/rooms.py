@@ -18,7 +18,6 @@ from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.starved import Starved
 from qmpbackup.model import Disk, Vm
 from qmpbackup.plan import room as budget
-from qmpbackup.plan.commands import Command
 from qmpbackup.plan.levels import DiskPlan
 from qmpbackup.plan.room import Need, Space
 from qmpbackup.service import room
@@ -92,13 +91,26 @@ def _held(disk: Disk, files: Sequence[HostFile]) -> int | None:
     return room.held_bytes(files)
 
 
+class Hungry(Protocol):
+    """What of a VM says whether it stands still for want of room (see `VmSource`)."""
+
+    def mark(self, devices: frozenset[int]) -> None:
+        """Note in it that room is taken on these file systems."""
+
+    def unmark(self, devices: frozenset[int]) -> None:
+        """Remove that note."""
+
+    def feed(self, devices: frozenset[int]) -> Starved | None:
+        """Let it run again if it stands still for want of room that is free now."""
+
+
 class Rooms:
     """The file systems that one run takes room on."""
 
     def __init__(
-        self, monitor: Monitor, vm: Vm, needed: Sequence[tuple[Path, Need]], wanted: int | None
+        self, hungry: Hungry, vm: Vm, needed: Sequence[tuple[Path, Need]], wanted: int | None
     ) -> None:
-        self._monitor = monitor
+        self._hungry = hungry
         self._spaces: tuple[Space, ...] = tuple(space for space, _ in room.by_space(needed))
         self._wanted = wanted
         self._runs = vm.running
@@ -130,18 +142,17 @@ class Rooms:
         if not self._runs or not self._spaces:
             yield
             return
-        marking = starved.mark(self._devices)
-        self._monitor.execute(marking)
+        self._hungry.mark(self._devices)
         try:
             yield
         except (QmpBackupError, Interrupted) as error:
             self.feed()
-            self._unmark(marking)
+            self._unmark()
             if self._fed and isinstance(error, QmpBackupError):
                 raise _with(error, self._fed) from error
             raise
         self.feed()
-        self._unmark(marking)
+        self._unmark()
 
     @property
     def complaints(self) -> list[str]:
@@ -158,16 +169,16 @@ class Rooms:
             return
         found = None
         with suppress(VmError):
-            found = starved.feed(self._monitor, self._devices)
+            found = self._hungry.feed(self._devices)
         if found:
             self._fed = found
             log.warning("%s", self._words(found))
 
-    def _unmark(self, marking: Command) -> None:
+    def _unmark(self) -> None:
         """Remove the mark, unless the VM still waits for room: then it tells the next recovery."""
         if self._fed is None or self._fed.runs:
             with suppress(VmError):
-                self._monitor.execute(starved.unmark(marking))
+                self._hungry.unmark(self._devices)
 
     @staticmethod
     def _words(found: Starved) -> str:

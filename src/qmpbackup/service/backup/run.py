@@ -8,19 +8,15 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
-from qmpbackup.machine import kept_descriptors, scratch
-from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.scratch import Scratch
-from qmpbackup.machine.view import Instant, View, require_present, status_of
-from qmpbackup.machine.watchdog import Watchdog
+from qmpbackup.machine import scratch
+from qmpbackup.machine.view import Instant, require_present
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk
-from qmpbackup.plan import commands
 from qmpbackup.plan.levels import DiskPlan, rubbish
 from qmpbackup.service.backup.destination import Destination
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
+from qmpbackup.service.backup.source import Views, VmSource
 from qmpbackup.service.backup.way import Frame, Watch, Way
-from qmpbackup.service.quiesce import Guest
 from qmpbackup.targets.receiver import Sealed
 from qmpbackup.undo import UndoStack
 
@@ -52,28 +48,18 @@ class Run:
     def __init__(
         self,
         request: Request,
-        monitor: Monitor,
+        source: VmSource,
         destination: Destination,
         plan: Plan,
         watch: Watch | None,
     ) -> None:
-        self._request = request
-        self._monitor = monitor
+        self._source = source
         self._destination = destination
         self._plan = plan
-        self._teardown = UndoStack()
-        self._rollback = UndoStack()
+        self._watch = watch
         self._degraded: list[str] = []
-        self._scratches: list[Scratch] = []
-        self._rooms = Rooms(monitor, plan.vm, plan.needs, request.reserve)
-        self._frame = Frame(
-            request=request,
-            monitor=monitor,
-            plan=plan,
-            watch=watch,
-            teardown=self._teardown,
-            rollback=self._rollback,
-        )
+        self._rooms = Rooms(source, plan.vm, plan.needs, request.reserve)
+        self._frame = Frame(request, plan, UndoStack())
 
     def execute(self) -> Outcome:
         """All steps; on any failure everything is undone and the failure raised."""
@@ -87,56 +73,31 @@ class Run:
 
     def _make_point(self) -> Point:
         try:
-            with self._rooms.kept():
-                way = self._destination.way(self._frame)
-                self._prepare(way)
-                instant, consistency = self._take(way.view)
-                way.copy()
-                # What a destination writes to the disks, no filter in this QEMU sees.
-                require_present(status_of(self._monitor))
-                self._dismantle()
-                self._rooms.feed()
-                way.close()
-                point = self._point(way, instant, consistency)
-                interrupt.check()
-            way.commit(point)
-            self._rollback.forget()
-        except BaseException as error:
-            self._undo()
-            if isinstance(error, _REFUSALS):
-                self._require_present_still(error)
+            with self._source.views(self._plan, self._frame.rollback) as views:
+                return self._committed(views)
+        except _REFUSALS as error:
+            self._require_present_still(error)
             raise
+
+    def _committed(self, views: Views) -> Point:
+        with self._rooms.kept():
+            way = self._destination.way(self._frame)
+            way.prepare(views)
+            interrupt.check()
+            instant, consistency = views.take()
+            log.info("The VM stood still for %.1f ms.", instant.pause * 1000)
+            self._degraded += views.complaints
+            way.copy(views, self._watch)
+            # What a destination writes to the disks, no filter in this QEMU sees.
+            require_present(self._source.status())
+            self._degraded += views.take_down()
+            self._rooms.feed()
+            views.close()
+            point = self._point(way, instant, consistency)
+            interrupt.check()
+        way.commit(point)
+        self._frame.rollback.forget()
         return point
-
-    def _prepare(self, way: Way) -> None:
-        for seat in self._plan.seats:
-            self._scratches.append(self._frame.scratch(seat))
-        way.prepare(self._scratches)
-        interrupt.check()
-
-    def _take(self, view: View) -> tuple[Instant, Consistency]:
-        running = self._plan.vm.running
-        still = self._request.pause or not running
-        guest = Guest(self._monitor, self._request.agent_address, self._request.quiesce)
-        with (
-            guest.connected() as agent,
-            Watchdog.start(self._monitor.fileno() if running else None, agent) as watchdog,
-            guest.frozen(watchdog),
-        ):
-            instant = view.take(watchdog, running)
-        self._degraded += guest.complaints
-        log.info("The VM stood still for %.1f ms.", instant.pause * 1000)
-        if guest.was_frozen:
-            return instant, Consistency.AGENT
-        return instant, Consistency.PAUSED if still else Consistency.CRASH
-
-    def _dismantle(self) -> None:
-        """Take the views down; leftovers degrade the run and are the next run's to remove."""
-        self._await_scratches()
-        self._degraded += self._teardown.run()
-        with suppress(VmError):
-            if kept_descriptors.are_left(self._monitor):
-                log.warning("%s", kept_descriptors.SAID)
 
     def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
         stored = self._destination.stored.points
@@ -160,13 +121,9 @@ class Run:
         for plan in self._plan.disks:
             for name in rubbish(plan.disk, points, self._plan.target_id):
                 try:
-                    self._monitor.execute(commands.bitmap_remove(plan.disk.format_node, name))
+                    self._source.retire(plan.disk, name)
                 except VmError as error:
                     log.warning("Bitmap %s is superfluous but stays for now: %s", name, error)
-
-    def _await_scratches(self) -> None:
-        for each in self._scratches:
-            scratch.await_answer(each.fd, each.path)
 
     def _require_present_still(self, refusal: QmpBackupError) -> None:
         """Say it where the VM has been migrated away: QEMU then refuses all kinds of commands.
@@ -176,18 +133,12 @@ class Run:
         """
         status = ""
         with suppress(VmError):
-            status = status_of(self._monitor)
+            status = self._source.status()
         try:
             require_present(status)
         except VmError:
             log.warning("%s", refusal)
             raise
-
-    def _undo(self) -> None:
-        self._await_scratches()
-        for stack in (self._teardown, self._rollback):
-            for failure in stack.run():
-                log.warning("%s", failure)
 
 
 def _stored_disk(plan: DiskPlan, sealed: Sealed) -> StoredDisk:
