@@ -13,10 +13,10 @@ from lab.file_steps import killed
 from qmpbackup.errors import DamagedError, NoSuchTarget, QmpBackupError
 from qmpbackup.model import Level
 from qmpbackup.plan.merge import Operation
-from qmpbackup.service.rebase.export import export
-from qmpbackup.service.rebase.merge import dry_run, merge
-from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import Request
+from qmpbackup.service.original.choosing import Request
+from qmpbackup.service.original.export import export
+from qmpbackup.service.original.merge import dry_run, merge
+from qmpbackup.service.original.named_folder import NamedFolder
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
@@ -187,7 +187,7 @@ def test_death_in_a_folder_without_manifests(
     full = stored.file(stored.points[0], DISK).name
     for path in every_death(without_manifests(stored), operation, stride):
         folder = path / DISK
-        Place.find(folder).journal.finish()
+        NamedFolder.find(folder).journal.finish()
         names = {each.name for each in folder.iterdir()}
         assert contents(folder / newest, "qcow2") == stored.expected[stored.points[3].id, DISK]
         if until(stored) in names:

@@ -23,10 +23,10 @@ from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
 from qmpbackup.model import Level, Point
 from qmpbackup.plan.merge import Operation
-from qmpbackup.service.rebase.export import export
-from qmpbackup.service.rebase.link import link
-from qmpbackup.service.rebase.merge import dry_run, merge
-from qmpbackup.service.rebase.source import Request
+from qmpbackup.service.original.choosing import Request
+from qmpbackup.service.original.export import export
+from qmpbackup.service.original.link import link
+from qmpbackup.service.original.merge import dry_run, merge
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest

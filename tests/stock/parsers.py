@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Iterator
 
 from qmpbackup.cli.main import _parser
-from qmpbackup.cli.rebase import qmprebase_parser, qmprestore_parser
+from qmpbackup.cli.original import qmprebase_parser, qmprestore_parser
 
 PARSERS = (_parser([]), qmprebase_parser(), qmprestore_parser())
 

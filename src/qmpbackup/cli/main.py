@@ -59,14 +59,14 @@ def _leave(code: int) -> NoReturn:
 
 def qmprebase() -> NoReturn:
     """Entry point of `qmprebase`."""
-    from qmpbackup.cli.rebase import qmprebase_parser
+    from qmpbackup.cli.original import qmprebase_parser
 
     sys.exit(run(qmprebase_parser, sys.argv[1:]))
 
 
 def qmprestore() -> NoReturn:
     """Entry point of `qmprestore`."""
-    from qmpbackup.cli.rebase import qmprestore_parser
+    from qmpbackup.cli.original import qmprestore_parser
 
     sys.exit(run(qmprestore_parser, sys.argv[1:]))
 

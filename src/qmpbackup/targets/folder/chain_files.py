@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ChainFiles:
     """A chain: the names of its files, the full first; or neighbours out of one (`part`).
 
     `links` and `points` are empty without manifests. `children` are backups that build on files of
@@ -56,7 +56,7 @@ class Source:
         return (None, *(lineage.time_of(name) for name in self.names[1:]))
 
 
-def part(place: DiskFolder, points: Sequence[Point], links: Sequence[Link]) -> Source:
+def part(place: DiskFolder, points: Sequence[Point], links: Sequence[Link]) -> ChainFiles:
     """Neighbours out of a chain of manifests, the lowest first.
 
     Raises:
@@ -70,7 +70,9 @@ def part(place: DiskFolder, points: Sequence[Point], links: Sequence[Link]) -> S
         if disk.file.startswith(f"{place.name}/")
     }
     children = tuple(children_of(points, links))
-    return Source(place, names, children, strays(place, states, names), tuple(links), tuple(points))
+    return ChainFiles(
+        place, names, children, strays(place, states, names), tuple(links), tuple(points)
+    )
 
 
 def image_of(folder: Folder, name: str) -> LinkedImage:
@@ -113,7 +115,7 @@ def _link_of(folder: Folder, name: str) -> str:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[list[Layer]]:
+def opened(source: ChainFiles) -> Iterator[list[Layer]]:
     """Open the files of a chain and check lengths, headers and links.
 
     Raises:
@@ -133,7 +135,7 @@ def opened(source: Source) -> Iterator[list[Layer]]:
         yield layers
 
 
-def _expected_link(source: Source, layer: Layer, parent: str) -> str:
+def _expected_link(source: ChainFiles, layer: Layer, parent: str) -> str:
     if any(bond.child == layer.name for bond in source.assumed):
         return ""
     if any(bond.child == layer.name for bond in source.misplaced):
@@ -141,7 +143,7 @@ def _expected_link(source: Source, layer: Layer, parent: str) -> str:
     return parent
 
 
-def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
+def _open_layers(source: ChainFiles, stack: ExitStack) -> list[Layer]:
     layers: list[Layer] = []
     with storage_errors(f"read {source.place.folder}"), Folder.open(source.place.folder) as folder:
         for name in source.names:
@@ -151,7 +153,7 @@ def _open_layers(source: Source, stack: ExitStack) -> list[Layer]:
     return layers
 
 
-def verify(source: Source, layers: Sequence[Layer]) -> None:
+def verify(source: ChainFiles, layers: Sequence[Layer]) -> None:
     """Prove the files of a chain: by the digests in manifests, else by QEMU's own check.
 
     Raises:
@@ -174,7 +176,7 @@ def verify(source: Source, layers: Sequence[Layer]) -> None:
 
 
 @contextmanager
-def opened_child(source: Source, name: str) -> Iterator[tuple[Layer, StoredDisk | None]]:
+def opened_child(source: ChainFiles, name: str) -> Iterator[tuple[Layer, StoredDisk | None]]:
     """Open an image that builds on the chain; its record is `None` without manifests.
 
     Raises:
@@ -193,7 +195,7 @@ def opened_child(source: Source, name: str) -> Iterator[tuple[Layer, StoredDisk 
         os.close(fd)
 
 
-def verify_child(source: Source, layer: Layer, disk: StoredDisk) -> None:
+def verify_child(source: ChainFiles, layer: Layer, disk: StoredDisk) -> None:
     """Prove an image that builds on the chain by its digest.
 
     Raises:
@@ -203,13 +205,13 @@ def verify_child(source: Source, layer: Layer, disk: StoredDisk) -> None:
     chains.check_digest(_target(source), disk, layer)
 
 
-def _record_of(source: Source, name: str) -> StoredDisk | None:
+def _record_of(source: ChainFiles, name: str) -> StoredDisk | None:
     file = f"{source.place.name}/{name}"
     disks = (disk for point in source.points for disk in point.disks if disk.file == file)
     return next(disks, None)
 
 
-def _target(source: Source) -> StoredFiles:
+def _target(source: ChainFiles) -> StoredFiles:
     if source.place.target is None:
         raise ValueError("a chain of manifests outside of a target")
     return source.place.target

@@ -29,9 +29,8 @@ from qmpbackup.plan.merge import (
     rewrite,
     tags_for,
 )
-from qmpbackup.targets.folder import chain_files as sources
-from qmpbackup.targets.folder import merged_image
-from qmpbackup.targets.folder.chain_files import Source
+from qmpbackup.targets.folder import chain_files, merged_image
+from qmpbackup.targets.folder.chain_files import ChainFiles
 from qmpbackup.targets.folder.disk_folder import DiskFolder
 from qmpbackup.targets.folder.journal import Intent, Phase
 
@@ -50,12 +49,12 @@ def merge_part(place: DiskFolder, points: Sequence[Point], links: Sequence[Link]
         QmpBackupError: nothing was changed, or, where the message says so, the merge is begun and
             the next run finishes it.
     """
-    source = sources.part(place, points, links)
-    with sources.opened(source) as layers:
+    source = chain_files.part(place, points, links)
+    with chain_files.opened(source) as layers:
         Merging(source, plan_of(source, layers, Operation.COMMIT), layers).run()
 
 
-def plan_of(source: Source, layers: list[Layer], operation: Operation) -> MergePlan:
+def plan_of(source: ChainFiles, layers: list[Layer], operation: Operation) -> MergePlan:
     """What a merge has to do.
 
     Raises:
@@ -80,7 +79,7 @@ def plan_of(source: Source, layers: list[Layer], operation: Operation) -> MergeP
     )
 
 
-def _size_below(source: Source) -> int | None:
+def _size_below(source: ChainFiles) -> int | None:
     """The size of the disk in the file that a part of a chain builds on; `None`: it stands alone."""
     disk = source.links[0].disk if source.links else None
     if disk is None or disk.parent is None:
@@ -94,7 +93,7 @@ class Merging:
 
     def __init__(
         self,
-        source: Source,
+        source: ChainFiles,
         plan: MergePlan,
         layers: list[Layer],
         *,
@@ -112,7 +111,7 @@ class Merging:
     def run(self) -> None:
         """All steps; what fails before the swap is undone."""
         if not self._skip_check:
-            sources.verify(self._source, self._layers)
+            chain_files.verify(self._source, self._layers)
         relinked = self._prove_children()
         needed = merged_image.needed_bytes(self._plan, self._layers)
         merged_image.require_room(self._place.folder, needed, "The merged image")
@@ -137,7 +136,7 @@ class Merging:
         """What the images that build on the chain hold once they build on the full."""
         found: dict[str, Contents] = {}
         for name in self._plan.relinked:
-            with sources.opened_child(self._source, name) as (layer, disk):
+            with chain_files.opened_child(self._source, name) as (layer, disk):
                 contents = self._relinked(layer, disk)
             if disk is not None:
                 found[disk.file] = contents
@@ -146,7 +145,7 @@ class Merging:
     def _relinked(self, layer: Layer, disk: StoredDisk | None) -> Contents:
         check_link(layer, self._plan.newest)
         if disk is not None:  # always: a new digest must not call damage whole
-            sources.verify_child(self._source, layer, disk)
+            chain_files.verify_child(self._source, layer, disk)
         head = relink.relinked(layer.head, layer.name, self._plan.base)
         if disk is None:
             return Contents(0, "")

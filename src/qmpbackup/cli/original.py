@@ -10,7 +10,7 @@ from qmpbackup.cli.printing import printable, say
 
 if TYPE_CHECKING:
     from qmpbackup.plan.merge import Operation
-    from qmpbackup.service.rebase.source import Request
+    from qmpbackup.service.original.choosing import Request
 
 _EPILOG = """\
 To restore without changing the backup at all, use `qmpbackup restore`.
@@ -137,7 +137,7 @@ def _add_rate(parser: argparse.ArgumentParser) -> None:
 
 
 def _request(arguments: argparse.Namespace) -> "Request":
-    from qmpbackup.service.rebase.source import Request
+    from qmpbackup.service.original.choosing import Request
 
     return Request(
         folder=arguments.dir,
@@ -162,7 +162,7 @@ def _snapshots(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace, operation: "Operation") -> int:
-    from qmpbackup.service.rebase import merge
+    from qmpbackup.service.original import merge
 
     if arguments.dry_run:
         return _print(merge.dry_run(_request(arguments), operation).lines())
@@ -175,7 +175,7 @@ def _merge(arguments: argparse.Namespace, operation: "Operation") -> int:
 
 def _link(arguments: argparse.Namespace) -> int:
     from qmpbackup.plan.merge import SYMLINK
-    from qmpbackup.service.rebase import link
+    from qmpbackup.service.original import link
 
     if arguments.dry_run:
         return _print(link.dry_run(_request(arguments)).lines())
@@ -184,7 +184,7 @@ def _link(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from qmpbackup.service.rebase.export import export
+    from qmpbackup.service.original.export import export
 
     newest = export(_request(arguments), arguments.targetfile)
     return _print([f"{arguments.targetfile} holds the state of {newest}"])

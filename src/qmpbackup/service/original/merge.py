@@ -12,15 +12,14 @@ import logging
 from dataclasses import dataclass
 
 from qmpbackup import interrupt
-from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.errors import DamagedError
 from qmpbackup.plan.merge import (
     MergePlan,
     Operation,
 )
-from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import LINK_HINT, Request, select
+from qmpbackup.service.original.choosing import Request, require_links, select
+from qmpbackup.service.original.named_folder import NamedFolder
 from qmpbackup.targets.folder import chain_files, journal, merged_image
-from qmpbackup.targets.folder.chain_files import Source
 from qmpbackup.targets.folder.merging import Merging, plan_of
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,11 @@ def merge(request: Request, operation: Operation) -> Outcome:
         QmpBackupError: nothing was changed, or, where the message says so, the merge is begun and
             the next run finishes it.
     """
-    place = Place.find(request.folder)
+    place = NamedFolder.find(request.folder)
     with interrupt.held(), place.exclusive(request.lock_wait):
         finished = clear_up(place)
         source = select(place, request)
-        _refuse_unlinked(source, request)
+        require_links(source, assume=request.skip_check)
         with chain_files.opened(source) as layers:
             plan = plan_of(source, layers, operation)
             if plan.superseded:
@@ -61,10 +60,10 @@ def dry_run(request: Request, operation: Operation) -> MergePlan:
     Raises:
         QmpBackupError: as the merge itself would, short of reading the files.
     """
-    place = Place.find(request.folder)
+    place = NamedFolder.find(request.folder)
     refuse_unfinished(place)
     source = select(place, request)
-    _refuse_unlinked(source, request)
+    require_links(source, assume=request.skip_check)
     with interrupt.held(), chain_files.opened(source) as layers:
         plan = plan_of(source, layers, operation)
         if plan.superseded:
@@ -73,7 +72,7 @@ def dry_run(request: Request, operation: Operation) -> MergePlan:
     return plan
 
 
-def clear_up(place: Place) -> list[str]:
+def clear_up(place: NamedFolder) -> list[str]:
     """Bring to an end what died runs have left: backups and merges. The lock must be held."""
     done = []
     if place.target is not None:
@@ -86,7 +85,7 @@ def clear_up(place: Place) -> list[str]:
     return done
 
 
-def refuse_unfinished(place: Place) -> None:
+def refuse_unfinished(place: NamedFolder) -> None:
     """Refuse to read a folder where a merge was interrupted.
 
     Raises:
@@ -97,21 +96,3 @@ def refuse_unfinished(place: Place) -> None:
             f"A merge in {place.folder} was interrupted.",
             f"Finish it first: qmprestore commit --dir {place.folder}",
         )
-
-
-def _refuse_unlinked(source: Source, request: Request) -> None:
-    if source.misplaced:
-        bond = source.misplaced[0]
-        raise DamagedError(
-            f"The link of {bond.child} to {bond.parent} leads through another folder.", LINK_HINT
-        )
-    if not source.assumed:
-        return
-    bond = source.assumed[0]
-    if not request.skip_check:
-        raise UsageError(
-            f"{bond.child} has no link to the image that it builds on, so nothing proves that the "
-            "chain is whole.",
-            f"{LINK_HINT.removesuffix('.')}; or trust the numbers in the names: --skip-check.",
-        )
-    log.warning("%s has no link; taking the order from the numbers in the names.", bond.child)

@@ -18,12 +18,12 @@ from qmpbackup.plan import chain, levels, lineage
 from qmpbackup.plan.chain import Link
 from qmpbackup.plan.lineage import LinkedImage
 from qmpbackup.plan.merge import MERGED, OLD, PARTIAL
-from qmpbackup.service.rebase.place import Place
-from qmpbackup.targets.folder.chain_files import Source, children_of, image_of, strays
+from qmpbackup.service.original.named_folder import NamedFolder
+from qmpbackup.targets.folder.chain_files import ChainFiles, children_of, image_of, strays
 
 log = logging.getLogger(__name__)
 
-LINK_HINT = "Run `qmprestore rebase` first, which links the images."
+_LINK_HINT = "Run `qmprestore rebase` first, which links the images."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Request:
     lock_wait: float = 0.0
 
 
-def select(place: Place, request: Request) -> Source:
+def select(place: NamedFolder, request: Request) -> ChainFiles:
     """Decide which files are meant; nothing is opened but their headers.
 
     Raises:
@@ -53,7 +53,7 @@ def select(place: Place, request: Request) -> Source:
     with storage_errors(f"read {place.folder}"), Folder.open(place.folder) as folder:
         found = _images(folder)
     line = lineage.lineage(found, until=request.until, containing=request.containing)
-    return Source(
+    return ChainFiles(
         place,
         line.names,
         line.children,
@@ -74,7 +74,7 @@ def _images(folder: Folder) -> list[LinkedImage]:
     return [image_of(folder, name) for name in lineage.candidates(names)]
 
 
-def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> Source:
+def _from_manifests(place: NamedFolder, points: Sequence[Point], request: Request) -> ChainFiles:
     states = {
         disk.name: Link(point, disk)
         for point in points
@@ -85,7 +85,7 @@ def _from_manifests(place: Place, points: Sequence[Point], request: Request) -> 
     links = chain.chain(points, newest.point, newest.disk.id)
     names = tuple(link.disk.name for link in links)
     children = tuple(children_of(points, links))
-    return Source(place, names, children, strays(place, states, names), links, tuple(points))
+    return ChainFiles(place, names, children, strays(place, states, names), links, tuple(points))
 
 
 def _newest(states: dict[str, Link], request: Request) -> Link:
@@ -100,3 +100,28 @@ def _newest(states: dict[str, Link], request: Request) -> Link:
     candidates = [states[name].point for name in chosen]
     point = levels.last_point(candidates, disk_id) or candidates[-1]
     return next(link for link in states.values() if link.point.id == point.id)
+
+
+def require_links(source: ChainFiles, *, assume: bool) -> None:
+    """Refuse images that are not linked. Where they have no links at all, the order of their names may
+    be taken (`assume`).
+
+    Raises:
+        DamagedError: a link leads elsewhere.
+        UsageError: there is none.
+    """
+    if source.misplaced:
+        bond = source.misplaced[0]
+        raise DamagedError(
+            f"The link of {bond.child} to {bond.parent} leads through another folder.", _LINK_HINT
+        )
+    if not source.assumed:
+        return
+    bond = source.assumed[0]
+    if not assume:
+        raise UsageError(
+            f"{bond.child} has no link to the image that it builds on, so nothing proves that the "
+            "chain is whole.",
+            f"{_LINK_HINT.removesuffix('.')}; or trust the numbers in the names: --skip-check.",
+        )
+    log.warning("%s has no link; taking the order from the numbers in the names.", bond.child)

@@ -23,13 +23,13 @@ _NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True)
-class Place(DiskFolder):
+class NamedFolder(DiskFolder):
     """A folder that a user names; `target` is what it belongs to, if anything."""
 
     target: DirectoryTarget | None = None
 
     @classmethod
-    def find(cls, path: Path) -> "Place":
+    def find(cls, path: Path) -> "NamedFolder":
         """Find out what a folder is.
 
         Raises:

@@ -15,11 +15,11 @@ from qmpbackup.folder import Folder
 from qmpbackup.images import relink
 from qmpbackup.plan.lineage import Bond
 from qmpbackup.plan.merge import SYMLINK
-from qmpbackup.service.rebase.merge import clear_up, refuse_unfinished
-from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import Request, select
+from qmpbackup.service.original.choosing import Request, select
+from qmpbackup.service.original.merge import clear_up, refuse_unfinished
+from qmpbackup.service.original.named_folder import NamedFolder
 from qmpbackup.targets.folder import chain_files
-from qmpbackup.targets.folder.chain_files import Source
+from qmpbackup.targets.folder.chain_files import ChainFiles
 from qmpbackup.targets.folder.journal import put_symlink
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def link(request: Request) -> LinkPlan:
     Raises:
         QmpBackupError: no symlink was left; links that are right were perhaps written.
     """
-    place = Place.find(request.folder)
+    place = NamedFolder.find(request.folder)
     with interrupt.held(), place.exclusive(request.lock_wait):
         clear_up(place)
         source = select(place, request)
@@ -65,12 +65,12 @@ def dry_run(request: Request) -> LinkPlan:
     Raises:
         QmpBackupError: as `link` itself would, short of reading the files.
     """
-    place = Place.find(request.folder)
+    place = NamedFolder.find(request.folder)
     refuse_unfinished(place)
     return _plan(select(place, request))
 
 
-def _plan(source: Source) -> LinkPlan:
+def _plan(source: ChainFiles) -> LinkPlan:
     bonds = tuple(sorted((*source.assumed, *source.misplaced), key=lambda bond: bond.child))
     for bond in bonds:
         if ":" in bond.parent:
@@ -86,7 +86,7 @@ def _plan(source: Source) -> LinkPlan:
     return LinkPlan(bonds, source.names[-1])
 
 
-def _verify(source: Source, request: Request) -> None:
+def _verify(source: ChainFiles, request: Request) -> None:
     with chain_files.opened(source) as layers:
         if not request.skip_check:
             chain_files.verify(source, layers)

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, UsageError
+from qmpbackup.errors import UsageError
 from qmpbackup.images.layers import require_unchanged
 from qmpbackup.ownership import refuse_planted_links
-from qmpbackup.service.rebase.merge import refuse_unfinished
-from qmpbackup.service.rebase.place import Place
-from qmpbackup.service.rebase.source import LINK_HINT, Request, select
+from qmpbackup.service.original.choosing import Request, require_links, select
+from qmpbackup.service.original.merge import refuse_unfinished
+from qmpbackup.service.original.named_folder import NamedFolder
 from qmpbackup.service.restore.place import partial_file
 from qmpbackup.targets.folder import chain_files, merged_image
-from qmpbackup.targets.folder.chain_files import Source
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,12 @@ def export(request: Request, output: Path) -> str:
     Raises:
         QmpBackupError: there is no file; nothing else was changed.
     """
-    place = Place.find(request.folder)
+    place = NamedFolder.find(request.folder)
     with interrupt.held(), place.reading(request.lock_wait):
         refuse_unfinished(place)
         _check_output(place, output)
         source = select(place, request)
-        _check_links(source)
+        require_links(source, assume=True)
         with chain_files.opened(source) as layers:
             if not request.skip_check:
                 chain_files.verify(source, layers)
@@ -52,7 +51,7 @@ def export(request: Request, output: Path) -> str:
     return source.names[-1]
 
 
-def _check_output(place: Place, output: Path) -> None:
+def _check_output(place: NamedFolder, output: Path) -> None:
     with storage_errors(f"look at {output}"):
         refuse_planted_links(output.parent)
     if os.path.lexists(output):
@@ -63,17 +62,4 @@ def _check_output(place: Place, output: Path) -> None:
         raise UsageError(
             f"{output} lies in the backup itself, which stays as it is.",
             "Choose a --targetfile elsewhere.",
-        )
-
-
-def _check_links(source: Source) -> None:
-    if source.misplaced:
-        bond = source.misplaced[0]
-        raise DamagedError(
-            f"The link of {bond.child} to {bond.parent} leads through another folder.", LINK_HINT
-        )
-    if source.assumed:
-        log.warning(
-            "%s has no link; taking the order from the numbers in the names.",
-            source.assumed[0].child,
         )
