@@ -13,23 +13,16 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import assert_restores, back_up
-from lab.disks import Disk, create
-from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.images import qemu_img
 from qmpbackup.images.layers import Layer, stand_in
 from qmpbackup.model import Level
-from qmpbackup.plan.chain import chain
 from qmpbackup.plan.retention import Policy, parse_duration
 from qmpbackup.service.prune import Outcome, Request, prune
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
-from qmpbackup.targets.folder.disk_folder import DiskFolder
-from qmpbackup.targets.folder.merging import merge_part
-from qmpbackup.targets.folder.target import DirectoryTarget
 from stock.stored import MIB, Stored, Write, contents, run
 
 DISK, OTHER = "hd0", "b"
@@ -446,40 +439,3 @@ def test_wrong_arguments(stored: Stored, option: list[str]) -> None:
     before = tree(stored.path)
     cli.run("prune", "--target", stored.path, *option).check(2)
     assert tree(stored.path) == before
-
-
-@pytest.mark.parametrize("compress", [False, True])
-def test_incrementals_go_on_after_pruning(
-    tmp_path: Path, start_qemu: StartQemu, compress: bool
-) -> None:
-    vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
-    target = tmp_path / "target"
-    more = ("--compress",) if compress else ()
-    expected = {}
-    for value in range(1, 6):
-        vm.write("vda", value * MIB, MIB, value)
-        vm.write("vda", 12 * MIB, 512, value)
-        expected[back_up(vm, target, "auto", *more)["id"]] = vm.contents("vda")
-    ids = list(expected)
-    merge_one(target, ids[2])
-    cli.run("prune", "--target", target, "--keep-last", 3).check()
-    vm.write("vda", 5 * MIB, MIB, 7)
-    newest = back_up(vm, target, "inc", *more)
-    expected[newest["id"]] = vm.contents("vda")
-    points = cli.run("list", "--target", target, "--json").check().objects
-    assert [point["id"] for point in points] == [ids[1], ids[3], ids[4], newest["id"]]
-    for point in points:
-        assert_restores(target, point["id"], {"vda": expected[point["id"]]}, tmp_path)
-    cli.run("verify", "--target", target).check()
-    size = sum(each.stat().st_size for each in (target / "vda").iterdir())
-    assert size < 3 * MIB if compress else size > 3 * MIB
-
-
-def merge_one(target: Path, point_id: str) -> None:
-    """Prune just this point out of the middle of a chain."""
-    opened = DirectoryTarget.open(target)
-    points = opened.load().points
-    number = [point.id for point in points].index(point_id)
-    links = chain(points, points[number + 1], "vda")[number : number + 2]
-    with opened.lock(remove=True):
-        merge_part(DiskFolder(target / "vda", opened), points, links)

@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import assert_restores, back_up
-from lab.disks import Disk, create
 from lab.file_steps import held
 from lab.patience import wait_until
-from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
 from qmpbackup.model import Level, Point
 from qmpbackup.plan.merge import Operation
@@ -656,54 +653,6 @@ def test_images_that_are_not_qcow2_are_refused(original: Path) -> None:
         done = cli.run(*command, "--dir", original, program="qmprestore").check(8)
         assert "INC-13-disk1.qcow2 is not a qcow2 image" in done.err
     assert_unchanged(before, original)
-
-
-# --- with a VM
-
-
-def test_a_vm_goes_on_with_incrementals_after_a_merge(
-    tmp_path: Path, start_qemu: StartQemu
-) -> None:
-    image = create(tmp_path / "vda.qcow2", 16 * MIB)
-    vm = start_qemu([Disk("vda", image)])
-    target = tmp_path / "target"
-    for value in (1, 2, 3):
-        vm.write("vda", value * MIB, MIB, value)
-        back_up(vm, target)
-    cli.run("rebase", "--dir", target / "vda", program="qmprebase").check()
-    vm.write("vda", 5 * MIB, MIB, 5)
-    expected = {"vda": vm.contents("vda")}
-    point = back_up(vm, target, "inc")
-    assert_restores(target, point["id"], expected, tmp_path)
-    cli.run("snapshotrebase", "--dir", target / "vda", program="qmprestore").check()
-    vm.write("vda", 6 * MIB, MIB, 6)
-    assert_restores(target, point["id"], expected, tmp_path)
-    newest = back_up(vm, target, "inc")
-    assert_restores(target, newest["id"], {"vda": vm.contents("vda")}, tmp_path)
-    assert_restores(target, point["id"], expected, tmp_path)
-
-
-def test_a_backup_finishes_a_merge_that_was_interrupted(
-    tmp_path: Path, start_qemu: StartQemu
-) -> None:
-    image = create(tmp_path / "vda.qcow2", 16 * MIB)
-    vm = start_qemu([Disk("vda", image)])
-    target = tmp_path / "target"
-    for value in (1, 2):
-        vm.write("vda", value * MIB, MIB, value)
-        point = back_up(vm, target)
-
-    in_the_way = target / "points" / f"{point['id']}.json.tmp"
-    set_aside = r"rename FULL-\d+ FULL-\d+\.old"
-    with held(set_aside, "commit", "--dir", target / "vda", program="qmprestore") as running:
-        in_the_way.mkdir()
-        running.signal(signal.SIGCONT)
-        assert "begun" in running.wait().check(7).err
-    in_the_way.rmdir()
-    vm.write("vda", 3 * MIB, MIB, 3)
-    point = back_up(vm, target, "inc")
-    assert_restores(target, point["id"], {"vda": vm.contents("vda")}, tmp_path)
-    cli.run("verify", "--target", target).check()
 
 
 # --- the commands

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import back_up, levels
-from lab.disks import MIB, Disk, create, pattern
+from lab.disks import MIB, pattern
 from lab.patience import wait_until
-from lab.qemu import StartQemu
 from lab.restic import Backing
 from qmpbackup.model import VmIdentity
 from stock.repositories import held_alone
@@ -158,21 +156,6 @@ def test_a_repository_in_use_is_left_or_waited_for(stored: StoredRepository) -> 
             backup.__exit__()
             running.wait().check()
     assert_left(stored, [2, 3])
-
-
-def test_incrementals_go_on_after_pruning(tmp_path: Path, start_qemu: StartQemu) -> None:
-    made = StoredRepository(tmp_path / "live").made
-    vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
-    for value in range(1, 4):
-        vm.write("vda", value * MIB, MIB, value)
-        back_up(vm, made)
-    arguments = ("prune", "--target", str(made), "--keep-last", 1)
-    cli.run(*arguments, env=made.environment).check()
-    vm.write("vda", 5 * MIB, MIB, 5)
-    point = back_up(vm, made)
-    assert levels(point) == {"vda": "inc"}
-    assert made.restored(point["id"]) == {"vda": vm.contents("vda")}
-    made.assert_whole(read_data=True)
 
 
 def test_a_signal_lets_restic_end_in_order(stored: StoredRepository, tmp_path: Path) -> None:
