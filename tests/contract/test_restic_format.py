@@ -20,9 +20,10 @@ from lab.patience import PATIENCE, wait_until
 from lab.restic import PASSWORD, Backing, Restic
 from lab.small import require_fuse
 from qmpbackup.errors import Locked
-from qmpbackup.restic import lock
+from qmpbackup.restic import lock_file
 from qmpbackup.restic.keyfile import Scrypt
-from qmpbackup.restic.lock import Lock, Timing
+from qmpbackup.restic.lock import Timing
+from qmpbackup.restic.lock_file import Lock
 from qmpbackup.restic.pack import BlobType
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
@@ -344,7 +345,7 @@ def test_we_stay_out_while_restic_has_it_alone(ours: Repository, restic: Restic)
 
 
 def _write(repository: Repository, written: Lock) -> None:
-    name, sealed = repository.seal_unpacked(Kind.LOCK, lock.encode(written))
+    name, sealed = repository.seal_unpacked(Kind.LOCK, lock_file.encode(written))
     repository.storage.save(File(Kind.LOCK, name), [sealed])
 
 

@@ -30,7 +30,7 @@ from qmpbackup.process import Result
 from qmpbackup.restic import (
     config,
     keyfile,
-    lock,
+    lock_file,
     pack,
     password,
     snapshot,
@@ -140,8 +140,8 @@ JSON: dict[str, tuple[Any, Callable[[bytes], object]]] = {
         lambda data: keyfile.unlock(keyfile.parse(data, ID), "p", ID),
     ),
     "a lock": (
-        loaded(lock.encode(lock.Lock.ours(exclusive=True))),
-        lambda data: (str(each := lock.parse(data, ID)), each.is_stale),
+        loaded(lock_file.encode(lock_file.Lock.ours(exclusive=True))),
+        lambda data: (str(each := lock_file.parse(data, ID)), each.is_stale),
     ),
     "a snapshot": (
         {"time": TIME, "tree": ID, "paths": ["/vm"], "hostname": "h", "tags": ["a"], "parent": ID,

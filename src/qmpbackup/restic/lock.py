@@ -3,6 +3,9 @@
 
     look for locks of others ─ write ours ─ wait a moment ─ look again ─ work, refreshing ─ remove ours
 
+Who only reads may begin at once, as reading harms nobody: what came out counts once we have looked again
+(`Held.settle`).
+
 The rules are restic's (doc/design.rst, "Locks"; internal/repository/lock.go): a lock is stale 30
 minutes after it was last refreshed, or when its process on this host is gone. It is refreshed every
 five minutes, the new file first and then the old one removed; who could not do so in time has lost
@@ -13,14 +16,12 @@ hold a lock: see `interrupt`. Knows of the repository no more than how to load a
 """
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Final, Protocol
 
 from qmpbackup import interrupt
@@ -32,17 +33,11 @@ from qmpbackup.errors import (
     QmpBackupError,
     StorageError,
 )
-from qmpbackup.restic import gojson
-from qmpbackup.restic.keyfile import username
+from qmpbackup.restic.lock_file import Lock, encode, parse
 from qmpbackup.restic.storage.interface import File, Kind, Missing, Refused, Storage
 
 _log = logging.getLogger(__name__)
 
-LARGEST: Final = 1 << 20
-"""Bytes of a lock that are believed; restic's have some 200."""
-
-STALE: Final = timedelta(minutes=30)
-_INT64: Final = (1 << 63) - 1
 _POLL_SECONDS: Final = 0.1
 _ATTEMPTS: Final = 3
 
@@ -65,88 +60,6 @@ class Timing:
 USUAL: Final = Timing()
 
 
-@dataclass(frozen=True, slots=True)
-class Lock:
-    """What a lock says."""
-
-    time: datetime
-    exclusive: bool
-    hostname: str
-    username: str
-    pid: int
-    uid: int = 0
-    gid: int = 0
-
-    @classmethod
-    def ours(cls, *, exclusive: bool) -> "Lock":
-        """A new lock of this process."""
-        return cls(
-            time=datetime.now().astimezone(),
-            exclusive=exclusive,
-            hostname=socket.gethostname(),
-            username=username(),
-            pid=os.getpid(),
-            uid=os.geteuid(),
-            gid=os.getegid(),
-        )
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether its process was one of this host, and is gone."""
-        if self.hostname != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:
-            return False
-        return self.pid <= 0
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether it counts no more."""
-        return datetime.now(UTC) - self.time > STALE or self.is_dead
-
-    def __str__(self) -> str:
-        since = self.time.astimezone().isoformat(" ", "seconds")
-        user = f" ({self.username})" if self.username else ""
-        alone = "exclusively " if self.exclusive else ""
-        return f"{alone}by process {self.pid} on {self.hostname}{user} since {since}"
-
-
-def encode(lock: Lock) -> bytes:
-    """A lock as JSON."""
-    members: dict[str, object] = {
-        "time": lock.time,
-        "exclusive": lock.exclusive,
-        "hostname": lock.hostname,
-        "username": lock.username,
-        "pid": lock.pid,
-    }
-    members |= {name: id_ for name, id_ in (("uid", lock.uid), ("gid", lock.gid)) if id_}
-    return gojson.dump(members).encode()
-
-
-def parse(data: bytes, name: str) -> Lock:
-    """The lock of this name.
-
-    Raises:
-        DamagedError: this is none.
-    """
-    what = f"The lock {name}"
-    members = gojson.Members(gojson.load(data, what), what)
-    return Lock(
-        time=members.time("time"),
-        exclusive=members.boolean("exclusive"),
-        hostname=members.string("hostname"),
-        username=members.string("username"),
-        pid=members.number("pid", _INT64, -_INT64),
-        uid=members.number("uid", gojson.UINT32),
-        gid=members.number("gid", gojson.UINT32),
-    )
-
-
 class Lockable(Protocol):
     """What of a repository is needed here."""
 
@@ -163,9 +76,16 @@ class Lockable(Protocol):
 
 @contextmanager
 def hold(
-    repository: Lockable, *, exclusive: bool = False, wait: float = 0.0, timing: Timing = USUAL
+    repository: Lockable,
+    *,
+    exclusive: bool = False,
+    early: bool = False,
+    wait: float = 0.0,
+    timing: Timing = USUAL,
 ) -> "Iterator[Held]":
-    """Hold a lock for the block.
+    """Hold a lock for the block. With `early` the block begins before we have looked again, which then
+    is done by its end, or by `Held.settle`: a block that is left otherwise than by `Locked` was alone
+    with those that it may share with.
 
     Where the storage lets us write no lock, who only reads goes on without one, as with restic's
     `--no-lock`; see `Held.require`.
@@ -176,21 +96,26 @@ def hold(
         StorageError: the storage fails, or lets us write no exclusive lock.
     """
     with interrupt.hangups_survived("restic"):
-        held = _acquire(repository, exclusive, wait, timing)
+        held = _acquire(repository, Lock.ours(exclusive=exclusive), early, wait, timing)
         try:
             held.start()
-            yield held
+            try:
+                yield held
+            except QmpBackupError:
+                held.settle()  # what others did meanwhile may be the reason
+                raise
+            held.settle()
         finally:
             held.end()
 
 
-def _acquire(repository: Lockable, exclusive: bool, wait: float, timing: Timing) -> "Held":
+def _acquire(repository: Lockable, ours: Lock, early: bool, wait: float, timing: Timing) -> "Held":
     deadline = time.monotonic() + wait
     pause = timing.retry
     while True:
-        held = Held(repository, Lock.ours(exclusive=exclusive), timing)
+        held = Held(repository, ours, timing)
         try:
-            held.acquire()
+            held.acquire(early=early)
             return held
         except Locked as error:
             left = deadline - time.monotonic()
@@ -213,10 +138,12 @@ class Held:
     _is_lost: bool = False
     _changing: threading.RLock = field(default_factory=threading.RLock)
     _ended: threading.Event = field(default_factory=threading.Event)
+    _settled: threading.Event = field(default_factory=threading.Event)
+    _others_came: BaseException | None = None
     _thread: threading.Thread | None = None
 
-    def acquire(self) -> None:
-        """Look for others, write our lock, and look again.
+    def acquire(self, *, early: bool = False) -> None:
+        """Look for others, write our lock, and look again, unless `early`.
 
         Raises:
             Locked: there are others; nothing of ours is left.
@@ -228,7 +155,11 @@ class Held:
             if self._lock.exclusive:
                 raise
             _log.warning("Reading without a lock: %s", error.message)
+            self._settled.set()
             return
+        if early:
+            return
+        self._settled.set()
         try:
             _sleep(self._timing.settle)
             self._look()
@@ -237,10 +168,31 @@ class Held:
             raise
 
     def start(self) -> None:
-        """Refresh it from now on."""
+        """Refresh it from now on; look again, if that is still to be done."""
         if self._names:
-            self._thread = threading.Thread(target=self._refresh_on, name="lock", daemon=True)
+            self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
             self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until we have looked again.
+
+        Raises:
+            Locked, QmpBackupError: as `acquire`; nothing that was read counts.
+            Interrupted: a signal is waiting.
+        """
+        while not self._settled.wait(_POLL_SECONDS):
+            interrupt.check()
+        if self._others_came is not None:
+            raise self._others_came
+
+    def _keep(self) -> None:
+        if not self._settled.is_set() and not self._ended.wait(self._timing.settle):
+            try:
+                self._look()
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that settles
+                self._others_came = error
+            self._settled.set()
+        self._refresh_on()
 
     def end(self) -> None:
         """Stop refreshing it, and remove it; harmless when repeated."""

@@ -327,19 +327,34 @@ class Repository:
 
     @contextmanager
     def lock(
-        self, *, exclusive: bool = False, wait: float = 0.0, timing: lock.Timing = lock.USUAL
+        self,
+        *,
+        exclusive: bool = False,
+        early: bool = False,
+        wait: float = 0.0,
+        timing: lock.Timing = lock.USUAL,
     ) -> Iterator[None]:
         """Hold the repository for the block, alone or with others; see `lock.hold`.
 
         Raises:
             Locked: others held it for all of `wait` seconds.
         """
-        with lock.hold(self, exclusive=exclusive, wait=wait, timing=timing) as held:
+        with lock.hold(self, exclusive=exclusive, early=early, wait=wait, timing=timing) as held:
             before, self._held = self._held, held
             try:
                 yield
             finally:
                 self._held = before
+
+    def settle_lock(self) -> None:
+        """Be sure that those who hold the repository beside us are such as we may share it with; before
+        anything is done, or said, that counts.
+
+        Raises:
+            Locked: somebody else had it.
+        """
+        if self._held is not None:
+            self._held.settle()
 
     def require_lock(self) -> None:
         """See that the lock that we hold is still ours; who holds none is not asked for one.

@@ -9,7 +9,7 @@ from typing import Final
 
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.restic import config as configs
-from qmpbackup.restic import keyfile, lock, snapshot
+from qmpbackup.restic import keyfile, lock_file, snapshot
 from qmpbackup.restic.crypto import OVERHEAD
 from qmpbackup.restic.index import index_file
 from qmpbackup.restic.pack import LARGEST_WINDOW
@@ -26,7 +26,7 @@ from qmpbackup.restic.storage.interface import (
 _LARGEST: Final = {
     Kind.CONFIG: configs.LARGEST,
     Kind.KEY: keyfile.LARGEST,
-    Kind.LOCK: lock.LARGEST,
+    Kind.LOCK: lock_file.LARGEST,
     Kind.SNAPSHOT: snapshot.LARGEST,
     Kind.INDEX: 4 * index_file.LARGEST,
 }

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpbackup.errors import DamagedError, UsageError
-from qmpbackup.restic import config, keyfile, lock, snapshot
+from qmpbackup.restic import config, keyfile, lock_file, snapshot
 from qmpbackup.restic.crypto import Key
 from qmpbackup.restic.keyfile import Scrypt
 from qmpbackup.restic.snapshot import Snapshot
@@ -20,7 +20,7 @@ from qmpbackup.restic.snapshot import Snapshot
 CHEAP = Scrypt(2, 1, 1)
 TIME = datetime(2026, 3, 1, 12, 30, 1, 500_000, tzinfo=timezone(timedelta(hours=1)))
 SNAPSHOT = Snapshot(TIME, bytes(32), ("/vm",), hostname="host", tags=("a", "b"))
-LOCK = lock.Lock(TIME, exclusive=True, hostname="host", username="me", pid=7, uid=8, gid=9)
+LOCK = lock_file.Lock(TIME, exclusive=True, hostname="host", username="me", pid=7, uid=8, gid=9)
 CONFIG = config.Config(2, "ab" * 32, 0x3DA3358B4DC173)
 
 in_its_time = settings(deadline=None)
@@ -42,7 +42,7 @@ def _parse_config(data: bytes) -> object:
 
 PARSERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "snapshot": (lambda data: snapshot.parse(data, "ab" * 32), snapshot.encode(SNAPSHOT)),
-    "lock": (lambda data: lock.parse(data, "ab" * 32), lock.encode(LOCK)),
+    "lock": (lambda data: lock_file.parse(data, "ab" * 32), lock_file.encode(LOCK)),
     "config": (_parse_config, config.encode(CONFIG)),
     "key": (
         lambda data: keyfile.parse(data, "ab" * 32),
@@ -188,11 +188,11 @@ def test_the_cost_of_a_password_is_never_below_restics() -> None:
 
 
 def test_a_lock_is_written_as_restic_writes_it() -> None:
-    assert lock.encode(LOCK).decode() == (
+    assert lock_file.encode(LOCK).decode() == (
         '{"time":"2026-03-01T12:30:01.5+01:00","exclusive":true,"hostname":"host","username":"me",'
         '"pid":7,"uid":8,"gid":9}'
     )
-    assert lock.parse(lock.encode(LOCK), "ab" * 32) == LOCK
+    assert lock_file.parse(lock_file.encode(LOCK), "ab" * 32) == LOCK
 
 
 def test_unknown_versions_of_the_format_are_refused() -> None:

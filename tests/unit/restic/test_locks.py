@@ -17,9 +17,10 @@ import pytest
 from lab.patience import PATIENCE
 from qmpbackup import interrupt
 from qmpbackup.errors import DamagedError, Interrupted, Locked, StorageError
-from qmpbackup.restic import lock
+from qmpbackup.restic import lock_file
 from qmpbackup.restic.keyfile import Scrypt
-from qmpbackup.restic.lock import Lock, Timing
+from qmpbackup.restic.lock import Timing
+from qmpbackup.restic.lock_file import Lock
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.storage.interface import Buffer, File, Kind, Refused
@@ -68,7 +69,7 @@ def _locks(repository: Repository) -> list[str]:
 
 
 def _write(repository: Repository, written: Lock) -> str:
-    name, sealed = repository.seal_unpacked(Kind.LOCK, lock.encode(written))
+    name, sealed = repository.seal_unpacked(Kind.LOCK, lock_file.encode(written))
     repository.storage.save(File(Kind.LOCK, name), [sealed])
     return name
 
@@ -108,6 +109,41 @@ def test_a_lock_that_appears_while_ours_is_written_counts(
     with pytest.raises(Locked), repository.lock(timing=QUICK):
         pass
     assert _locks(repository) == appeared
+
+
+def test_who_reads_begins_at_once_and_what_was_read_counts_if_nobody_came(
+    repository: Repository, place: Place
+) -> None:
+    appeared: list[str] = []
+    begun: list[str] = []
+
+    def appear(_file: File) -> None:
+        place.saved = None
+        appeared.append(_write(repository, _elsewhere(exclusive=True)))
+
+    place.saved = appear
+    with pytest.raises(Locked), repository.lock(early=True, timing=QUICK):
+        begun.append("read")
+    assert begun == ["read"]
+    assert _locks(repository) == appeared
+
+
+def test_damage_that_others_made_meanwhile_is_told_as_theirs(
+    repository: Repository, place: Place
+) -> None:
+    def appear(_file: File) -> None:
+        place.saved = None
+        _write(repository, _elsewhere(exclusive=True))
+
+    place.saved = appear
+    with pytest.raises(Locked), repository.lock(early=True, timing=QUICK):
+        raise DamagedError("A pack is missing.")
+
+
+def test_reading_alone_is_settled(repository: Repository) -> None:
+    with repository.lock(early=True, timing=QUICK):
+        repository.settle_lock()
+    assert _locks(repository) == []
 
 
 def test_it_waits_for_the_end_of_the_other(repository: Repository) -> None:

@@ -82,12 +82,14 @@ class RepositoryImage:
         """Read every chunk that is not zeros, and write it wherever the list has it."""
         with naming(self._name):
             if sink.is_device:
+                self._target.repository.settle_lock()
                 self._target.require_packs(self._contents)
             with sink.writing():
                 places = pouring.laid_out(sink, self.size, CHUNK, self._present)
                 stream = _Stream(self._contents, places, sink)
                 read_blobs(self._target.repository, stream.wanted(), stream.deliver)
                 stream.finish()
+            self._target.repository.settle_lock()
 
     def _part(self, offset: int, length: int) -> bytes | memoryview:
         """Bytes within one chunk."""

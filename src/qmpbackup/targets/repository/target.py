@@ -49,13 +49,14 @@ class RepositoryTarget(VmPoints):
     def lock(
         self, *, write: bool = False, remove: bool = False, wait: float = 0.0
     ) -> Iterator[None]:
-        """Hold the repository for the block, as restic does: removers alone, all others together.
+        """Hold the repository for the block, as restic does: removers alone, all others together. Who
+        only reads begins at once (`Repository.settle_lock`).
 
         Raises:
             Locked: somebody else held it for all of `wait` seconds.
         """
-        del write
-        with self.repository.lock(exclusive=remove, wait=wait):
+        early = not write and not remove
+        with self.repository.lock(exclusive=remove, early=early, wait=wait):
             yield
 
     @staticmethod
@@ -114,13 +115,16 @@ class RepositoryTarget(VmPoints):
         """Disks of a point, open for the block."""
         from qmpbackup.targets.repository import reading
 
-        del points, to_read  # each stands for itself, and costs nothing before it is read
+        del points  # each stands for itself
+        if to_read:
+            self.repository.settle_lock()
         return reading.opened(self, point, disks)
 
     def prove(self, found: Inventory, point: Point | None, share: float) -> Report:
         """See whether every chunk of the points is there, and read a share of the packs."""
         from qmpbackup.targets.repository import proof
 
+        self.repository.settle_lock()
         return proof.prove(self, found, point, share)
 
     def commit(self, writer: Writer, point: Point, disks: Mapping[str, ChunkList]) -> Point:
