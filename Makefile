@@ -88,6 +88,7 @@ bench: setup
 	@scripts/setup.sh borgbackup
 	@$(BIN)/python -m bench.backup
 	@$(BIN)/python -m bench.repository
+	@$(BIN)/python -m bench.restore
 
 format: setup
 	@$(BIN)/ruff check --fix

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure backups and restores of a directory target against `qemu-img`, as ratios in one run.
+"""Measure backups into a folder against `qemu-img`, as ratios in one run; restores: `bench.restore`.
 
 Whole processes are timed, ours and the peer's in turn, and the ratio is that of the medians. Storage
 caches are treated alike: both read a warm source; our side includes fsync and digests, which the
-peer does not do, so a second column gives the peer followed by `sync` of its output.
+peer does not do, so a second row gives the peer followed by `sync` of its output. Each copy is removed
+when it has been measured.
 
     python -m bench.backup [--megabytes 2048] [--runs 5] [--disk DIR] [--tmpfs DIR]
 """
@@ -32,6 +33,7 @@ class Bar:
     ours: Callable[[], object]
     peer: Callable[[], object]
     peer_name: str
+    clear: Callable[[], object] = lambda: None
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def _options() -> argparse.Namespace:
 
 
 def _copies(disk: Path, place: str, options: argparse.Namespace) -> Iterator[str]:
-    """Full and restore of a disk with real files, against `qemu-img convert`."""
+    """Fulls of a disk with real files, against `qemu-img convert`."""
     folder = disk.parent
     target, peer = folder / "target", folder / "peer.qcow2"
     plain = ["qemu-img", "convert", "-U", "-O", "qcow2", str(disk), str(peer)]
@@ -74,52 +76,34 @@ def _copies(disk: Path, place: str, options: argparse.Namespace) -> Iterator[str
     with vm(folder, [disk]) as qmp:
 
         def ours() -> None:
-            shutil.rmtree(target, ignore_errors=True)
             call([*QMPBACKUP, "--socket", str(qmp), *_backup("copy", target)])
 
         def convert(command: Sequence[str], sync: bool = False) -> Callable[[], None]:
             def run() -> None:
-                peer.unlink(missing_ok=True)
                 call(command)
                 if sync:
                     call(["sync", str(peer)])
 
             return run
 
-        bars = [
+        def clear() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            peer.unlink(missing_ok=True)
+
+        what, is_disk = f"full on {place}", place == "disk"
+        for bar in (
+            Bar(what, 1.1 if is_disk else None, ours, convert(plain), "plain", clear),
             Bar(
-                f"full on {place}", 1.1 if place == "disk" else None, ours, convert(plain), "plain"
-            ),
-            Bar(f"full on {place}", None, ours, convert(plain, sync=True), "plain, then sync"),
-            Bar(
-                f"full on {place}",
-                2.5 if place == "tmpfs" else None,
+                what,
+                1.15 if is_disk else 1.3,
                 ours,
-                convert(fast),
-                "-W -m 16",
+                convert(plain, sync=True),
+                "plain, then sync",
+                clear,
             ),
-        ]
-        for bar in bars:
+            Bar(what, None if is_disk else 2.5, ours, convert(fast), "-W -m 16", clear),
+        ):
             yield _measure(bar, options.runs)
-        shutil.rmtree(target, ignore_errors=True)
-        call([*QMPBACKUP, "--socket", str(qmp), *_backup("full", target)])
-        yield _measure(_restore_bar(folder, target, place), options.runs)
-
-
-def _restore_bar(folder: Path, target: Path, place: str) -> Bar:
-    output, peer = folder / "restored", folder / "converted.qcow2"
-    (image,) = (target / "vda").glob("FULL-*")
-
-    def ours() -> None:
-        shutil.rmtree(output, ignore_errors=True)
-        call([*QMPBACKUP, "restore", "--target", str(target), "--output", str(output)])
-
-    def convert() -> None:
-        peer.unlink(missing_ok=True)
-        call(["qemu-img", "convert", "-W", "-m", "8", "-O", "qcow2", str(image), str(peer)])
-        call(["sync", str(peer)])
-
-    return Bar(f"restore on {place}", None, ours, convert, "-W -m 8, then sync")
 
 
 def _incrementals(folder: Path, runs: int) -> Iterator[str]:
@@ -163,8 +147,9 @@ def _measure(bar: Bar, runs: int) -> str:
             run()
             if number:
                 times.append(time.monotonic() - started)
+            bar.clear()
     us, them = statistics.median(ours), statistics.median(peer)
-    shown = f"{bar.bar:.1f}" if bar.bar else "-"
+    shown = f"{bar.bar:.2f}" if bar.bar else "-"
     return f"{bar.name:<36} {us:>7.2f}s {them:>7.2f}s {us / them:>6.2f} {shown:>5}  {bar.peer_name}"
 
 

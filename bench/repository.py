@@ -4,8 +4,8 @@
     python -m bench.repository [--megabytes 4096] [--runs 3] [--disk DIR] [--tmpfs DIR]
 
 A disk full of this machine's own files is backed up for the first time, with nothing changed, and
-with 1 % of it overwritten at random, and restored. Ours reads a VM that runs; the peers read the same
-bytes from a raw file, warm in the page cache, whose time is new each time, as that of a VM that runs
+with 1 % of it overwritten at random; restores: `bench.restore`. Ours reads a VM that runs; the peers read
+the same bytes from a raw file, on the disk and warm in the page cache, whose time is new each time, as that of a VM that runs
 is. Whole processes, ours and the peers in turn; times and
 memory are medians, CPU is user and system time of the process and its children. QEMU's own CPU, which
 our side needs to read, is the column `QEMU`.
@@ -58,6 +58,7 @@ def main() -> None:
         for place, folder in (("tmpfs", options.tmpfs), ("disk", options.disk)):
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 _Measurement(place, Path(scratch), image, options.runs).all()
+                (Path(real) / "vda.raw").unlink()
     with tempfile.TemporaryDirectory(dir=options.tmpfs) as scratch:
         _sparse(Path(scratch))
 
@@ -80,14 +81,12 @@ class _Measurement:
         self._runs = runs
         self._disk = folder / "vda.qcow2"
         shutil.copyfile(image, self._disk)
-        self._raw = folder / "source" / "vda.raw"
-        self._raw.parent.mkdir()
+        self._raw = image.with_suffix(".raw")
         call(["qemu-img", "convert", "-O", "raw", str(self._disk), str(self._raw)])
         self._size = self._raw.stat().st_size
         self._ours, self._restic, self._borg = (
             folder / name for name in ("ours", "restic", "borg")
         )
-        self._output = folder / "output"
 
     def all(self) -> None:
         """Every job in turn."""
@@ -107,7 +106,6 @@ class _Measurement:
                 Command("restic", _nothing, restic),
                 Command("borg", _nothing, self._borg_create()),
             )
-        self._report("restore", *self._restores())
 
     def _firsts(self, ours: list[str], restic: list[str]) -> list[Command]:
         compressed = self._folder / "peer.qcow2"
@@ -120,26 +118,13 @@ class _Measurement:
             Command("qemu-img -c (zstd)", lambda: compressed.unlink(missing_ok=True), convert),
         ]
 
-    def _restores(self) -> list[Command]:
-        target = ["--target", f"restic:{self._ours}", "--format", "raw", "--output"]
-        restic = ["restic", "--repo", str(self._restic), "--quiet"]
-        dump = " ".join([*restic, "dump", "latest", str(self._raw)])
-        return [
-            Command("qmpbackup", self._clear, [*QMPBACKUP, "restore", *target, str(self._output)]),
-            Command(
-                "restic restore",
-                self._clear,
-                [*restic, "restore", "latest", "--target", str(self._output)],
-            ),
-            Command("restic dump", self._clear, ["sh", "-c", f"{dump} >{self._output}"]),
-        ]
-
     def _report(self, what: str, *commands: Command) -> None:
         costs: dict[str, list[Cost]] = {command.name: [] for command in commands}
         for _ in range(self._runs):
             for command in commands:
                 command.before()
                 costs[command.name].append(measure(command.argv))
+            (self._folder / "peer.qcow2").unlink(missing_ok=True)
         ours = statistics.median(cost.time for cost in costs["qmpbackup"])
         for name, measured in costs.items():
             time_, cpu, memory, qemu = (
@@ -164,11 +149,6 @@ class _Measurement:
     def _borg_create(self) -> list[str]:
         chunks = ["--compression", "zstd,1", "--chunker-params", "fixed,1048576"]
         return ["borg", "create", *chunks, f"{self._borg}::{{now:%s.%f}}", str(self._raw)]
-
-    def _clear(self) -> None:
-        if self._output.is_dir():
-            shutil.rmtree(self._output)
-        self._output.unlink(missing_ok=True)
 
     def _scribble(self, qmp: Path) -> None:
         """Overwrite 1 % of the disk, in pieces of 64 KiB, in the VM and in the peers' file."""

@@ -9,8 +9,8 @@ and 256 MiB of it from a REST server 50 ms away (`bench.delay`). Whole processes
 are those of the fastest runs, as other work on the machine only ever makes a run slower. Ours ends with
 fsync, restic's does not; so there is a row with `sync` behind it, too. `limit` is `bench.limit`.
 
-Each copy is removed when it has been measured: besides the repositories and the chain there is one at a
-time, four times --megabytes in all.
+All is made on the disk. In memory lies only what is read there, and one copy at a time, which is removed
+when it has been measured: little more than twice --megabytes.
 """
 
 import argparse
@@ -50,17 +50,20 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended; nothing is left."))
     print(f"{'what':<34} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
     for megabytes in options.megabytes:
-        for place, folder in (("tmpfs", options.tmpfs), ("disk", options.disk)):
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                _local(_Made(Path(scratch), megabytes), f"{megabytes} MiB, {place}", options.runs)
-    with tempfile.TemporaryDirectory(dir=options.tmpfs) as scratch:
-        _over_rest(_Made(Path(scratch), OVER_REST), options.runs)
+        with _made(options.disk, megabytes) as made:
+            for place, folder in (("tmpfs", options.tmpfs), ("disk", options.disk)):
+                _local(made, folder, f"{megabytes} MiB, {place}", options.runs)
+    with (
+        _made(options.disk, OVER_REST) as made,
+        tempfile.TemporaryDirectory(dir=options.tmpfs) as scratch,
+    ):
+        _over_rest(made, Path(scratch), options.runs)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--megabytes", type=int, nargs="+", default=[1024, 4096], help="real files on the disk"
+        "--megabytes", type=int, nargs="*", default=[1024, 4096], help="real files on the disk"
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each side (default: 5)")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk")
@@ -68,40 +71,54 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass(frozen=True)
 class _Made:
     """Our repository, restic's, and a chain in a folder, all of one disk."""
 
-    def __init__(self, folder: Path, megabytes: int) -> None:
-        self.folder = folder
-        self.ours, self.restic, self.chain = (folder / name for name in ("ours", "restic", "chain"))
-        self.output = folder / "output"
-        disk = folder / "vda.qcow2"
+    ours: Path
+    restic: Path
+    chain: Path
+
+
+@contextmanager
+def _made(folder: Path, megabytes: int) -> Iterator[_Made]:
+    """Make all that is restored."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        here = Path(scratch)
+        made = _Made(here / "ours", here / "restic", here / "chain")
+        disk, raw = here / "vda.qcow2", here / "vda.raw"
         real_files(disk, megabytes)
-        make_repository(self.ours)
-        make_repository(self.restic)
-        with vm(folder, [disk]) as qmp:
+        make_repository(made.ours)
+        make_repository(made.restic)
+        with vm(here, [disk]) as qmp:
             backup = [*QMPBACKUP, "--socket", str(qmp), "backup", "--target"]
-            call([*backup, f"restic:{self.ours}"], PASSWORD)
-            call([*backup, str(self.chain)])
+            call([*backup, f"restic:{made.ours}"], PASSWORD)
+            call([*backup, str(made.chain)])
             for number in range(INCREMENTALS):
                 _scribble(qmp, megabytes, number)
-                call([*backup, str(self.chain)])
-        raw = folder / "vda.raw"
+                call([*backup, str(made.chain)])
         call(["qemu-img", "convert", "-O", "raw", str(disk), str(raw)])
         disk.unlink()
-        call(["restic", "--repo", str(self.restic), "--quiet", "backup", str(raw)], PASSWORD)
+        call(["restic", "--repo", str(made.restic), "--quiet", "backup", str(raw)], PASSWORD)
         raw.unlink()
+        yield made
 
-    @property
-    def newest(self) -> Path:
-        """The last file of the chain."""
-        return max((self.chain / "vda").iterdir(), key=lambda each: each.name.rpartition("-")[2])
 
-    def clear(self) -> None:
-        """Remove what was restored."""
-        if self.output.is_dir():
-            shutil.rmtree(self.output)
-        self.output.unlink(missing_ok=True)
+@contextmanager
+def _copied(folder: Path, *originals: Path) -> Iterator[list[Path]]:
+    """Copies in a folder, warm in the cache as the originals would be, and room for an output."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        copies = [Path(scratch) / original.name for original in originals]
+        for original, copy in zip(originals, copies, strict=True):
+            shutil.copytree(original, copy)
+        yield copies
+
+
+def _clear(output: Path) -> None:
+    """Remove what was restored."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
 
 
 def _scribble(qmp: Path, megabytes: int, seed: int) -> None:
@@ -126,34 +143,33 @@ def _restic(repository: str, after: str = "") -> Callable[[Path], list[str]]:
     return argv
 
 
-def _local(made: _Made, what: str, runs: int) -> None:
-    limit = [sys.executable, "-m", "bench.limit", str(made.ours)]
-    restic = str(made.restic)
-    peers = [
-        Peer("restic restore", 0.7, _restic(restic)),
-        Peer("restic restore, then sync", None, _restic(restic, "sync --file-system")),
-        Peer("limit", 1.25, lambda output: [*limit, str(output)]),
-    ]
-    _report(made, f"repository, {what}", _ours(f"restic:{made.ours}", "raw"), peers, runs)
-    fast = ["qemu-img", "convert", "-W", "-m", "16", "-O", "qcow2", str(made.newest)]
-    peers = [
-        Peer("qemu-img convert -W -m 16", 1.1, lambda output: [*fast, str(output)]),
-        Peer(
-            "the same, then sync",
-            None,
-            lambda output: ["sh", "-c", f"{' '.join(fast)} {output} && sync {output}"],
-        ),
-    ]
-    _report(made, f"folder, {what}", _ours(str(made.chain), "qcow2"), peers, runs)
+def _local(made: _Made, folder: Path, what: str, runs: int) -> None:
+    with _copied(folder, made.ours, made.restic) as (ours, restic):
+        limit = [sys.executable, "-m", "bench.limit", str(ours)]
+        peers = [
+            Peer("restic restore", 0.7, _restic(str(restic))),
+            Peer("restic restore, then sync", None, _restic(str(restic), "sync --file-system")),
+            Peer("limit", 1.25, lambda output: [*limit, str(output)]),
+        ]
+        _report(ours, f"repository, {what}", _ours(f"restic:{ours}", "raw"), peers, runs)
+    with _copied(folder, made.chain) as (chain,):
+        newest = max((chain / "vda").iterdir(), key=lambda each: each.name.rpartition("-")[2])
+        fast = ["qemu-img", "convert", "-W", "-m", "16", "-O", "qcow2", str(newest)]
+        synced = f"{' '.join(fast)} {{0}} && sync {{0}}"
+        peers = [
+            Peer("qemu-img convert -W -m 16", 1.1, lambda output: [*fast, str(output)]),
+            Peer("the same, then sync", None, lambda output: ["sh", "-c", synced.format(output)]),
+        ]
+        _report(chain, f"folder, {what}", _ours(str(chain), "qcow2"), peers, runs)
 
 
-def _over_rest(made: _Made, runs: int) -> None:
+def _over_rest(made: _Made, scratch: Path, runs: int) -> None:
     """Both repositories from one server, far away."""
-    with _far(made.folder) as address:
+    with _far(made.ours.parent) as address:
         ours = _ours(f"restic:rest:{address}/ours/", "raw")
         peers = [Peer("restic restore", 0.7, _restic(f"rest:{address}/restic/"))]
         what = f"repository, {OVER_REST} MiB, REST {MILLISECONDS} ms"
-        _report(made, what, ours, peers, runs)
+        _report(scratch / "from", what, ours, peers, runs)
 
 
 @contextmanager
@@ -194,22 +210,23 @@ def _wait_for(port: int) -> None:
 
 
 def _report(
-    made: _Made,
+    source: Path,
     what: str,
     ours: Callable[[Path], list[str]],
     peers: Sequence[Peer],
     runs: int,
 ) -> None:
-    """Run all in turn, after one turn that does not count, and print the ratios of the fastest."""
+    """Restore beside the source: all in turn, after one turn that does not count; the fastest count."""
+    output = source.parent / "output"
     times: dict[str, float] = {}
     for number in range(runs + 1):
         for name, argv in (("", ours), *((peer.name, peer.argv) for peer in peers)):
-            made.clear()
+            _clear(output)
             os.sync()  # what the one before has left for the kernel to write is not this one's
-            taken = measure(argv(made.output)).time
+            taken = measure(argv(output)).time
             if number:
                 times[name] = min(taken, times.get(name, taken))
-    made.clear()
+    _clear(output)
     for peer in peers:
         us, them = times[""], times[peer.name]
         bar = f"{peer.bar:.2f}" if peer.bar else "-"

@@ -408,5 +408,6 @@ def test_restic_never_sees_us_without_a_lock_while_we_refresh(
         before = [name for name, _ in ours.storage.list(Kind.LOCK)]
         for _ in range(3):
             assert restic("snapshots", check=False).code != 0
-        after = [name for name, _ in ours.storage.list(Kind.LOCK)]
-    assert before != after
+        wait_until(
+            lambda: [name for name, _ in ours.storage.list(Kind.LOCK)] != before, "a refresh"
+        )
