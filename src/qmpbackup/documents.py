@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpbackup.service.boot import Prepared
     from qmpbackup.service.booted import Seen
     from qmpbackup.service.doctor import Finding
+    from qmpbackup.service.drill import Drilled
     from qmpbackup.service.init import Made
     from qmpbackup.service.serve import Served
     from qmpbackup.service.settle import Settled
@@ -269,3 +270,8 @@ def vm_config(point: Point) -> Document:
         needs=list(found.needs),
         masked=[number for number, word in enumerate(words) if MASK in word],
     )
+
+
+def drilled(found: "Drilled") -> Document:
+    """How a point came up in a drill."""
+    return _document("drill", **asdict(found))

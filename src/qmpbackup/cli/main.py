@@ -250,6 +250,7 @@ COMMANDS = {
     "mount": "mount",
     "boot": "boot",
     "settle": "settle",
+    "drill": "drill",
     "prune": "prune",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import CommandError, ConnectError, QmpBackupError, VmError
+from qmpbackup.errors import CommandError, ConnectError, MonitorBusy, QmpBackupError, VmError
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
 from qmpbackup.machine.sockets import open_socket
 from qmpbackup.plan.commands import Command
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 """Longest wait for a monitor of a QEMU that has been started."""
 
 _POLL_SECONDS = 0.05
@@ -80,9 +80,10 @@ def start(argv: Sequence[str], monitor: Path, log: Path) -> Monitor:
     try:
         while True:
             interrupt.check()
-            found = reach(monitor)
-            if found is not None:
-                return found
+            with suppress(MonitorBusy):  # it listens before it opens its disks, and greets after
+                found = reach(monitor)
+                if found is not None:
+                    return found
             if child.poll() is not None:
                 raise VmError(f"QEMU does not start: {_last_words(log, began)}.", f"See {log}.")
             if time.monotonic() > deadline:

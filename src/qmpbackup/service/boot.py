@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -85,7 +85,7 @@ class Prepared:
 
     def by_hand(self) -> list[list[str]]:
         """What somebody has to run who starts it without us."""
-        overlays = [_create(self.folder, disk) for disk in self.boot.disks]
+        overlays = [create_command(self.folder, disk) for disk in self.boot.disks]
         return [serve_command(self.folder, self.boot), *overlays, list(self.launch.argv)]
 
 
@@ -94,14 +94,27 @@ def prepared(request: Request) -> Prepared:
 
     Raises:
         NoSuchTarget: there is no such point.
-        VmError: the original runs.
     """
+    found, point = _planned(request, None)
+    return replace(found, obstacles=(*found.obstacles, *_original(point)))
+
+
+def planned(request: Request, folder: BootFolder) -> Prepared:
+    """The same in a folder, whether the original runs or not.
+
+    Raises:
+        NoSuchTarget: there is no such point.
+    """
+    return _planned(request, folder)[0]
+
+
+def _planned(request: Request, folder: BootFolder | None) -> tuple[Prepared, Point]:
     with (
         opening.entrance(request.target).opened(request.vm) as target,
         target.lock(wait=request.lock_wait),
     ):
         point = find_point(target, target.load(), request.point)
-    folder = BootFolder(_folder(request, point))
+    folder = folder or BootFolder(_folder(request, point))
     disks = tuple(
         BootedDisk(disk.id, disk.source_file, disk.size, number)
         for number, disk in enumerate(chosen_disks(point, ()))
@@ -119,7 +132,7 @@ def prepared(request: Request) -> Prepared:
         accelerators=request.accelerators,
     )
     launch = launch_of(folder, boot)
-    return Prepared(folder, boot, launch, (*_lacking(launch), *_original(point)))
+    return Prepared(folder, boot, launch, _lacking(launch)), point
 
 
 def boot(request: Request) -> Prepared:
@@ -257,12 +270,13 @@ def _prepare(found: Prepared) -> None:
         folder.register()
         folder.store(found.boot)
         for disk in found.boot.disks:
-            done = run(_create(folder, disk))
+            done = run(create_command(folder, disk))
             if done.code:
                 raise StorageError(f"Cannot make the overlay of disk {disk.id}: {done.reason}.")
 
 
-def _create(folder: BootFolder, disk: BootedDisk) -> list[str]:
+def create_command(folder: BootFolder, disk: BootedDisk) -> list[str]:
+    """The command that makes an overlay; its header names the point, so that nobody takes it for whole."""
     return [
         *("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", point_uri(folder, disk)),
         *("-F", "raw", str(folder.overlay(disk)), str(disk.size)),

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +38,8 @@ _SERVE_SECONDS = 600.0
 _IDLE_SECONDS = 60
 """How long a server without a client goes on, when its keeper has died."""
 _AGAIN_SECONDS = 2.0
+_WITHDRAWN = "is served no more"
+"""What `serve` says of a disk with a damaged file."""
 
 
 def launch_of(folder: BootFolder, boot: Boot) -> Launch:
@@ -61,7 +63,7 @@ def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
     """
     with interrupt.held(), folder.claimed("keeper"):
         _note_ourselves(folder)
-        server = _PointServer(folder)
+        server = PointServer(folder)
         try:
             with folder.claimed(wait=_SERVE_SECONDS):
                 monitor = _running(folder, server)
@@ -82,7 +84,7 @@ def _note_ourselves(folder: BootFolder) -> None:
         (folder.path / "keeper.lock").write_text(f"{os.getpid()}\n")
 
 
-def _running(folder: BootFolder, server: "_PointServer") -> Monitor:
+def _running(folder: BootFolder, server: "PointServer") -> Monitor:
     """The VM, which is started if it does not run."""
     with storage_errors(f"make {folder.sockets}"):
         folder.sockets.mkdir(mode=0o700, exist_ok=True)
@@ -97,7 +99,7 @@ def _running(folder: BootFolder, server: "_PointServer") -> Monitor:
     return found
 
 
-def _watch(folder: BootFolder, monitor: Monitor, server: "_PointServer") -> None:
+def _watch(folder: BootFolder, monitor: Monitor, server: "PointServer") -> None:
     """Have the VM run, until the connection to it is lost."""
     while True:
         boot = folder.load()
@@ -115,11 +117,12 @@ def _finish_for_another(folder: BootFolder, monitor: Monitor) -> None:
             settle_steps.complete(folder, monitor)
 
 
-class _PointServer:
+class PointServer:
     """The process that serves the point, for as long as an overlay stands on it."""
 
-    def __init__(self, folder: BootFolder) -> None:
+    def __init__(self, folder: BootFolder, environment: Mapping[str, str] | None = None) -> None:
         self._folder = folder
+        self._environment = environment
         self._child: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
         self._given_up = False
@@ -146,13 +149,22 @@ class _PointServer:
         self._not_before = time.monotonic() + _AGAIN_SECONDS
         self._start(boot, first)
 
+    def require_whole(self) -> None:
+        """Raise `DamagedError` if the server has found damage: it says so, and ends with that when it
+        ends."""
+        said = self._last_words()
+        ended = self._child is not None and self._child.poll() == DamagedError.exit_code
+        if ended or _WITHDRAWN in said:
+            raise DamagedError(f"The point is damaged. {said}")
+
     def _is_there(self) -> bool:
         if self._child is not None and self._child.poll() is None:
             return True
         return booting.listener(self._folder.served) is not None
 
     def _start(self, boot: Boot, first: bool) -> None:
-        self._child = booting.detached(serve_command(self._folder, boot), self._log)
+        command = serve_command(self._folder, boot)
+        self._child = booting.detached(command, self._log, environment=self._environment)
         if self._is_ready(self._child):
             return
         code = self._child.wait()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup drill`: does a point boot?"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, seconds
+from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.cli.show import POINT_HELP
+from qmpbackup.errors import UsageError
+from qmpbackup.plan.verdict import BootVerdict
+
+if TYPE_CHECKING:
+    from qmpbackup.service.drill import Drilled
+
+CODES = {BootVerdict.PASS: 0, BootVerdict.FAIL: 1, BootVerdict.UNKNOWN: 3}
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "drill",
+        help="boot a point in a sandbox, and judge whether it comes up",
+        description="Boot the VM of a restore point in a sandbox, without a network, and judge whether it "
+        "comes up: its guest agent answers, or a login prompt is on a serial port. Exit code 0: it does; "
+        "1: it does not; 3: that cannot be said; 8: the point is damaged. The verdict is noted in a history.",
+    )
+    add = parser.add_argument
+    add_target(parser, required=False)
+    add_vm(parser)
+    add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
+    add(
+        "--within",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="seconds that it has to come up (default: 600)",
+    )
+    add(
+        "--exec",
+        dest="commands",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="a shell command that must succeed in the guest, by its agent; repeat",
+    )
+    add("--accel", action="append", default=[], metavar="ACCEL", help="as in `boot`")
+    add("--history", action="store_true", help="print what earlier drills found, and boot nothing")
+    add("--json", action="store_true", help="print one JSON object a drill")
+    add_lock_wait(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Drill, or show what was found."""
+    from qmpbackup.service.drill import Request, drill, history
+
+    if arguments.history:
+        for each in history():
+            _print(each, arguments.json)
+        return 0
+    if arguments.target is None:
+        raise UsageError("This needs a target.", "Name it with --target.")
+    drilled = drill(
+        Request(
+            target=arguments.target,
+            point=arguments.point,
+            vm=arguments.vm,
+            seconds=arguments.within,
+            commands=tuple(arguments.commands),
+            accelerators=tuple(arguments.accel),
+            lock_wait=arguments.lock_wait,
+        )
+    )
+    _print(drilled, arguments.json)
+    return CODES[drilled.verdict]
+
+
+def _print(drilled: "Drilled", as_json: bool) -> None:
+    if as_json:
+        from qmpbackup import documents
+
+        say_json(documents.drilled(drilled))
+        return
+    parts = [drilled.verdict.upper(), drilled.point, drilled.time, f"{drilled.seconds} s"]
+    say(printable("  ".join([*parts, drilled.system, drilled.reason])))

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts on a VM that was started: no success without proof, no failure by a guess."""
+
+import pytest
+
+from qmpbackup.plan.verdict import BootVerdict, Observation, judged
+
+LONG = 100.0
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict"),
+    [
+        (Observation(), None),
+        (Observation(console="Booting from Hard Disk...", still=5), None),
+        (Observation(console="Booting from Hard Disk...", still=LONG), BootVerdict.FAIL),
+        (Observation(console="[ 1.0] fine", still=LONG), None),
+        (Observation(agent=True), BootVerdict.PASS),
+        (Observation(console="Debian 12 vm ttyS0\r\n\r\nvm login: "), BootVerdict.PASS),
+        (Observation(console="\nvm login: ", has_agent=True), None),
+        (Observation(console="\nvm login: ", has_agent=True, still=LONG), BootVerdict.PASS),
+        (Observation(console="\nvm login: root\nPassword: ", still=LONG), None),
+        (Observation(console="[1] Kernel panic - not syncing: VFS\n"), BootVerdict.FAIL),
+        (Observation(ended="signal 6"), BootVerdict.FAIL),
+        (Observation(console="x\n\x1b[0mgrub rescue> ", still=LONG), BootVerdict.FAIL),
+        (Observation(console="\n(initramfs) ", still=LONG), BootVerdict.FAIL),
+    ],
+)
+def test_verdicts(seen: Observation, verdict: BootVerdict | None) -> None:
+    found = judged(seen)
+    assert (found[0] if found else None) == verdict
