@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import assert_restores, back_up, levels
+from lab.backups import assert_restores, back_up
 from lab.disks import MIB, Disk, create
 from lab.file_steps import held
 from lab.qemu import StartQemu
@@ -15,7 +15,6 @@ from qmpbackup.plan.chain import chain
 from qmpbackup.targets.folder.disk_folder import DiskFolder
 from qmpbackup.targets.folder.merging import merge_part
 from qmpbackup.targets.folder.target import DirectoryTarget
-from stock.stored_repository import StoredRepository
 
 
 def test_a_vm_goes_on_with_incrementals_after_a_merge(
@@ -98,20 +97,3 @@ def merge_one(target: Path, point_id: str) -> None:
     links = chain(points, points[number + 1], "vda")[number : number + 2]
     with opened.lock(remove=True):
         merge_part(DiskFolder(target / "vda", opened), points, links)
-
-
-def test_incrementals_go_on_after_pruning_a_repository(
-    tmp_path: Path, start_qemu: StartQemu
-) -> None:
-    made = StoredRepository(tmp_path / "live").made
-    vm = start_qemu([Disk("vda", create(tmp_path / "vda.qcow2", 16 * MIB))])
-    for value in range(1, 4):
-        vm.write("vda", value * MIB, MIB, value)
-        back_up(vm, made)
-    arguments = ("prune", "--target", str(made), "--keep-last", 1)
-    cli.run(*arguments, env=made.environment).check()
-    vm.write("vda", 5 * MIB, MIB, 5)
-    point = back_up(vm, made)
-    assert levels(point) == {"vda": "inc"}
-    assert made.restored(point["id"]) == {"vda": vm.contents("vda")}
-    made.assert_whole(read_data=True)

@@ -157,29 +157,6 @@ def test_after_qemu_was_killed_just_a_full_is_right(tmp_path: Path, start_qemu: 
     assert levels(back_up(vm, target, "inc")) == {"vda": "inc"}
 
 
-def test_grown_disks_go_on_and_disks_that_were_shrunk_are_made_whole(
-    tmp_path: Path, start_qemu: StartQemu
-) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
-    target = tmp_path / "target"
-
-    def resized(*sizes: int) -> str:
-        for size in sizes:
-            vm.qmp("block_resize", **{"node-name": "node-vda", "size": size})
-        point = back_up(vm, target)
-        assert_restores(target, point["id"], live(vm), tmp_path)
-        return levels(point)["vda"]
-
-    assert resized() == "full"
-    assert resized(SIZE + 3 * MIB) == "inc"
-    vm.write("vda", SIZE + MIB, MIB, 5)
-    assert resized() == "inc"
-    assert resized(SIZE, SIZE + 3 * MIB) == "full"
-    assert resized(9 * MIB) == "full"
-    assert resized(SIZE) == "inc"
-    assert resized(9 * MIB, SIZE) == "full"
-
-
 def test_an_external_snapshot_makes_a_full_and_its_overlay_is_followed(
     tmp_path: Path, start_qemu: StartQemu
 ) -> None:

@@ -194,27 +194,6 @@ def test_disks_in_iothreads(tmp_path: Path, start_qemu: StartQemu, target: Repos
     assert_clean(vm, target)
 
 
-def test_grown_disks_go_on_and_disks_that_were_shrunk_are_made_whole(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
-
-    def resized(*sizes: int) -> str:
-        for size in sizes:
-            vm.qmp("block_resize", **{"node-name": "node-vda", "size": size})
-        point = back_up(vm, target)
-        assert_restores(target, point["id"], live(vm), tmp_path)
-        return levels(point)["vda"]
-
-    assert resized() == "full"
-    odd = SIZE + 3 * MIB + 512
-    assert resized(odd) == "inc"
-    vm.write("vda", odd - 512, 512, 5)
-    assert resized(odd + 512) == "inc"
-    assert resized(SIZE, odd) == "full"
-    assert resized(9 * MIB) == "full"
-
-
 def test_vms_share_a_repository_and_repositories_a_vm(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
