@@ -196,6 +196,51 @@ def test_what_is_of_that_host_is_left_out_and_said() -> None:
         assert word in said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-device", "virtio-input-host-pci,evdev=/dev/input/event3"),
+        ("-device", "usb-mtp,rootdir=/home"),
+        ("-object", "input-barrier,id=b,name=a,server=192.0.2.1"),
+        ("-object", '{"qom-type":"iommufd","id":"i"}'),
+        ("-object", "cryptodev-vhost-user,id=c,chardev=x"),
+        ("-plugin", "file=/x.so"),
+        ("-qtest", "unix:/x,server=on"),
+    ],
+)
+def test_no_device_of_that_host_and_no_other_machine(words: tuple[str, ...]) -> None:
+    assert not set(words) & set(launched(*words).argv)
+
+
+def test_sound_is_heard_by_nobody() -> None:
+    assert values(launched("-audio", "pa,model=hda,server=192.0.2.1"), "audio") == [
+        "none,model=hda"
+    ]
+
+
+def test_serial_ports_are_as_many_as_recorded_and_share_no_name() -> None:
+    port = ("-chardev", "pty,id=serial0", "-device", "isa-serial,chardev=serial0")
+    assert values(launched(*port), "serial") == []
+    found = launched(*port, "-serial", "stdio")
+    names = [members_of("chardev", each).text("id") for each in values(found, "chardev")]
+    assert len(names) == len(set(names)) == 2
+    assert values(found, "serial") == [f"chardev:{names[1]}"]
+
+
+def test_images_below_a_disk_are_not_needed() -> None:
+    below = '{"node-name":"f2","read-only":true,"driver":"qcow2","file":"s2","backing":null}'
+    found = launched(
+        *("-blockdev", '{"driver":"file","filename":"/base","node-name":"s2"}'),
+        *("-blockdev", below),
+        *("-blockdev", '{"driver":"file","filename":"/old/a","node-name":"s1"}'),
+        *("-blockdev", '{"node-name":"f1","driver":"qcow2","file":"s1","backing":"f2"}'),
+        *("-device", "virtio-blk-pci,drive=f1,id=vda"),
+        disks=[attached("vda", "/old/a")],
+    )
+    assert found.needs == ()
+    assert "/base" not in " ".join(found.argv)
+
+
 def test_drives_that_the_point_does_not_hold() -> None:
     found = launched(
         *("-drive", "if=none,id=cd,file=/iso,media=cdrom", "-device", "ide-cd,drive=cd"),

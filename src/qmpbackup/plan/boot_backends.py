@@ -49,6 +49,10 @@ OF_THE_PROCESS = frozenset(
         "xen-attach",
         "xen-domid",
         "watchdog-action",
+        "qtest",
+        "qtest-log",
+        "plugin",
+        "preconfig",
     ]
 )
 """What belongs to the process that was, not to the machine."""
@@ -63,12 +67,23 @@ HOST_DEVICES = (
     "scsi-generic",
     "scsi-block",
     "tpm",
-    "u2f-pass",
+    "u2f-",
+    "usb-mtp",
+    "virtio-input-host",
+    "ccid-card-",
+    "igd-passthrough",
+    "xen-pci",
 )
 HOST_OBJECTS = (
     "secret",
     "tls-creds",
-    "input-linux",
+    "input-",  # events of that host, or of another over the network
+    "iommufd",
+    "cryptodev-vhost",
+    "vfio-user",
+    "x-remote",
+    "dbus-",
+    "qtest",
     "can-",
     "colo-",
     "filter-",
@@ -114,6 +129,13 @@ def silent(recorded: QemuOption) -> QemuOption:
     """Sound that nobody hears."""
     members = {"driver": "none", "id": recorded.members.text("id")}
     return option("audiodev", Parameters(members, implied="driver").render())
+
+
+def silent_card(recorded: QemuOption) -> QemuOption:
+    """The same for `-audio`, which makes the card as well."""
+    kept = {name: recorded.members.text(name) for name in ("model", "id")}
+    members = {"driver": "none", **{name: value for name, value in kept.items() if value}}
+    return option("audio", Parameters(members, implied="driver").render())
 
 
 def accelerators(given: Sequence[QemuOption]) -> list[str]:

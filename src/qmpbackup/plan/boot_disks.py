@@ -43,12 +43,13 @@ class RecordedDisks:
         }
         self.kept_nodes = {
             below
-            for name, members in self._nodes.items()
-            if is_read_only(members) and self.attached("", name) is None
+            for name in _heads(options) & self._nodes.keys()
+            if is_read_only(self._nodes[name]) and self.attached("", name) is None
             for below in self._under(name)
             if self.attached("", below) is None
         }
-        """Nodes that may stay: of what is only read, and is in no point."""
+        """Nodes that stay: of what a device only reads, and is in no point. Images below a disk of the
+        point are not among them: all of what they hold is in the point, and they may be gone."""
 
     def _under(self, name: str) -> set[str]:
         """A recorded node and those below it."""
@@ -73,6 +74,16 @@ class RecordedDisks:
                 return each
         file = file or self.file_of(drive)
         return next((each for each in self._disks if file and each.source_file == file), None)
+
+
+def _heads(options: Iterable[QemuOption]) -> set[str]:
+    """The nodes that devices and the machine name."""
+    return {
+        each.members.text(member)
+        for each in options
+        if each.name in {"device", "machine", "M"}
+        for member in ("drive", "pflash0", "pflash1")
+    }
 
 
 def file_in(members: Parameters) -> str:

@@ -143,6 +143,7 @@ class _Draft:
             "net": self._net,
             "object": self._object,
             "audiodev": self._audiodev,
+            "audio": self._audio,
             "tpmdev": self._leave_out,
             "fsdev": self._leave_out,
             "virtfs": self._leave_out,
@@ -298,10 +299,18 @@ class _Draft:
         if value == "none" or value.startswith("chardev:"):
             self.out.append(each)
             return
-        name, log = f"serial{self.serials}", f"{self.around.logs}/serial{self.serials}.log"
+        log = f"{self.around.logs}/serial{self.serials}.log"
+        name = self._free_id(f"serial{self.serials}")
         self.serials += 1
         socket = backends.socket(self.around.sockets, name, log)
         self.out += [socket, option("serial", f"chardev:{name}")]
+
+    def _free_id(self, name: str) -> str:
+        """A name that no recorded character device has."""
+        taken = {each.members.text("id") for each in self.given if each.name == "chardev"}
+        while name in taken:
+            name += "-ours"
+        return name
 
     def _nographic(self, each: QemuOption) -> None:
         del each
@@ -337,6 +346,9 @@ class _Draft:
     def _audiodev(self, each: QemuOption) -> None:
         self.out.append(backends.silent(each))
 
+    def _audio(self, each: QemuOption) -> None:
+        self.out.append(backends.silent_card(each))
+
     # What is ours
 
     def _add_ours(self) -> None:
@@ -345,7 +357,8 @@ class _Draft:
             self.out.append(option("machine", self.record.machine))
         if not self.around.network and not names & {"nic", "net", "netdev", "nodefaults"}:
             self.out.append(option("nic", f"hubport,hubid={self.hubs + 1}"))
-        if not names & {"serial", "nographic", "nodefaults"}:
+        drivers = {each.members.text("driver") for each in self.given if each.name == "device"}
+        if not names & {"serial", "nographic", "nodefaults"} and "isa-serial" not in drivers:
             self._serial(option("serial", "vc"))
         accelerators = self.around.accelerators or backends.accelerators(self.given)
         self.out.append(option("display", "none"))

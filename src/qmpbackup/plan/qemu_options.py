@@ -64,6 +64,7 @@ IMPLIED: Mapping[str, str] = {
     "machine": "type",
     "accel": "accel",
     "audiodev": "driver",
+    "audio": "driver",
     "blockdev": "driver",
     "tpmdev": "type",
     "mon": "chardev",
