@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -321,15 +321,29 @@ def test_a_boot_that_cannot_be_leaves_nothing(in_folder: Scene) -> None:
     folder = in_folder.folder / "mine"
     folder.mkdir()
     (folder / "file").write_text("mine")
-    in_folder.boot("--to", folder).check(10)
+    assert "is not empty" in in_folder.boot("--to", folder).check(2).err
     assert [each.name for each in folder.iterdir()] == ["file"]
 
 
-def test_interrupted_it_leaves_nothing(in_folder: Scene) -> None:
+def running_with(word: bytes) -> list[bytes]:
+    """Processes with a word in their command line."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if word in words:
+                found.append(b" ".join(words))
+    return found
+
+
+@pytest.mark.parametrize("step", ["boot.json", "serve.log", "qemu.log"])
+def test_interrupted_it_leaves_nothing(in_folder: Scene, step: str) -> None:
     folder = in_folder.folder / "booted"
+    folder.mkdir()
+    (folder / "boot.lock").touch()  # of a run that was killed as it began
     arguments = ("boot", "--target", str(in_folder.target), "--to", folder)
     with cli.start(*arguments, env=in_folder.environment) as running:
-        wait_until(running.unless_over((folder / "boot.json").exists), "its journal")
+        wait_until(running.unless_over((folder / step).exists), f"its {step}")
         running.signal(signal.SIGTERM)
         code = running.wait().code
     vm_runs = folder.exists()
@@ -338,3 +352,4 @@ def test_interrupted_it_leaves_nothing(in_folder: Scene) -> None:
         in_folder.run("boot", "--end").check()
     assert listener(folder / "x") is None
     assert not folder.exists()
+    assert running_with(os.fsencode(str(in_folder.target))) == []

@@ -11,6 +11,7 @@ it here while it runs; `end` throws it away.
 import logging
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.durable import storage_errors
+from qmpbackup.durable import TEMPORARY, storage_errors
 from qmpbackup.errors import (
     ConnectError,
     DamagedError,
@@ -44,6 +45,7 @@ from qmpbackup.plan.commands import Command
 from qmpbackup.plan.qemu_options import program_of
 from qmpbackup.process import run
 from qmpbackup.service.boot_folder import (
+    JOURNAL,
     Boot,
     BootedDisk,
     BootFolder,
@@ -59,6 +61,7 @@ from qmpbackup.targets.interface import Address
 log = logging.getLogger(__name__)
 
 _READY_SECONDS = 700.0
+_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,8 @@ def boot(request: Request) -> Prepared:
         try:
             _prepare(found)
             _start_keeper(found.folder, opening.entrance(request.target).environment())
+        except Locked:
+            raise  # it is another's
         except BaseException:
             with suppress(QmpBackupError):
                 end(found.folder)
@@ -244,12 +249,16 @@ def _answers(identity: VmIdentity) -> bool:
 
 
 def _begun(found: Prepared) -> bool:
-    """Whether this very point was booted there before.
+    """Whether this very point was booted there before; not by who was killed before any VM was started.
 
     Raises:
         UsageError: something else is there.
     """
-    if not found.folder.path.exists() or not any(found.folder.path.iterdir()):
+    folder = found.folder.path
+    if not (folder / JOURNAL).exists():
+        ours = {"boot.lock", JOURNAL + TEMPORARY}
+        if folder.exists() and {each.name for each in folder.iterdir()} - ours:
+            raise UsageError(f"{folder} is not empty.", "Choose another folder with --to.")
         return False
     there = found.folder.load()
     if (there.target, there.point) != (found.boot.target, found.boot.point):
@@ -257,7 +266,7 @@ def _begun(found: Prepared) -> bool:
             f"In {found.folder.path}, point {there.point} of {there.target} was booted.",
             "Choose another folder with --to, or end that one with --end.",
         )
-    return True
+    return found.folder.was_started
 
 
 def _prepare(found: Prepared) -> None:
@@ -267,6 +276,8 @@ def _prepare(found: Prepared) -> None:
         folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.sockets.mkdir(mode=0o700, exist_ok=True)
     with folder.claimed():
+        if folder.was_started:
+            raise Locked(f"Somebody else boots in {folder.path} just now.", "Run again.")
         folder.register()
         folder.store(found.boot)
         for disk in found.boot.disks:
@@ -290,7 +301,7 @@ def keeper_command(folder: BootFolder) -> list[str]:
 
 def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:
     """Start the keeper, and wait until the VM runs."""
-    journal = folder.path / "keeper.log"
+    journal = folder.keeper_log
     began = journal.stat().st_size if journal.exists() else 0
     child = booting.detached(keeper_command(folder), journal, environment=environment)
     deadline = time.monotonic() + _READY_SECONDS
@@ -304,7 +315,8 @@ def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:
             if printed.readline():
                 return
     except BaseException:
-        child.terminate()
+        booting.end(child.pid, signal.SIGTERM, _END_SECONDS)  # it holds what is to be thrown away
+        child.wait()
         raise
     raise _failure(journal, began, child)
 

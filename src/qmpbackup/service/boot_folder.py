@@ -116,6 +116,16 @@ class BootFolder:
         """The socket at which the point is served."""
         return self.sockets / "point"
 
+    @property
+    def keeper_log(self) -> Path:
+        """What the keeper says."""
+        return self.path / "keeper.log"
+
+    @property
+    def was_started(self) -> bool:
+        """Whether a keeper was ever begun; before that, no VM has written anything."""
+        return self.keeper_log.exists()
+
     def monitor(self, name: str) -> Path:
         """The socket of one of `MONITORS`."""
         return self.sockets / name

@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -65,7 +65,7 @@ def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
         _note_ourselves(folder)
         server = PointServer(folder)
         try:
-            with folder.claimed(wait=_SERVE_SECONDS):
+            with folder.claimed(wait=_SERVE_SECONDS), server.gone_if_this_fails():
                 monitor = _running(folder, server)
             with monitor:
                 announce()
@@ -126,6 +126,18 @@ class PointServer:
         self._child: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
         self._given_up = False
+        self._has_served = False
+
+    @contextmanager
+    def gone_if_this_fails(self) -> Iterator[None]:
+        """End the server that the block has started, unless the block succeeds."""
+        try:
+            yield
+        except BaseException:
+            if self._child is not None:
+                self._child.terminate()
+                self.end()
+            raise
 
     def ensure(self, boot: Boot) -> None:
         """See that it is there if it is needed, and is not if not.
@@ -137,9 +149,12 @@ class PointServer:
         if boot.phase not in {BootPhase.POINT, BootPhase.RESTORED}:
             self.end()
             return
-        if self._is_there() or self._given_up or time.monotonic() < self._not_before:
+        if self._is_there():
+            self._has_served = True
             return
-        first = self._child is None
+        if self._given_up or time.monotonic() < self._not_before:
+            return
+        first = not self._has_served
         if self._child is not None and self._child.returncode == DamagedError.exit_code:
             self._given_up = True
             log.error("The point is damaged, and is served no more. %s", self._last_words())
@@ -166,6 +181,7 @@ class PointServer:
         command = serve_command(self._folder, boot)
         self._child = booting.detached(command, self._log, environment=self._environment)
         if self._is_ready(self._child):
+            self._has_served = True
             return
         code = self._child.wait()
         if first:

@@ -53,6 +53,8 @@ def seen(folder: BootFolder) -> Seen:
     there = folder.load()
     status = "off"
     with suppress(VmError):
+        if booting.listener(folder.monitor("settle")):
+            status = "busy"  # until it tells, as while it is settled
         monitor = booting.reach(folder.monitor("settle"), 2.0)
         if monitor is not None:
             with monitor:

@@ -10,6 +10,7 @@ After any kill, of us, of QEMU or of the host, the same command goes on where th
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import StorageError, VmError
@@ -89,12 +90,13 @@ def _move(folder: BootFolder, boot: Boot) -> float:
 
 def _move_without_vm(folder: BootFolder, boot: Boot) -> None:
     """The same for a VM that is off. An overlay is deleted only when all of it is in the disk."""
+    if any(map(qemu_img.in_use, filter(Path.exists, map(folder.overlay, boot.disks)))):
+        # Before the journal says so: a VM that runs may need the point still.
+        raise VmError("The VM runs, and does not answer.", "End it, and run settle again.")
     boot = folder.enter(BootPhase.LOCAL)
     for disk in boot.disks:
         if disk.settled or not folder.overlay(disk).exists():
             continue
-        if qemu_img.in_use(folder.overlay(disk)):
-            raise VmError("The VM runs, and does not answer.", "End it, and run settle again.")
         overlay, base = str(folder.overlay(disk)), str(folder.base(disk))
         _image_tool("rebase", "-u", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
         _image_tool("commit", "-q", "-d", "-f", "qcow2", overlay)
