@@ -4,6 +4,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -148,3 +149,4 @@ def booted(*arguments: cli.Argument, env: Mapping[str, str]) -> Iterator[Booted]
         for pid in (vm.keeper, listener(vm.sockets / "settle"), vm.server):
             if pid:
                 kill(pid)
+        shutil.rmtree(vm.sockets, ignore_errors=True)
