@@ -254,8 +254,8 @@ def _sizes(version: tuple[int, int, int], speed: int) -> dict[str, Json]:
     """Size and number of requests: 4 MiB under way, in pieces of 256 KiB where these are right.
 
     Measured (1 GiB of files): on QEMU 10 pieces of a MiB take a fifth longer than of 256 KiB, on a disk and
-    in memory, as do 16 clusters at a time on 7.2 in the place of 64. The storage hardly counts: the
-    kernel lets one write to a file at a time.
+    in memory. How many clusters are under way on 7.2 counts only where others work beside: the kernel lets
+    one write to a file at a time.
 
     With a limit a job reads something in each second, down to one cluster: a view that broke is seen
     when the job reads.
