@@ -12,7 +12,9 @@ import pytest
 
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, StorageError, UsageError
 from qmpbackup.model import Level, VmIdentity
+from qmpbackup.targets.folder.opening import FolderOpening
 from qmpbackup.targets.folder.target import DirectoryTarget
+from qmpbackup.targets.interface import Wish
 from stock.stored import MIB, VM, Stored, Write
 
 NOW = datetime(2026, 11, 2, 3, 4, 5, tzinfo=UTC)
@@ -305,3 +307,13 @@ def environ() -> dict[str, str]:
     import qmpbackup
 
     return {**os.environ, "PYTHONPATH": str(Path(qmpbackup.__file__).parents[1])}
+
+
+@pytest.mark.parametrize("wish", [Wish(look_only=True), Wish(look_only=True, uuid="another")])
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, wish: Wish) -> None:
+    DirectoryTarget.open_or_create(tmp_path, VM, uuid="mine")
+    who = VM if wish.uuid else VmIdentity("", "other", VM.address)
+    with pytest.raises(UsageError), FolderOpening(tmp_path, wish).found(who):
+        pass
+    with FolderOpening(tmp_path, Wish(look_only=True)).found(VM) as found:
+        assert found.target is None

@@ -35,7 +35,10 @@ class FolderOpening:
         if target is None:
             yield Found(Vacant(self._place(), self._new_id()), Inventory(), earlier=self._earlier())
         elif self.wish.look_only:
-            yield Found(target, target.load())
+            stored = target.load()
+            target.require(vm, "" if self.wish.monthly else self.wish.uuid)
+            target.require_points(vm, stored)
+            yield Found(target, stored)
         else:
             with self._held(vm) as found:
                 yield found
