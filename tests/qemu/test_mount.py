@@ -83,6 +83,28 @@ def test_unmounted_or_killed_it_leaves_nothing_mounted(stored: Stored, tmp_path:
     assert list(folder.iterdir()) == []
 
 
+@needs_fuse
+def test_what_shows_a_disk_is_killed_below_a_link_and_a_strange_name(
+    stored: Stored, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    folder = tmp_path / "link" / "a \\b"
+    with mounted(stored, folder) as running:
+        for number in children_of(running.process.pid, b"nbdfuse"):
+            os.kill(number, signal.SIGKILL)
+        running.wait().check(7)
+    assert not mounts(tmp_path)
+    assert not folder.exists()
+
+
+def children_of(parent: int, program: bytes) -> list[int]:
+    """Children of a process that run a program."""
+    children = Path(f"/proc/{parent}/task").glob("*/children")
+    numbers = [int(word) for each in children for word in each.read_text().split()]
+    return [each for each in numbers if program in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
 def test_what_is_there_is_left_alone(stored: Stored, tmp_path: Path) -> None:
     (tmp_path / "vda.raw").write_text("mine")
     assert "is there" in cli.run("mount", "--target", stored.path, tmp_path).check(2).err

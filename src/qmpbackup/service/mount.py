@@ -187,6 +187,9 @@ def _unmount(file: Path) -> None:
 
 
 def _is_mounted(file: Path) -> bool:
-    mounted = Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines()
-    name = str(file.absolute()).replace(" ", "\\040")
-    return any(line.split()[1] == name for line in mounted)
+    mounted = Path("/proc/self/mounts").read_bytes().splitlines()
+    # The file itself cannot be resolved while what served it is gone.
+    name = os.fsencode(file.parent.resolve() / file.name)
+    for byte in b"\\ \t\n#":  # fs/seq_file.c, mangle; the backslash first
+        name = name.replace(bytes([byte]), b"\\%03o" % byte)
+    return any(line.split(b" ")[1] == name for line in mounted)
