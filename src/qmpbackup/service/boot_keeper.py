@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -178,8 +179,16 @@ class PointServer:
         return booting.listener(self._folder.served) is not None
 
     def _start(self, boot: Boot, first: bool) -> None:
+        environment = dict(self._environment or {})
+        location = boot.target.removeprefix("restic:")
+        if location not in {
+            "",
+            boot.target,
+        }:  # it may contain a password, so no command line has it
+            environment |= {"RESTIC_REPOSITORY": location, "RESTIC_REPOSITORY_FILE": ""}
+            boot = replace(boot, target="restic:")
         command = serve_command(self._folder, boot)
-        self._child = booting.detached(command, self._log, environment=self._environment)
+        self._child = booting.detached(command, self._log, environment=environment)
         if self._is_ready(self._child):
             self._has_served = True
             return

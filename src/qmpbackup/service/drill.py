@@ -26,6 +26,7 @@ from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import DamagedError, MonitorBusy, QuiesceError, StorageError, VmError
 from qmpbackup.machine import booting
 from qmpbackup.machine.agent import Agent
+from qmpbackup.machine.command_line import masked
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.verdict import BootVerdict, Observation, judged
@@ -107,7 +108,7 @@ def drill(request: Request) -> Drilled:
         )
         boot, began = found.boot, time.monotonic()
         drilled = Drilled(
-            boot.target,
+            next(masked([boot.target])),
             boot.point,
             boot.name,
             f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
