@@ -28,6 +28,9 @@ START_SECONDS = 120.0
 
 _POLL_SECONDS = 0.05
 
+_TOLD = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
+"""All that a QEMU with a guest is told of our environment, which has the keys of the target."""
+
 NODE = "boot"
 """What the names of nodes of ours begin with."""
 
@@ -36,11 +39,11 @@ def detached(
     arguments: Sequence[str],
     log: Path,
     *,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str],
     prints_to_us: bool = True,
 ) -> "subprocess.Popen[bytes]":
-    """Start a program in a session of its own, which lives on when we end. What it says goes to `log`,
-    what it prints to us or there, too.
+    """Start a program in a session of its own, which lives on when we end, and with an environment of
+    its own. What it says goes to `log`, what it prints to us or there, too.
 
     Raises:
         QmpBackupError: it cannot be started.
@@ -55,7 +58,7 @@ def detached(
             stdout=subprocess.PIPE if prints_to_us else fd,
             stderr=fd,
             start_new_session=True,
-            env={**os.environ, **(environment or {})},
+            env=environment,
             preexec_fn=_take_signals,  # noqa: PLW1509 - a system call only
         )
     except OSError as error:
@@ -75,7 +78,7 @@ def start(argv: Sequence[str], monitor: Path, log: Path) -> Monitor:
         VmError: it does not start; the sentence has what it said.
     """
     began = log.stat().st_size if log.exists() else 0
-    child = detached(argv, log, prints_to_us=False)
+    child = detached(argv, log, environment=_of_a_guest(), prints_to_us=False)
     deadline = time.monotonic() + START_SECONDS
     try:
         while True:
@@ -93,6 +96,10 @@ def start(argv: Sequence[str], monitor: Path, log: Path) -> Monitor:
         child.kill()
         child.wait()
         raise
+
+
+def _of_a_guest() -> dict[str, str]:
+    return {name: os.environ[name] for name in _TOLD if name in os.environ}
 
 
 def _last_words(log: Path, began: int) -> str:

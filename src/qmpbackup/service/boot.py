@@ -9,6 +9,7 @@ it here while it runs; `end` throws it away.
 """
 
 import logging
+import os
 import select
 import shutil
 import signal
@@ -303,7 +304,8 @@ def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:
     """Start the keeper, and wait until the VM runs."""
     journal = folder.keeper_log
     began = journal.stat().st_size if journal.exists() else 0
-    child = booting.detached(keeper_command(folder), journal, environment=environment)
+    told = {**os.environ, **environment}
+    child = booting.detached(keeper_command(folder), journal, environment=told)
     deadline = time.monotonic() + _READY_SECONDS
     assert child.stdout is not None  # noqa: S101 - it was asked for
     try:

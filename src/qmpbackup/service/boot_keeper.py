@@ -179,7 +179,7 @@ class PointServer:
         return booting.listener(self._folder.served) is not None
 
     def _start(self, boot: Boot, first: bool) -> None:
-        environment = dict(self._environment or {})
+        environment = {**os.environ, **(self._environment or {})}
         location = boot.target.removeprefix("restic:")
         if location not in {
             "",
