@@ -52,7 +52,7 @@ def test_a_linux_runs_from_a_point_and_is_settled(made: Repository, tmp_path: Pa
         "XDG_STATE_HOME": str(tmp_path / "state"),
     }
     with booted("--target", str(made), "--to", tmp_path / "vm", env=environment) as vm:
-        shell = Shell(vm.sockets / "shell", PATIENCE)
+        shell = Shell(vm.sockets / "guest-shell", PATIENCE)
         shell.run("mkdir -p /m && mount /dev/vda /m && cd /m && sha256sum -c before")
         shell.run(f"cat >/run/writer <<'END'\n{WRITER}END")
         shell.run("setsid sh /run/writer >/run/writer.log 2>&1 &")
@@ -71,6 +71,6 @@ def started_again(vm: Booted, environment: dict[str, str]) -> None:
     """What was settled is all of it: also for a QEMU that is killed and started anew."""
     vm.kill()
     cli.run("boot", "--to", vm.folder, env=environment).check()
-    shell = Shell(vm.sockets / "shell", PATIENCE)
+    shell = Shell(vm.sockets / "guest-shell", PATIENCE)
     shell.run("mkdir -p /m && mount /dev/vda /m && cd /m && sha256sum -c before sums")
     shell.close()

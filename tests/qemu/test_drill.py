@@ -39,15 +39,20 @@ def folder_of(target: Path) -> Path | None:
     return None
 
 
-def processes(folder: Path) -> list[str]:
-    """What runs for a drill, but for servers, which end by themselves when nobody is there."""
+def processes(folder: Path) -> list[Path]:
+    """What runs (in /proc) for a drill, but for servers, which end by themselves when nobody is there."""
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
             words = (process / "cmdline").read_bytes()
             if os.fsencode(folder) in words and b"serve" not in words.split(b"\0"):
-                found.append(words.decode())
+                found.append(process)
     return found
+
+
+def know(processes: list[Path], secret: bytes) -> bool:
+    """Whether one of some processes has a secret in its environment."""
+    return any(secret in (process / "environ").read_bytes() for process in processes)
 
 
 def test_a_vm_that_shows_nothing_is_unknown_and_nothing_is_left(target: Path) -> None:
@@ -59,12 +64,15 @@ def test_a_vm_that_shows_nothing_is_unknown_and_nothing_is_left(target: Path) ->
 
 
 def test_a_drill_that_is_killed_leaves_no_machine_and_is_cleared_up(target: Path) -> None:
-    env = {"XDG_STATE_HOME": str(target.parent / "state")}
+    env = {"XDG_STATE_HOME": str(target.parent / "state"), "RESTIC_PASSWORD": "not-for-guests"}
     with cli.start("drill", "--target", target, env=env) as running:
         wait_until(running.unless_over(lambda: folder_of(target)), "its folder")
         folder = folder_of(target)
         assert folder
         wait_until(running.unless_over(lambda: processes(folder)), "the machine")
+        # The programs that QEMU is started by are told of it, and forget it.
+        wait_until(lambda: not know(processes(folder), b"not-for-guests"), "its forgetting")
+        assert processes(folder)
     wait_until(lambda: not processes(folder), "the end of the machine")
     assert folder.exists()
     drill(target, "--within", "1").check(3)

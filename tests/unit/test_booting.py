@@ -142,7 +142,7 @@ def test_what_a_guest_waits_for_stays() -> None:
         *("-netdev", "tap,id=n,fd=27,vhost=on", "-device", "virtio-net-pci,netdev=n,mac=1:2"),
         *("-nic", "tap,model=e1000,mac=3:4"),
     )
-    assert found.agent == "/run/b/ga"
+    assert found.agent == "/run/b/guest-ga"
     assert found.consoles == ("/l/serial0.log",)
     assert values(found, "device") == [
         "virtserialport,chardev=ga,name=org.qemu.guest_agent.0",

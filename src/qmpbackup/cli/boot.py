@@ -29,7 +29,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add_target(parser, required=False)
     add_vm(parser)
     add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
-    add_to(parser)
+    add_to(
+        parser,
+        "folder for what the VM writes, on local storage (default: one in /var/lib/qmpbackup/boots, "
+        "or ~/.local/state/qmpbackup/boots; with --end, that of the only booted VM)",
+    )
     add("--network", action="store_true", help="with the recorded networks (default: closed ones)")
     add(
         "--accel",

@@ -17,22 +17,16 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "guest on them, with all that it has written meanwhile. It stands still for a moment only, and "
         "nothing depends on the backup afterwards. After any failure or kill, run it again: it goes on.",
     )
-    add_to(parser)
+    add_to(parser, "folder in which the VM was booted (default: that of the only booted VM)")
     add_reserve(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_lock_wait(parser)
     parser.set_defaults(run=run)
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
+def add_to(parser: argparse.ArgumentParser, meaning: str) -> None:
     """The option for the folder of a booted VM."""
-    parser.add_argument(
-        "--to",
-        type=path,
-        metavar="DIR",
-        help="folder for what the VM writes, on local storage (default: one in /var/lib/qmpbackup/boots, "
-        "or ~/.local/state/qmpbackup/boots; for --end and `settle`, that of the only booted VM)",
-    )
+    parser.add_argument("--to", type=path, metavar="DIR", help=meaning)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -29,7 +29,6 @@ START_SECONDS = 120.0
 _POLL_SECONDS = 0.05
 
 _TOLD = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
-"""All that a QEMU with a guest is told of our environment, which has the keys of the target."""
 
 NODE = "boot"
 """What the names of nodes of ours begin with."""
@@ -78,7 +77,7 @@ def start(argv: Sequence[str], monitor: Path, log: Path) -> Monitor:
         VmError: it does not start; the sentence has what it said.
     """
     began = log.stat().st_size if log.exists() else 0
-    child = detached(argv, log, environment=_of_a_guest(), prints_to_us=False)
+    child = detached(argv, log, environment=guest_environment(), prints_to_us=False)
     deadline = time.monotonic() + START_SECONDS
     try:
         while True:
@@ -98,7 +97,8 @@ def start(argv: Sequence[str], monitor: Path, log: Path) -> Monitor:
         raise
 
 
-def _of_a_guest() -> dict[str, str]:
+def guest_environment() -> dict[str, str]:
+    """What a QEMU with a guest is told of our environment, which has the keys of the target."""
     return {name: os.environ[name] for name in _TOLD if name in os.environ}
 
 

@@ -92,12 +92,17 @@ HOST_OBJECTS = (
 )
 
 
+def socket_path(folder: str, identity: str) -> str:
+    """Where a character device of the guest's listens: never where a monitor of ours does."""
+    return f"{folder}/guest-{identity}"
+
+
 def socket(folder: str, identity: str, log: str = "") -> QemuOption:
     """A character device that is a socket in a folder, and may write a log."""
     members: dict[str, Any] = {
         "backend": "socket",
         "id": identity,
-        "path": f"{folder}/{identity}",
+        "path": socket_path(folder, identity),
         "server": "on",
         "wait": "off",
         **({"logfile": log} if log else {}),

@@ -371,5 +371,5 @@ class _Draft:
     def _agent(self) -> str:
         for each in self.given:
             if each.name == "device" and each.members.text("name") == AGENT_PORT:
-                return f"{self.around.sockets}/{each.members.text('chardev')}"
+                return backends.socket_path(self.around.sockets, each.members.text("chardev"))
         return ""

@@ -247,11 +247,13 @@ def _running(
 
 
 def _confined() -> Sequence[str]:
-    """What QEMU is started by: as root, it gives up all that root may."""
+    """What QEMU is started by: it knows none of our secrets, and as root it gives up all that root may."""
+    told = ("env", "-i", *(f"{name}={said}" for name, said in booting.guest_environment().items()))
     if os.geteuid() != 0:
-        return ()
+        return told
     account = pwd.getpwnam("nobody")
     return (
+        *told,
         *("unshare", "--net", "--"),
         *("setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"),
         *("--no-new-privs", "--bounding-set=-all", "--pdeathsig=KILL", "--"),
