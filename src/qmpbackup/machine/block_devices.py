@@ -7,7 +7,7 @@ that the others can be saved without it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qmpbackup.errors import CommandError
@@ -15,6 +15,7 @@ from qmpbackup.machine.graph import FILTERS, PERIPHERAL, Graph, device_path
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
 from qmpbackup.machine.sharing import Locks, is_shared, writers
+from qmpbackup.machine.steps import answers
 from qmpbackup.machine.underlays import Search
 from qmpbackup.model import Absence, Bitmap, Disk, Skipped
 from qmpbackup.plan.commands import Command
@@ -46,10 +47,12 @@ class _Device:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
-    """A disk before it has an id. `place` is the name of its device's place in the block graph."""
+class _Found:
+    """A disk, at first without an id, and its device. `place` is the name of the device's place in the
+    block graph."""
 
     disk: Disk
+    device: _Device
     device_id: str
     user_node: str
     place: str
@@ -83,15 +86,16 @@ def disks_of(
         else:
             writable.append(drive)
     devices = _devices(monitor, writable)
-    seats = [_seat(*each, around) for each in zip(writable, devices, strict=True)]
-    users = Counter(seat.disk.node for seat in seats)
+    found = [_found(drive, devices[drive.text("qdev")], around) for drive in writable]
+    users = Counter(each.disk.node for each in found)
     disks = []
-    for seat, device, disk in zip(seats, devices, _with_ids(seats), strict=True):
-        reason = _obstacle(seat, device, users[disk.node], around)
+    for each in _with_ids(found):
+        disk = each.disk
+        reason = _obstacle(each, users[disk.node], around)
         if reason:
             skipped.append(Skipped(disk.id, reason, Absence.IMPOSSIBLE, disk.aliases))
         else:
-            disks.append(replace(disk, other_writers=_other_writers(disk, device, around)))
+            disks.append(replace(disk, other_writers=_other_writers(each, around)))
     return tuple(disks), tuple(skipped)
 
 
@@ -113,23 +117,27 @@ def _no_disk(drive: Reply) -> str:
     return "" if drive.text("qdev", "") else "no guest device uses it"
 
 
-def _devices(monitor: Monitor, drives: Sequence[Reply]) -> list[_Device]:
-    asked = [
-        Command("qom-get", {"path": device_path(drive.text("qdev")), "property": each})
-        for drive in drives
-        for each in ("type", "scsi")
-    ]
-    answers = monitor.execute_each(asked)
-    kinds, passing = answers[::2], answers[1::2]
-    return [
-        _Device("" if isinstance(kind, CommandError) else str(kind), passes is True)
-        for kind, passes in zip(kinds, passing, strict=True)
-    ]
+def _devices(monitor: Monitor, drives: Sequence[Reply]) -> dict[str, _Device]:
+    """The devices of drives, by what the drives call them."""
+    names = [drive.text("qdev") for drive in drives]
+    asked = [(name, each) for name in names for each in ("type", "scsi")]
+    told = dict(answers(monitor, asked, lambda question: _property(*question)))
+    kinds = {name: told[name, "type"] for name in names}
+    return {
+        name: _Device(
+            "" if isinstance(kind, CommandError) else str(kind), told[name, "scsi"] is True
+        )
+        for name, kind in kinds.items()
+    }
 
 
-def _obstacle(seat: _Seat, device: _Device, users: int, around: Surroundings) -> str:
+def _property(device: str, name: str) -> Command:
+    return Command("qom-get", {"path": device_path(device), "property": name})
+
+
+def _obstacle(found: _Found, users: int, around: Surroundings) -> str:
     """Why a disk cannot be backed up at all; empty if it can."""
-    node = seat.disk.node
+    node, device = found.disk.node, found.device
     if node.startswith(RUN_PREFIX):
         return ""  # it was backed up when a run died, and is to be put back on its node
     if not device.kind:
@@ -141,24 +149,25 @@ def _obstacle(seat: _Seat, device: _Device, users: int, around: Surroundings) ->
             f"{users} devices of the guest write to its node {node}, and a view has room for one; "
             "unplug the others for the time of the backup"
         )
-    return _writing_now(seat, around) if around.active else ""
+    return _writing_now(found, around) if around.active else ""
 
 
-def _writing_now(seat: _Seat, around: Surroundings) -> str:
-    others = writers(around.graph, seat.disk.node, seat.place)
+def _writing_now(found: _Found, around: Surroundings) -> str:
+    others = writers(around.graph, found.disk.node, found.place)
     if others:
         named = ", ".join(filter(None, others)) or "an export"
         return f"{named} in this QEMU writes to its nodes, too, past any view of the disk"
-    if around.locks.others_write(_files(seat.disk.format_node, around)):
+    if around.locks.others_write(_files(found.disk.format_node, around)):
         return "another process has its image open for writing, and QEMU makes no view of it then"
     return ""
 
 
-def _other_writers(disk: Disk, device: _Device, around: Surroundings) -> str:
+def _other_writers(found: _Found, around: Surroundings) -> str:
     """How others may write to a disk where no bitmap sees it; empty if nobody may."""
+    disk = found.disk
     if not around.active:
         return ""
-    if device.passes_commands:
+    if found.device.passes_commands:
         return "the guest may send commands to the host's device (scsi=on)"
     if _lies_on(disk.format_node, _FOLDER, around):
         return "it shows a folder of the host (vvfat), where anybody may write"
@@ -183,7 +192,7 @@ def _files(format_node: str, around: Surroundings) -> Iterator[str]:
             yield reply.nested("image").text("filename")
 
 
-def _seat(drive: Reply, device: _Device, around: Surroundings) -> _Seat:
+def _found(drive: Reply, device: _Device, around: Surroundings) -> _Found:
     inserted, graph, nodes = drive.nested("inserted"), around.graph, around.nodes
     node = inserted.text("node-name")
     format_node = graph.below(node, nodes, _is_filter)
@@ -215,7 +224,7 @@ def _seat(drive: Reply, device: _Device, around: Surroundings) -> _Seat:
         snapshots=tuple(each.text("name", "") for each in image.objects("snapshots")),
     )
     place = disk.drive or drive.text("qdev")
-    return _Seat(disk, device_id, next(user_nodes, ""), place)
+    return _Found(disk, device, device_id, next(user_nodes, ""), place)
 
 
 def _can_persist(driver: str, image: Reply) -> bool:
@@ -239,24 +248,16 @@ def bitmap_of(reply: Reply) -> Bitmap:
     )
 
 
-def _with_ids(seats: Iterable[_Seat]) -> tuple[Disk, ...]:
-    seats = list(seats)
+def _with_ids(found: Sequence[_Found]) -> Iterator[_Found]:
     candidates = [
-        Candidate(device=seat.device_id, drive=seat.disk.drive, node=seat.user_node)
-        for seat in seats
+        Candidate(device=each.device_id, drive=each.disk.drive, node=each.user_node)
+        for each in found
     ]
-    return tuple(
-        replace(
-            seat.disk,
-            id=disk_id,
-            aliases=tuple(
-                dict.fromkeys(
-                    filter(None, (seat.device_id, seat.disk.drive, seat.user_node, seat.disk.node))
-                )
-            ),
-        )
-        for seat, disk_id in zip(seats, choose_ids(candidates), strict=True)
-    )
+    ids = iter(choose_ids(candidates))
+    for each in found:
+        names = (each.device_id, each.disk.drive, each.user_node, each.disk.node)
+        aliases = tuple(dict.fromkeys(filter(None, names)))
+        yield replace(each, disk=replace(each.disk, id=next(ids), aliases=aliases))
 
 
 def _is_filter(node: Reply) -> bool:

@@ -75,12 +75,11 @@ class NbdServer:
         Raises:
             CommandError: QEMU refused one.
         """
-        names = [str(add.arguments["id"]) for add in additions]
-        steps = [
-            Step(add, f"end export {name}", partial(end_exports, self._monitor, [name]))
-            for add, name in zip(additions, names, strict=True)
-        ]
+        steps = [self._addition(add, str(add.arguments["id"])) for add in additions]
         carry_out(self._monitor, steps, self._undo if undo is None else undo)
+
+    def _addition(self, add: Command, name: str) -> Step:
+        return Step(add, f"end export {name}", partial(end_exports, self._monitor, [name]))
 
 
 def end_exports(monitor: Monitor, names: Iterable[str]) -> None:

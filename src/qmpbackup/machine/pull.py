@@ -144,6 +144,7 @@ class Pull:
         self._names = names
         self._undo = teardown
         self._server: NbdServer | None = None
+        self._known: dict[int, tuple[bytes | bytearray, bytes | bytearray]] = {}
         self._staging: Staging | None = None
 
     def start(self) -> None:
@@ -219,7 +220,7 @@ class Pull:
         with ExitStack() as stack:
             stack.enter_context(explained(seat))
             place = self._place(seat, stack)
-            changed, wanted = _maps(seat, place)
+            changed, wanted = self._maps(seat, place)
             contexts = [client.ALLOCATION, *((client.DEPTH,) if self.way is Method.V2 else ())]
             first = stack.enter_context(client.connect(place.path, place.export, contexts))
             connections = [first]
@@ -251,7 +252,7 @@ class Pull:
         probes = []
         for seat in self._seats:
             with explained(seat), ExitStack() as stack:
-                _, wanted = _maps(seat, self._place(seat, stack))
+                _, wanted = self._maps(seat, self._place(seat, stack))
                 first = wanted.find(1)
                 if first >= 0:
                     probes.append(Probe(seat, self._path, self._snapshot(seat), first * seat.chunk))
@@ -319,6 +320,12 @@ class Pull:
                 "Run again; nothing was lost.",
             )
 
+    def _maps(self, seat: Seat, place: "_Place") -> tuple[bytes | bytearray, bytes | bytearray]:
+        """What has changed, and what to read: since the instant that is always the same."""
+        if seat.number not in self._known:
+            self._known[seat.number] = _maps(seat, place)
+        return self._known[seat.number]
+
     @property
     def _path(self) -> str:
         return self._server.path if self._server else ""
@@ -353,4 +360,5 @@ def _maps(seat: Seat, place: _Place) -> tuple[bytes | bytearray, bytes | bytearr
         return whole, whole
     changed, read = client.bitmap_context(place.changed), client.bitmap_context(place.read)
     with client.connect(place.path, place.marks, [changed, read]) as ledger:
-        return ledger.marked(changed, seat.chunk), ledger.marked(read, seat.chunk)
+        changes, wanted = ledger.all_marked([changed, read], seat.chunk)
+    return changes, wanted

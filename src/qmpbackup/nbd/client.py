@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -36,9 +36,10 @@ _ZERO = 2
 """Bit of `base:allocation`: it reads as zeroes (LIBNBD_STATE_ZERO)."""
 
 _STATUS_BYTES = 1 << 30
-"""Length of one question for block status; the field has 32 bits."""
+"""Length of one question for block status: what a much divided area answers is held in memory."""
 
 _WRITES_AHEAD = 64
+_QUESTIONS_AHEAD = 4
 _CONNECT_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
@@ -126,9 +127,18 @@ class Connection:
         Raises:
             NbdError: the server refused, or the connection failed.
         """
-        found = bytearray(-(-self.size // chunk))
-        for at, statuses in self._ask(0, self.size):
-            _note(found, at, statuses[context], chunk, bool)
+        return self.all_marked([context], chunk)[0]
+
+    def all_marked(self, contexts: Sequence[str], chunk: int) -> list[bytearray]:
+        """The maps of several contexts, asked for at once.
+
+        Raises:
+            NbdError: the server refused, or the connection failed.
+        """
+        found = [bytearray(-(-self.size // chunk)) for _ in contexts]
+        for at, statuses in self._ask_all([(0, self.size)]):
+            for context, marks in zip(contexts, found, strict=True):
+                _note(marks, at, statuses[context], chunk, bool)
         return found
 
     def with_data(self, wanted: bytes | bytearray, chunk: int) -> bytearray:
@@ -141,11 +151,13 @@ class Connection:
             NbdError: the server refused, or the connection failed.
         """
         found = bytearray(len(wanted))
-        for first, count in runs(wanted, 1):
-            start, end = first * chunk, min((first + count) * chunk, self.size)
-            for at, statuses in self._ask(start, end):
-                _note(found, at, statuses[ALLOCATION], chunk, lambda flags: not flags & _ZERO)
-                _note(found, at, statuses.get(DEPTH, ()), chunk, lambda depth: depth == 1)
+        areas = (
+            (first * chunk, min((first + count) * chunk, self.size))
+            for first, count in runs(wanted, 1)
+        )
+        for at, statuses in self._ask_all(areas):
+            _note(found, at, statuses[ALLOCATION], chunk, lambda flags: not flags & _ZERO)
+            _note(found, at, statuses.get(DEPTH, ()), chunk, lambda depth: depth == 1)
         return found
 
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
@@ -154,28 +166,34 @@ class Connection:
         Raises:
             NbdError: the server refused, or the connection failed.
         """
-        for at, statuses in self._ask(start, end):
+        for at, statuses in self._ask_all([(start, end)], ahead=1):
             for length, flags in statuses[ALLOCATION]:
                 yield at, length, bool(flags & _ZERO)
                 at += length  # noqa: PLW2901 - the extents follow one another
 
-    def _ask(self, start: int, end: int) -> Iterator[tuple[int, Statuses]]:
-        """Ask for the status of an area, in pieces that every context covers."""
-        while start < end:
-            statuses: Statuses = {}
+    def _ask_all(
+        self, areas: Iterable[tuple[int, int]], ahead: int = _QUESTIONS_AHEAD
+    ) -> Iterator[tuple[int, Statuses]]:
+        """Ask for the status of areas (start, end), several questions at a time; gives them in their
+        order, in pieces that every context covers."""
+        from nbd import Error
 
-            def note(context: str, _at: int, entries: list[int], _error: object) -> int:
-                statuses[context] = list(zip(entries[::2], entries[1::2], strict=True))  # noqa: B023
-                return 0
-
-            length = min(end - start, _STATUS_BYTES)
-            self._carry_out(partial(self.handle.aio_block_status, length, start, note))
-            known = [sum(length for length, _ in extents) for extents in statuses.values()]
-            if not known or not min(known):
-                raise NbdError(0, "the server does not tell the status of the export")
-            length = min(*known, end - start)
-            yield start, {context: _cut(each, length) for context, each in statuses.items()}
-            start += length
+        pieces = _pieces(areas)
+        waiting: deque[_Question] = deque()
+        try:
+            while True:
+                for start, end in islice(pieces, ahead - len(waiting)):
+                    waiting.append(_Question(self.handle, start, end))
+                if not waiting:
+                    return
+                asked = waiting.popleft()
+                self._settle(asked.cookie)
+                length = asked.length
+                yield asked.start, asked.cut()
+                if asked.start + length < asked.end:
+                    waiting.appendleft(_Question(self.handle, asked.start + length, asked.end))
+        except Error as error:
+            raise failure(error, self.handle) from error
 
     def _carry_out(self, send: Callable[[], int]) -> None:
         from nbd import Error
@@ -188,6 +206,43 @@ class Connection:
     def _settle(self, cookie: int) -> None:
         while not self.handle.aio_command_completed(cookie):
             _turn(self.handle)
+
+
+def _pieces(areas: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The areas, in pieces that one question may be about."""
+    for start, end in areas:
+        for at in range(start, end, _STATUS_BYTES):
+            yield at, min(end, at + _STATUS_BYTES)
+
+
+class _Question:
+    """A question for the status of an area, which has been sent."""
+
+    def __init__(self, handle: Any, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self._statuses: Statuses = {}
+        self.cookie: int = handle.aio_block_status(end - start, start, self._note)
+
+    def _note(self, context: str, _at: int, entries: list[int], _error: object) -> int:
+        self._statuses[context] = list(zip(entries[::2], entries[1::2], strict=True))
+        return 0
+
+    @property
+    def length(self) -> int:
+        """How much of the area every context has told of.
+
+        Raises:
+            NbdError: nothing of it.
+        """
+        known = [sum(length for length, _ in extents) for extents in self._statuses.values()]
+        if not known or not min(known):
+            raise NbdError(0, "the server does not tell the status of the export")
+        return min(*known, self.end - self.start)
+
+    def cut(self) -> Statuses:
+        """The answer, for as much as every context has told of."""
+        return {context: _cut(each, self.length) for context, each in self._statuses.items()}
 
 
 def connect(path: str, export: str, contexts: Sequence[str] = ()) -> Connection:

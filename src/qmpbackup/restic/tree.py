@@ -124,9 +124,15 @@ def _encode_node(node: Node) -> Iterator[bytes]:
 
 def _encode_ids(content: bytes) -> Iterator[bytes]:
     step = _IDS_AT_ONCE * ID
+    last, encoded = b"", b""
     for start in range(0, len(content), step):
-        digits = memoryview(content)[start : start + step].hex(",", ID)
-        yield b'%s"%s"' % (b"," if start else b"", digits.replace(",", '","').encode())
+        block = content[start : start + step]
+        if block != last:  # a disk that holds little has a run of one id
+            digits = block.hex(",", ID).replace(",", '","').encode()
+            last, encoded = block, b'%s"%s"' % (b"," if start else b"", digits)
+            if not start:
+                last = b""  # no other block begins without a comma
+        yield encoded
 
 
 def parse(blocks: Iterable[bytes], what: str = "A tree") -> list[Node]:
@@ -164,8 +170,11 @@ class _Lists:
         self.found: list[bytes] = []
         self._text = bytearray()
         self._rest = bytearray()
-        self._list = bytearray()
+        self._list: list[bytes] = []
+        self._count = 0
         self._in_list = False
+        self._last: tuple[bytes, bytes] = (b"", b"")
+        """What was read of a list, and its ids: in a long run of one id, all is the same."""
 
     @property
     def rest(self) -> int:
@@ -207,7 +216,7 @@ class _Lists:
             self._end()
             return True
         # No more than there have been: what only begins like a list must not be searched for long.
-        at_once = min(_FIRST_IDS + len(self._list) // ID, _IDS_AT_ONCE)
+        at_once = min(_FIRST_IDS + self._count, _IDS_AT_ONCE)
         size = min(len(self._rest) // _QUOTED_ID, at_once) * _QUOTED_ID
         end = self._rest.find(b"]", 0, size)
         is_last = end >= 0
@@ -215,29 +224,37 @@ class _Lists:
             size = end + 1
         if not size:
             return False
-        ids = (
-            None if size % _QUOTED_ID else _decode_block(bytes(self._rest[:size]), is_last=is_last)
-        )
+        ids = None if size % _QUOTED_ID else self._ids_of(bytes(self._rest[:size]), is_last=is_last)
         if ids is None:
             self._put_back()
             return True
-        self._list += ids
+        self._list.append(ids)
+        self._count += len(ids) // ID
         del self._rest[:size]
         if is_last:
             self._end()
         return True
 
+    def _ids_of(self, block: bytes, *, is_last: bool) -> bytes | None:
+        known, ids = self._last
+        if known.startswith(block):
+            return ids[: len(block) // _QUOTED_ID * ID]
+        found = _decode_block(block, is_last=is_last)
+        if found is not None:
+            self._last = (block, found)
+        return found
+
     def _end(self) -> None:
         self._text += f'"{self.mark}{len(self.found)}"'.encode()
-        self.found.append(bytes(self._list))
-        self._list, self._in_list = bytearray(), False
+        self.found.append(b"".join(self._list))
+        self._list, self._count, self._in_list = [], 0, False
 
     def _put_back(self) -> None:
         """Leave the list where it is: what was read of it, and what follows."""
         self._text += b"["
-        self._text += b"".join(_encode_ids(bytes(self._list)))
+        self._text += b"".join(_encode_ids(b"".join(self._list)))
         self._text += b"," if self._list else b""
-        self._list, self._in_list = bytearray(), False
+        self._list, self._count, self._in_list = [], 0, False
 
     def _pass(self, size: int) -> None:
         self._text += self._rest[:size]

@@ -115,6 +115,19 @@ def test_a_million_chunks_come_back() -> None:
     assert parse(encode([replace(FILE, content=content)]))[0].content == content
 
 
+@pytest.mark.parametrize("size", [67 * 64, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("odd", [(), (0,), (70_000,), (1, 16_383, 16_384, 49_999)])
+def test_long_runs_of_one_id_come_back(odd: tuple[int, ...], size: int) -> None:
+    ids = [b"\7" * 32] * 70_001
+    for number in odd:
+        ids[number] = number.to_bytes(32, "little")
+    content = b"".join(ids)
+    document = encode([replace(FILE, content=content)])
+    assert document.count(QUOTED_RUN) == len(ids) - len(odd)
+    blocks = [document[at : at + size] for at in range(0, len(document), size)]
+    assert tree.parse(blocks)[0].content == content
+
+
 @given(st.lists(nodes, max_size=4, unique_by=lambda node: node.name), st.integers(1, 100))
 def test_it_does_not_matter_how_a_tree_is_cut_into_blocks(written: list[Node], size: int) -> None:
     document = encode(written)
@@ -123,6 +136,7 @@ def test_it_does_not_matter_how_a_tree_is_cut_into_blocks(written: list[Node], s
 
 
 QUOTED = b'"%s"' % (b"0f" * 32)
+QUOTED_RUN = b'"%s"' % (b"07" * 32)
 
 
 @pytest.mark.parametrize("odd", [b" ", b', "x"', b",null", b",", b'"', b',"content":[' + QUOTED])

@@ -14,6 +14,9 @@ CHUNK = 1024 * 1024
 ID = 32
 """Bytes of a chunk's id."""
 
+_RUN = 1024
+"""Ids that are looked at at once where they are all alike."""
+
 MOST_BYTES = 30 << 40
 """Bytes of all disks of a point: the lists of their chunks make up one tree, which ends at 2 GiB."""
 
@@ -53,6 +56,15 @@ class ChunkList:
     def ids(self) -> Iterator[bytes]:
         """The ids of all chunks, in order."""
         return (self.chunks[at : at + ID] for at in range(0, len(self.chunks), ID))
+
+    def distinct(self) -> Iterator[bytes]:
+        """Every id at least once. Long runs of one id, as of zeros, are passed over at once."""
+        for start in range(0, len(self.chunks), _RUN * ID):
+            block = self.chunks[start : start + _RUN * ID]
+            if block == block[:ID] * (len(block) // ID):
+                yield block[:ID]
+            else:
+                yield from ChunkList(0, block).ids()
 
     def with_data(self) -> bytearray:
         """The map of the chunks that are not all zeros: one byte for each, 1 where it holds data."""

@@ -166,7 +166,7 @@ class VmPoints:
 
     def missing_chunks(self, contents: ChunkList) -> int:
         """How many different chunks of a disk no index names."""
-        return len(set(self.repository.index.missing(BlobType.DATA, contents.ids())))
+        return len(set(self.repository.index.missing(BlobType.DATA, contents.distinct())))
 
     def require_packs(self, contents: ChunkList) -> None:
         """See that the index names all chunks of a disk, and that the packs that it names are there.

@@ -89,11 +89,11 @@ class _ArrivingDisk:
         self._writer = writer
         self._size = size
         self._zeros: dict[int, bytes] = {}
-        self._chunks = bytearray(ID * self.count)
         if base is not None:
             self.known = self.count if base.size == size else base.size // CHUNK
-            known = memoryview(base.chunks)[: ID * self.known]
-            self._chunks[: len(known)] = known
+        # A terabyte's list takes 32 MiB: no more passes over it than must be.
+        self._chunks = bytearray(memoryview(base.chunks if base else b"")[: ID * self.known])
+        self._chunks += bytes(ID * (self.count - self.known))
 
     @property
     def is_complete(self) -> bool:
