@@ -4,7 +4,7 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def test_nobody_there(address: Path) -> None:
         left.bind(str(address))
     with pytest.raises(ConnectError, match="Nobody listens"):
         Monitor.connect(str(address))
+
+
+def test_a_socket_whose_queue_is_full(address: Path) -> None:
+    """QEMU's has room for one."""
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as waiting:
+        listener.bind(str(address))
+        listener.listen(0)
+        waiting.enter_context(socket.socket(socket.AF_UNIX)).connect(str(address))
+        with pytest.raises(MonitorBusy, match="others wait there already"):
+            Monitor.connect(str(address), timeout=0.2)
 
 
 @pytest.mark.parametrize(

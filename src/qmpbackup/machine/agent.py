@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from qmpbackup import bounded_json, interrupt
-from qmpbackup.errors import ConnectError, GuestStateUnknown, QuiesceError
+from qmpbackup.errors import ConnectError, GuestStateUnknown, MonitorBusy, QuiesceError
 from qmpbackup.machine.reply import one_line
 from qmpbackup.machine.sockets import open_socket
 
@@ -64,7 +64,7 @@ class Agent:
         """
         try:
             agent = cls(address, open_socket(address, timeout))
-        except ConnectError as error:
+        except (ConnectError, MonitorBusy) as error:
             raise QuiesceError(
                 f"The guest agent cannot be reached. {error.message}", error.hint
             ) from error

@@ -5,13 +5,16 @@ import os
 import socket
 import stat
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
-from qmpbackup.errors import ConnectError, UsageError
+from qmpbackup.errors import ConnectError, MonitorBusy, UsageError
 
 _LONGEST_ADDRESS = 107
 """Bytes of a path in an address (unix(7), sun_path)."""
+
+_PAUSE_SECONDS = 0.05
 
 
 def peer_pid(connection: socket.socket) -> int | None:
@@ -30,6 +33,7 @@ def open_socket(address: str, timeout: float) -> socket.socket:
     Raises:
         UsageError: the address has no such form.
         ConnectError: nobody listens there, or we may not connect.
+        MonitorBusy: so many wait there already that nobody else may.
     """
     try:
         if address.startswith("tcp:"):
@@ -37,7 +41,7 @@ def open_socket(address: str, timeout: float) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout)
-            _connect(connection, address.removeprefix("unix:"))
+            _await_room(connection, address.removeprefix("unix:"), timeout)
         except BaseException:
             connection.close()
             raise
@@ -51,6 +55,11 @@ def open_socket(address: str, timeout: float) -> socket.socket:
         raise ConnectError(
             f"Nobody listens at {address}.", "Check that the VM is running."
         ) from None
+    except BlockingIOError:
+        raise MonitorBusy(
+            f"{address} takes no further connection: others wait there already.",
+            "Wait for their end, or give QEMU another -qmp socket for backups.",
+        ) from None
     except PermissionError:
         raise ConnectError(
             f"No permission to connect to {address}.", "Run as root or as the VM's user."
@@ -60,6 +69,20 @@ def open_socket(address: str, timeout: float) -> socket.socket:
         raise ConnectError(
             f"Cannot connect to {address}: {reason}.", "Check the address."
         ) from None
+
+
+def _await_room(connection: socket.socket, path: str, timeout: float) -> None:
+    """Connect, and where the queue of a socket is full, which is no matter of waiting for the system
+    (connect(2), EAGAIN), wait for a place in it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            _connect(connection, path)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _connect(connection: socket.socket, path: str) -> None:
