@@ -22,7 +22,8 @@ def signalled(
     env: Mapping[str, str] | None = None,
 ) -> Running:
     """Start a command that gets a signal before a step, which `at_file_step` says how to name."""
-    command = (PROGRAM, int(number), step, program, *arguments)
+    # -P: what lies beside the program is no module of the product's, whatever its name.
+    command = ("-P", PROGRAM, int(number), step, program, *arguments)
     return Running((sys.executable, *map(str, command)), env)
 
 
