@@ -20,7 +20,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 readonly SUITES=(bookworm trixie)
 readonly NEWCOMER=(make demo test)
-readonly CHECKOUT=/root/qmpbackup # in the fresh root
+readonly CHECKOUT=/srv/qmpbackup # in the fresh root, where other users may go, as some tests do
 
 # Where pip looks for its settings, and the variables that programs which fetch something obey.
 readonly PIP_SETTINGS=(/etc/pip.conf /etc/xdg/pip "$HOME/.config/pip" "$HOME/.pip")
