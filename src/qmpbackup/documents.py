@@ -15,7 +15,7 @@ from qmpbackup.targets.manifest import point_to_json, time_to_json
 
 if TYPE_CHECKING:
     from qmpbackup.plan.missing import NotInPoint
-    from qmpbackup.service import backup, prune, restore, verify
+    from qmpbackup.service import backup, restore, verify
     from qmpbackup.service.boot import Prepared
     from qmpbackup.service.booted import Seen
     from qmpbackup.service.doctor import Finding
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpbackup.service.init import Made
     from qmpbackup.service.serve import Served
     from qmpbackup.service.settle import Settled
+    from qmpbackup.targets.removal import Removed
 
 SCHEMA = 1
 
@@ -138,7 +139,7 @@ def verified(report: "verify.Report") -> Iterator[Document]:
     )
 
 
-def pruned(outcome: "prune.Outcome", *, dry_run: bool) -> Iterator[Document]:
+def pruned(outcome: "Removed", *, dry_run: bool) -> Iterator[Document]:
     """What became of each point, the newest last, and then of all."""
     for each in reversed(outcome.verdicts):
         yield _document(

@@ -43,6 +43,16 @@ def locked(fd: int, what: str, *, shared: bool = False, wait: float = 0.0) -> It
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+def is_locked(fd: int) -> bool:
+    """Whether somebody holds a lock on an open file that nobody shares."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
 @contextmanager
 def vm_lock(key: str, wait: float) -> Iterator[None]:
     """Hold the lock of one VM; `key` is what all runs for this VM agree on."""

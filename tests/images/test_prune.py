@@ -2,10 +2,9 @@
 """Pruning a folder: what a policy keeps gives back every byte, and nothing else is left."""
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +17,12 @@ from qmpbackup.images import qemu_img
 from qmpbackup.images.layers import Layer, stand_in
 from qmpbackup.model import Level
 from qmpbackup.plan.retention import Policy, parse_duration
-from qmpbackup.service.prune import Outcome, Request, prune
+from qmpbackup.service.prune import Request, prune
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
+from qmpbackup.targets.removal import Removed
 from stock.stored import MIB, Stored, Write, contents, run
 
 DISK, OTHER = "hd0", "b"
@@ -67,7 +67,7 @@ def tree(path: Path) -> dict[str, bytes]:
     }
 
 
-def assert_left(stored: Stored, numbers: Sequence[int], outcome: Outcome | None = None) -> None:
+def assert_left(stored: Stored, numbers: Sequence[int], outcome: Removed | None = None) -> None:
     """Just these points are left, whole, and give back every byte; nothing else lies there."""
     expected = [stored.points[number] for number in numbers]
     ids = [point.id for point in expected]
@@ -87,7 +87,7 @@ def assert_left(stored: Stored, numbers: Sequence[int], outcome: Outcome | None 
     assert {each.name for each in (stored.path / "points").iterdir()} == {f"{i}.json" for i in ids}
 
 
-def reasons(outcome: Outcome) -> dict[str, tuple[str, ...]]:
+def reasons(outcome: Removed) -> dict[str, tuple[str, ...]]:
     return {each.point.id: each.reasons for each in outcome.verdicts}
 
 
@@ -115,7 +115,7 @@ def test_points_in_the_middle_of_a_chain_go_into_the_next_one(
     assert len({disk.file for point in left for disk in point.disks}) == 6 - len(gone)
 
 
-def prune_but(stored: Stored, gone: Sequence[int]) -> Outcome:
+def prune_but(stored: Stored, gone: Sequence[int]) -> Removed:
     """Prune with a policy that keeps all points but these, which share a day with the next one."""
     day = 0
     for number, point in enumerate(stored.points):
@@ -330,18 +330,6 @@ def test_what_damaged_points_build_on_stays_until_they_go(stored: Stored) -> Non
     assert left == [point.id for point in stored.points], outcome
     assert tree(stored.path) == before
     assert_left(stored, [6], prune(request(stored, last=1), NOW))
-
-
-@pytest.fixture
-def little_room(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    place = tmp_path / "little"
-    place.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place))
-    yield place
-    run("umount", str(place))
 
 
 def test_without_room_for_a_merge_what_can_go_without_goes(little_room: Path) -> None:

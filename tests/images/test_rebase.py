@@ -2,13 +2,11 @@
 """Merging in place, linking and exporting: the right bytes afterwards, and nothing lost in silence."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import stat
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -346,18 +344,6 @@ def test_a_target_in_use_is_left_alone(stored: Stored) -> None:
             link(request(stored))
     with stored.target.lock(), pytest.raises(Locked):
         merge(request(stored), COMMIT)
-
-
-@pytest.fixture
-def little_room(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    place = tmp_path / "little"
-    place.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place))
-    yield place
-    run("umount", str(place))
 
 
 @pytest.mark.parametrize("operation", Operation)

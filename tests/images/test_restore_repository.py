@@ -487,18 +487,8 @@ def first_pack(stored: StoredRepository) -> Path:
 
 def tree_packs(stored: StoredRepository) -> list[Path]:
     """The packs with trees."""
-    names = {blob["pack"] for blob in index_entries(stored) if blob["type"] == "tree"}
+    names = {blob["pack"] for blob in stored.index_entries() if blob["type"] == "tree"}
     return [each for each in stored.files("data") if each.name in names]
-
-
-def index_entries(stored: StoredRepository) -> list[dict[str, str]]:
-    """What the indexes say, as restic reads them: each blob with its pack."""
-    restic = stored.made.restic
-    found = []
-    for name in restic("list", "index").text.split():
-        for pack in restic("cat", "index", name).json["packs"]:
-            found += [{**blob, "pack": pack["id"]} for blob in pack["blobs"]]
-    return found
 
 
 def flip(path: Path, offset: int) -> None:

@@ -234,19 +234,9 @@ class TestCommandLine:
         assert [each["ok"] for each in out] == [True, True, False, False]
 
 
-def index_entries(stored: StoredRepository) -> list[dict[str, str]]:
-    """What the indexes say, as restic reads them: each blob with its pack."""
-    restic = stored.made.restic
-    found = []
-    for name in restic("list", "index").text.split():
-        for pack in restic("cat", "index", name).json["packs"]:
-            found += [{**blob, "pack": pack["id"]} for blob in pack["blobs"]]
-    return found
-
-
 def pack_of(stored: StoredRepository, blob_id: str) -> Path:
     """The pack with a blob."""
-    name = next(each["pack"] for each in index_entries(stored) if each["id"] == blob_id)
+    name = next(each["pack"] for each in stored.index_entries() if each["id"] == blob_id)
     return stored.path / "data" / name[:2] / name
 
 
@@ -255,7 +245,7 @@ def chunk_offset(stored: StoredRepository, number: int) -> int:
     import hashlib
 
     wanted = hashlib.sha256(BASE[number * MIB : (number + 1) * MIB]).hexdigest()
-    return next(int(each["offset"]) for each in index_entries(stored) if each["id"] == wanted)
+    return next(int(each["offset"]) for each in stored.index_entries() if each["id"] == wanted)
 
 
 def flip(path: Path, offset: int) -> None:

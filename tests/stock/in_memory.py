@@ -260,6 +260,9 @@ class Memory:
     def environment() -> Mapping[str, str]:
         return {}
 
+    def handed_on(self) -> tuple[str, Mapping[str, str]]:
+        return self.spelled, {}
+
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[Target]:
         if self.target is None:

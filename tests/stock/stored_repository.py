@@ -101,6 +101,15 @@ class StoredRepository:
         self.expected |= {(point_id, disk_id): data for disk_id, data in disks.items()}
         return target.commit(writer, point, contents)
 
+    def index_entries(self) -> list[dict[str, str]]:
+        """What the indexes say, as restic reads them: each blob with its pack."""
+        restic = self.made.restic
+        found = []
+        for name in restic("list", "index").text.split():
+            for pack in restic("cat", "index", name).json["packs"]:
+                found += [{**blob, "pack": pack["id"]} for blob in pack["blobs"]]
+        return found
+
 
 def _stored(writer: Writer, data: bytes) -> ChunkList:
     count = -(-len(data) // CHUNK)

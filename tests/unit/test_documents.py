@@ -8,7 +8,7 @@ from qmpbackup import documents
 from qmpbackup.model import Consistency, Level, Merged, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan.retention import Verdict
 from qmpbackup.service.init import Made
-from qmpbackup.service.prune import Outcome
+from qmpbackup.targets.removal import Removed
 
 DISK = StoredDisk(
     "hd0", Level.FULL, "hd0/FULL-1", None, 1024, 99, "blake3:" + "0" * 64, label="root"
@@ -57,7 +57,7 @@ def test_a_point_in_full_is_its_manifest_and_its_size() -> None:
 
 
 def test_a_verdict_for_each_point_and_a_summary() -> None:
-    outcome = Outcome((Verdict(POINT, ("last",)),), freed=5)
+    outcome = Removed((Verdict(POINT, ("last",)),), freed=5)
     verdict, summary = documents.pruned(outcome, dry_run=True)
     assert (verdict["type"], verdict["keep"], verdict["reasons"]) == ("verdict", True, ["last"])
     assert summary == {

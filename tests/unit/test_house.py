@@ -68,6 +68,13 @@ def test_the_laboratory_knows_nothing_of_the_product() -> None:
         assert not packages & {"qmpbackup", "stock"}, path
 
 
+def test_each_file_says_under_which_licence_it_is() -> None:
+    folders = ("src", "tests", "scripts", "bench")
+    for path in (each for name in folders for each in (TESTS.parent / name).rglob("*.py")):
+        first = path.read_text().partition("\n")[0]
+        assert first == "# SPDX-License-Identifier: Apache-2.0", path
+
+
 def test_no_module_is_long_without_a_reason_at_its_top() -> None:
     for path in modules():
         text = path.read_text()

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _LARGEST_SIZE = 2**63 - 1
 """QEMU counts in signed 64-bit numbers."""
 
+POINT_HELP = (
+    "latest (the default), an id or its beginning, or a time: the newest point at or before it, "
+    "such as 2026-11-02T03:04 (UTC unless it names a zone)"
+)
+
 _SHARED = ("--socket", "--agent-socket", "--debug", "--logfile", "-L", "--syslog")
 
 
@@ -112,6 +117,23 @@ def add_vm(parser: argparse.ArgumentParser) -> None:
         metavar="VM",
         help="in a repository with points of several VMs: the one that is meant, by its name, its UUID, "
         "or as HOST/NAME",
+    )
+
+
+def add_point(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses a point."""
+    parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
+
+
+def add_disks(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses disks of a point."""
+    parser.add_argument(
+        "-d",
+        "--disk",
+        action="append",
+        type=disks,
+        metavar="ID",
+        help="only these disks; repeat, or separate by commas",
     )
 
 

@@ -5,10 +5,9 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_reserve, add_target, add_vm, path
+from qmpbackup.cli.arguments import add_lock_wait, add_point, add_reserve, add_target, add_vm, path
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.cli.settle import add_to, settle_there
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add = parser.add_argument
     add_target(parser, required=False)
     add_vm(parser)
-    add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
+    add_point(parser)
     add_to(
         parser,
         "folder for what the VM writes, on local storage (default: one in /var/lib/qmpbackup/boots, "

@@ -4,9 +4,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, seconds
+from qmpbackup.cli.arguments import add_lock_wait, add_point, add_target, add_vm, seconds
 from qmpbackup.cli.printing import printable, say, say_json
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.verdict import BootVerdict
 
@@ -28,7 +27,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add = parser.add_argument
     add_target(parser, required=False)
     add_vm(parser)
-    add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
+    add_point(parser)
     add(
         "--within",
         type=seconds,

@@ -5,9 +5,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, disks, names, path
+from qmpbackup.cli.arguments import (
+    add_disks,
+    add_lock_wait,
+    add_point,
+    add_target,
+    add_vm,
+    names,
+    path,
+)
 from qmpbackup.cli.printing import printable, say
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -25,10 +32,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     add_target(parser)
     add_vm(parser)
-    parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
-    parser.add_argument(
-        "-d", "--disk", action="append", type=disks, metavar="DISK", help="only these disks; repeat"
-    )
+    add_point(parser)
+    add_disks(parser)
     parser.add_argument(
         "folder", type=path, metavar="DIR", help="the folder; each disk becomes DIR/DISK.raw"
     )

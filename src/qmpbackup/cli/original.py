@@ -31,9 +31,8 @@ def qmprebase_parser() -> argparse.ArgumentParser:
         "The FULL then holds that state and stands alone; the merged INC files are removed, once the "
         "result has been compared with them.",
     )
-    _add_folder(command)
+    _add_shared(command)
     _add_dry_run(command)
-    _add_rate(command)
     command.set_defaults(run=_commit)
     return parser
 
@@ -48,9 +47,8 @@ def qmprestore_parser() -> argparse.ArgumentParser:
         description="Make sure that each image names the one it builds on, and leave a symbolic link "
         "`image` to the newest (or the one given). Nothing is merged.",
     )
-    _add_folder(command)
+    _add_shared(command)
     _add_dry_run(command)
-    _add_rate(command)
     command.set_defaults(run=_link)
     command = commands.add_parser(
         "commit",
@@ -58,20 +56,18 @@ def qmprestore_parser() -> argparse.ArgumentParser:
         description="Merge the images of a disk into its FULL, which then holds the newest state (or "
         "the one given) and stands alone. Earlier states end.",
     )
-    _add_folder(command)
+    _add_shared(command)
     _add_dry_run(command)
-    _add_rate(command)
     command.set_defaults(run=_commit)
     command = commands.add_parser(
         "merge",
         help="write the state into a new file; leaves the backup alone",
         description="Write the newest state (or the one given) into a new qcow2 file.",
     )
-    _add_folder(command)
+    _add_shared(command)
     command.add_argument(
         "--targetfile", required=True, type=path, metavar="F", help="the file to write"
     )
-    _add_rate(command)
     command.set_defaults(run=_export)
     command = commands.add_parser(
         "snapshotrebase",
@@ -79,9 +75,8 @@ def qmprestore_parser() -> argparse.ArgumentParser:
         description="Merge the images of a disk into its FULL, in which each state is kept as an "
         "internal snapshot: FULL-BACKUP, and one for each INC, called after its time (UTC).",
     )
-    _add_folder(command)
+    _add_shared(command)
     _add_dry_run(command)
-    _add_rate(command)
     command.set_defaults(run=_snapshots)
     return parser
 
@@ -108,7 +103,7 @@ def _add_skip_check(parser: argparse.ArgumentParser, *, default: bool | str) -> 
     )
 
 
-def _add_folder(parser: argparse.ArgumentParser) -> None:
+def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir", required=True, type=path, metavar="DIR", help="folder with the images of a disk"
     )
@@ -121,6 +116,9 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="only images whose name contains this, where several disks share a folder",
     )
+    parser.add_argument(
+        "--rate-limit", type=size, default=0, metavar="N", help="bytes a second, also 50M"
+    )
     add_lock_wait(parser)
     # Before the command or behind it: a default here would undo what stood before.
     _add_skip_check(parser, default=argparse.SUPPRESS)
@@ -128,12 +126,6 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the steps, change nothing")
-
-
-def _add_rate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rate-limit", type=size, default=0, metavar="N", help="bytes a second, also 50M"
-    )
 
 
 def _request(arguments: argparse.Namespace) -> "Request":

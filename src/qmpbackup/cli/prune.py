@@ -12,7 +12,7 @@ from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.plan.retention import Duration, Policy
-    from qmpbackup.service.prune import Outcome
+    from qmpbackup.targets.removal import Removed
 
 _COUNTS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _WHAT = {
@@ -116,7 +116,7 @@ def _policy(arguments: argparse.Namespace) -> "Policy":
     return Policy(**counts, within=within, tags=tuple(arguments.keep_tag))
 
 
-def _lines(outcome: "Outcome", *, dry_run: bool) -> Iterable[str]:
+def _lines(outcome: "Removed", *, dry_run: bool) -> Iterable[str]:
     rows = [
         (
             "keep" if each.kept else "remove",

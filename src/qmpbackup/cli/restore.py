@@ -5,16 +5,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import (
+    add_disks,
     add_lock_wait,
+    add_point,
     add_reserve,
     add_target,
     add_vm,
-    disks,
     names,
     path,
 )
 from qmpbackup.cli.printing import printable, say, say_json
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -36,15 +36,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add = parser.add_argument
     add_target(parser)
     add_vm(parser)
-    add("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
-    add(
-        "-d",
-        "--disk",
-        action="append",
-        type=disks,
-        metavar="ID",
-        help="only these disks; repeat, or separate by commas",
-    )
+    add_point(parser)
+    add_disks(parser)
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument(
         "-o", "--output", type=path, metavar="DIR", help="folder; each disk becomes DIR/DISK.FORMAT"

@@ -1,11 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """`qmpbackup serve`: the disks of a point as read-only NBD exports."""
 
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, disks, names, path, seconds
+from qmpbackup.cli.arguments import (
+    add_disks,
+    add_lock_wait,
+    add_point,
+    add_target,
+    add_vm,
+    names,
+    path,
+    seconds,
+)
 from qmpbackup.cli.printing import printable, say, say_json
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -24,10 +33,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     add_target(parser)
     add_vm(parser)
-    parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
-    parser.add_argument(
-        "-d", "--disk", action="append", type=disks, metavar="DISK", help="only these disks; repeat"
-    )
+    add_point(parser)
+    add_disks(parser)
     parser.add_argument(
         "--socket",
         dest="listen",

@@ -6,17 +6,12 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
+from qmpbackup.cli.arguments import add_lock_wait, add_point, add_target, add_vm
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
     from qmpbackup.model import Point, StoredDisk
-
-POINT_HELP = (
-    "latest (the default), an id or its beginning, or a time: the newest point at or before it, "
-    "such as 2026-11-02T03:04 (UTC unless it names a zone)"
-)
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,7 +23,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     add_target(parser)
     add_vm(parser)
-    parser.add_argument("-p", "--point", default="latest", metavar="POINT", help=POINT_HELP)
+    add_point(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     add_lock_wait(parser)
     parser.set_defaults(run=run)

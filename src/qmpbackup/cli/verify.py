@@ -5,9 +5,8 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm, share
+from qmpbackup.cli.arguments import POINT_HELP, add_lock_wait, add_target, add_vm, share
 from qmpbackup.cli.printing import printable, say, say_json
-from qmpbackup.cli.show import POINT_HELP
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ START_SECONDS = 120.0
 """Longest wait for a monitor of a QEMU that has been started."""
 
 _POLL_SECONDS = 0.05
+_LISTEN_SECONDS = 0.1
 
 _TOLD = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -64,6 +65,19 @@ def detached(
         raise QmpBackupError(f"Cannot start {arguments[0]}: {error.strerror}.") from error
     finally:
         os.close(fd)
+
+
+def first_line(child: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
+    """What a `detached` program prints once it is ready: nothing if it ended before, `None` if it takes
+    longer than that. What else it prints to us is lost."""
+    assert child.stdout is not None  # noqa: S101 - it was asked for
+    deadline = time.monotonic() + seconds
+    with child.stdout as printed:
+        while not select.select([printed], [], [], _LISTEN_SECONDS)[0]:
+            interrupt.check()
+            if time.monotonic() > deadline:
+                return None
+        return printed.readline()
 
 
 def _take_signals() -> None:

@@ -20,12 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmpbackup.errors import VmError
+from qmpbackup.machine.sockets import LONGEST_ADDRESS
 from qmpbackup.ownership import is_private
 
 _NAME = "qmpbackup-nbd"
-_LONGEST = 107
-"""Bytes of a socket's address (unix(7), sun_path)."""
-
 _LISTENING = 0x10000
 """The flag of a socket that takes connections in /proc/net/unix (SO_ACCEPTCON, linux/net.h)."""
 
@@ -84,7 +82,9 @@ def _short(path: Path, folder: int) -> str:
     which is gone, and must not be another one by then."""
     name = str(path / _NAME)
     return (
-        name if len(os.fsencode(name)) <= _LONGEST else f"/proc/{os.getpid()}/fd/{folder}/{_NAME}"
+        name
+        if len(os.fsencode(name)) <= LONGEST_ADDRESS
+        else f"/proc/{os.getpid()}/fd/{folder}/{_NAME}"
     )
 
 
@@ -107,11 +107,11 @@ def named(prefix: str) -> str:
     except OSError as error:
         raise no_socket(error) from error
     path = folder / _NAME
-    if len(os.fsencode(path)) > _LONGEST:
+    if len(os.fsencode(path)) > LONGEST_ADDRESS:
         folder.rmdir()
         raise VmError(
             f"Cannot have QEMU make a socket in {folder.parent}: its path is too long.",
-            f"Set TMPDIR to a folder with a shorter path: a socket's may have {_LONGEST} bytes.",
+            f"Set TMPDIR to a folder with a shorter path: a socket's may have {LONGEST_ADDRESS} bytes.",
         )
     return str(path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmpbackup.errors import ConnectError, MonitorBusy, UsageError
 
-_LONGEST_ADDRESS = 107
+LONGEST_ADDRESS = 107
 """Bytes of a path in an address (unix(7), sun_path)."""
 
 _PAUSE_SECONDS = 0.05
@@ -88,7 +88,7 @@ def _await_room(connection: socket.socket, path: str, timeout: float) -> None:
 def _connect(connection: socket.socket, path: str) -> None:
     """Connect to a path of any length: what is too long for an address (unix(7), sun_path) is reached
     by a descriptor of the socket's file."""
-    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+    if len(os.fsencode(path)) <= LONGEST_ADDRESS:
         connection.connect(path)
         return
     file = os.open(path, os.O_PATH | os.O_CLOEXEC)

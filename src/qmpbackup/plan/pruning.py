@@ -15,7 +15,7 @@ from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point
 from qmpbackup.plan.chain import ordered
 from qmpbackup.plan.levels import last_point
-from qmpbackup.plan.retention import Verdict
+from qmpbackup.plan.retention import Judged, Verdict
 
 MOST_LAYERS = 48
 """Files that are merged at once where the lowest of them builds on another."""
@@ -43,21 +43,10 @@ Step = Removal | Merge
 
 
 @dataclass(frozen=True, slots=True)
-class Pruning:
+class Pruning(Judged):
     """What becomes of each point, newest first, and the steps that do it, in order."""
 
-    verdicts: tuple[Verdict, ...]
     steps: tuple[Step, ...]
-
-    @property
-    def kept(self) -> tuple[Verdict, ...]:
-        """The points that stay, newest first."""
-        return tuple(each for each in self.verdicts if each.kept)
-
-    @property
-    def removed(self) -> tuple[Point, ...]:
-        """The points that go, newest first."""
-        return tuple(each.point for each in self.verdicts if not each.kept)
 
 
 def keep_newest(points: Iterable[Point], verdicts: Iterable[Verdict]) -> tuple[Verdict, ...]:

@@ -106,6 +106,23 @@ class Verdict:
         return replace(self, reasons=(*self.reasons, reason))
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Points with what becomes of each, newest first."""
+
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def kept(self) -> tuple[Verdict, ...]:
+        """The points that stay, with the reasons, newest first."""
+        return tuple(each for each in self.verdicts if each.kept)
+
+    @property
+    def removed(self) -> tuple[Point, ...]:
+        """The points that go, newest first."""
+        return tuple(each.point for each in self.verdicts if not each.kept)
+
+
 NO_TAGS: Mapping[str, Collection[str]] = {}
 
 

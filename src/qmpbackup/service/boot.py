@@ -10,13 +10,11 @@ it here while it runs; `end` throws it away.
 
 import logging
 import os
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -151,7 +149,7 @@ def boot(request: Request) -> Prepared:
         new = not _begun(found)
         if not new:
             return again(found.folder, opening.entrance(request.target).environment())
-        _require_possible(found)
+        require_possible(found)
         try:
             _prepare(found)
             _start_keeper(found.folder, opening.entrance(request.target).environment())
@@ -175,7 +173,7 @@ def again(folder: BootFolder, environment: Mapping[str, str] | None = None) -> P
         there = folder.load()
         launch = launch_of(folder, there)
         found = Prepared(folder, there, launch, _lacking(launch))
-        _require_possible(found)
+        require_possible(found)
         if not folder.is_claimed("keeper"):
             _start_keeper(folder, environment or {})
         return found
@@ -187,7 +185,8 @@ def _lacking(launch: Launch) -> tuple[str, ...]:
     return (*launch.obstacles, *missing)
 
 
-def _require_possible(found: Prepared) -> None:
+def require_possible(found: Prepared) -> None:
+    """Raise `VmError` where something is in the way."""
     if found.obstacles:
         raise VmError(
             f"This point cannot be booted here. {' '.join(found.obstacles)}",
@@ -281,10 +280,19 @@ def _prepare(found: Prepared) -> None:
             raise Locked(f"Somebody else boots in {folder.path} just now.", "Run again.")
         folder.register()
         folder.store(found.boot)
-        for disk in found.boot.disks:
-            done = run(create_command(folder, disk))
-            if done.code:
-                raise StorageError(f"Cannot make the overlay of disk {disk.id}: {done.reason}.")
+        make_overlays(folder, found.boot)
+
+
+def make_overlays(folder: BootFolder, boot: Boot) -> None:
+    """Make the files for what the guest writes.
+
+    Raises:
+        StorageError: one cannot be made.
+    """
+    for disk in boot.disks:
+        done = run(create_command(folder, disk))
+        if done.code:
+            raise StorageError(f"Cannot make the overlay of disk {disk.id}: {done.reason}.")
 
 
 def create_command(folder: BootFolder, disk: BootedDisk) -> list[str]:
@@ -306,16 +314,12 @@ def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:
     began = journal.stat().st_size if journal.exists() else 0
     told = {**os.environ, **environment}
     child = booting.detached(keeper_command(folder), journal, environment=told)
-    deadline = time.monotonic() + _READY_SECONDS
-    assert child.stdout is not None  # noqa: S101 - it was asked for
     try:
-        with child.stdout as printed:
-            while not select.select([printed], [], [], 0.1)[0]:
-                interrupt.check()
-                if time.monotonic() > deadline:
-                    raise VmError("The VM was started and does not run.", f"See {journal}.")
-            if printed.readline():
-                return
+        line = booting.first_line(child, _READY_SECONDS)
+        if line is None:
+            raise VmError("The VM was started and does not run.", f"See {journal}.")
+        if line:
+            return
     except BaseException:
         booting.end(child.pid, signal.SIGTERM, _END_SECONDS)  # it holds what is to be thrown away
         child.wait()

@@ -17,7 +17,6 @@ was written since, whatever of it is below already, until its disk is noted as s
 while the VM stands still.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 from qmpbackup.durable import make_folders, storage_errors, write_file
 from qmpbackup.errors import DamagedError, NoSuchTarget
-from qmpbackup.filelock import locked, runtime_folder
+from qmpbackup.filelock import is_locked, locked, runtime_folder
 from qmpbackup.machine.booting import NODE
 from qmpbackup.model import VmConfig, VmIdentity
 from qmpbackup.plan.boot_disks import Attached
@@ -202,11 +201,7 @@ class BootFolder:
         except OSError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
+            return is_locked(fd)
         finally:
             os.close(fd)
 

@@ -12,7 +12,6 @@ streams would give the guest wrong data once that connection is lost.
 
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch, Setting, launch
 from qmpbackup.service import settle_steps
 from qmpbackup.service.boot_folder import MONITORS, Boot, BootFolder, BootPhase, nodes_of
+from qmpbackup.targets import opening
 
 log = logging.getLogger(__name__)
 
@@ -179,19 +179,16 @@ class PointServer:
         return booting.listener(self._folder.served) is not None
 
     def _start(self, boot: Boot, first: bool) -> None:
-        environment = {**os.environ, **(self._environment or {})}
-        location = boot.target.removeprefix("restic:")
-        if location not in {
-            "",
-            boot.target,
-        }:  # it may contain a password, so no command line has it
-            environment |= {"RESTIC_REPOSITORY": location, "RESTIC_REPOSITORY_FILE": ""}
-            boot = replace(boot, target="restic:")
-        command = serve_command(self._folder, boot)
+        told, said = opening.entrance(opening.place(boot.target)).handed_on()
+        environment = {**os.environ, **(self._environment or {}), **said}
+        command = serve_command(self._folder, replace(boot, target=told))
         self._child = booting.detached(command, self._log, environment=environment)
-        if self._is_ready(self._child):
+        line = booting.first_line(self._child, _SERVE_SECONDS)
+        if line:
             self._has_served = True
             return
+        if line is None:
+            self._child.kill()
         code = self._child.wait()
         if first:
             kind = DamagedError if code == DamagedError.exit_code else StorageError
@@ -200,19 +197,6 @@ class PointServer:
     @property
     def _log(self) -> Path:
         return self._folder.path / "serve.log"
-
-    @staticmethod
-    def _is_ready(child: "subprocess.Popen[bytes]") -> bool:
-        """Wait for what it says when it serves."""
-        if child.stdout is None:
-            return False
-        deadline = time.monotonic() + _SERVE_SECONDS
-        with child.stdout as printed:
-            while not select.select([printed], [], [], 0.2)[0]:
-                interrupt.check()
-                if time.monotonic() > deadline:
-                    child.kill()
-            return bool(printed.readline())
 
     def _last_words(self) -> str:
         with suppress(OSError):

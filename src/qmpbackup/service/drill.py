@@ -23,16 +23,16 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import make_folders, storage_errors
-from qmpbackup.errors import DamagedError, MonitorBusy, QuiesceError, StorageError, VmError
+from qmpbackup.errors import DamagedError, MonitorBusy, QuiesceError, VmError
 from qmpbackup.machine import booting
 from qmpbackup.machine.agent import Agent
 from qmpbackup.machine.command_line import masked
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.verdict import BootVerdict, Observation, judged
-from qmpbackup.process import Child, run
+from qmpbackup.process import Child
 from qmpbackup.service.boot import Request as Boot
-from qmpbackup.service.boot import create_command, planned
+from qmpbackup.service.boot import make_overlays, planned, require_possible
 from qmpbackup.service.boot_folder import BootFolder, state_folder
 from qmpbackup.service.boot_keeper import PointServer
 from qmpbackup.targets import opening
@@ -116,17 +116,13 @@ def drill(request: Request) -> Drilled:
             "it did not come up in time",
             0.0,
         )
-        if found.obstacles:
-            raise VmError(f"This point cannot be booted here. {' '.join(found.obstacles)}")
+        require_possible(found)
         folder.store(boot)
         server = PointServer(folder, opening.entrance(request.target).environment())
         stack.callback(server.end)
         try:
             server.ensure(boot)
-            for disk in boot.disks:
-                done = run(create_command(folder, disk))
-                if done.code:
-                    raise StorageError(f"Cannot make an overlay: {done.reason}.")
+            make_overlays(folder, boot)
             drilled = _judged(request, folder, found.launch, drilled, began, server.require_whole)
             server.end()
             server.require_whole()

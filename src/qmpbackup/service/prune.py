@@ -18,7 +18,7 @@ from qmpbackup.plan.pruning import keep_newest
 from qmpbackup.plan.retention import Policy, Verdict, decide
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address, Target
-from qmpbackup.targets.removal import Clearing, Sweep
+from qmpbackup.targets.removal import Clearing, Removed, Sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +37,7 @@ class Request:
     lock_wait: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What has become of each point, newest first.
-
-    `freed` is by how many bytes less is stored now; after a dry run an estimate, or `None` where only
-    restic can tell. `merged` is how often files were, or would be, merged.
-    """
-
-    verdicts: tuple[Verdict, ...]
-    freed: int | None
-    merged: int = 0
-
-    @property
-    def kept(self) -> tuple[Verdict, ...]:
-        """The points that stay, with the reasons, newest first."""
-        return tuple(each for each in self.verdicts if each.kept)
-
-    @property
-    def removed(self) -> tuple[Point, ...]:
-        """The points that go, newest first."""
-        return tuple(each.point for each in self.verdicts if not each.kept)
-
-
-def prune(request: Request, now: datetime | None = None) -> Outcome:
+def prune(request: Request, now: datetime | None = None) -> Removed:
     """Remove what the policy does not keep.
 
     Raises:
@@ -80,8 +57,7 @@ def prune(request: Request, now: datetime | None = None) -> Outcome:
     ):
         _require_own_points(target, removal.points)
         verdicts = _among_whole(removal, request.policy, now or datetime.now(UTC))
-        removed = removal.perform(keep_newest(removal.points, verdicts))
-    return Outcome(removed.verdicts, removed.freed, removed.merged)
+        return removal.perform(keep_newest(removal.points, verdicts))
 
 
 def _require_own_points(target: Target, points: Sequence[Point]) -> None:

@@ -31,6 +31,7 @@ from qmpbackup.errors import (
 )
 from qmpbackup.filelock import runtime_folder
 from qmpbackup.images.times import Stamp
+from qmpbackup.machine.sockets import LONGEST_ADDRESS
 from qmpbackup.model import Point, StoredDisk
 from qmpbackup.nbd.server import Server
 from qmpbackup.service.show import chosen_disks, find_point
@@ -39,10 +40,6 @@ from qmpbackup.targets.interface import Address
 from qmpbackup.targets.stored_image import OpenDisks
 
 log = logging.getLogger(__name__)
-
-
-_LONGEST_PATH = 107
-"""Bytes of the path of a socket (unix(7))."""
 
 _LOOK_SECONDS = 2.0
 """How often is looked whether somebody writes to files that are served."""
@@ -202,9 +199,9 @@ def _listening(wanted: Path | None) -> Iterator[tuple[socket.socket, Path]]:
         StorageError: no socket can be made there.
     """
     path = wanted or runtime_folder() / f"nbd-{os.getpid()}"
-    if len(os.fsencode(path)) > _LONGEST_PATH:
+    if len(os.fsencode(path)) > LONGEST_ADDRESS:
         raise UsageError(
-            f"The path {path} is too long for a socket.", f"Use {_LONGEST_PATH} bytes at most."
+            f"The path {path} is too long for a socket.", f"Use {LONGEST_ADDRESS} bytes at most."
         )
     with storage_errors(f"listen at {path}"), socket.socket(socket.AF_UNIX) as listener:
         _remove_stale(path)

@@ -222,6 +222,10 @@ class Entrance(Protocol):
     def environment(self) -> Mapping[str, str]:
         """What other processes of ours need to open it that they could not ask for themselves."""
 
+    def handed_on(self) -> tuple[str, Mapping[str, str]]:
+        """How a command of ours is told of it: what its line says, and what its environment does, as a
+        location may hold a password, and command lines are for everybody to read."""
+
     def opened(self, vm: str = "") -> AbstractContextManager[Target]:
         """Open it to read from: the points of the VM that a user calls so, or of the only one.
 

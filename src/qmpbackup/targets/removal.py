@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qmpbackup.model import Point
-from qmpbackup.plan.retention import Verdict
+from qmpbackup.plan.retention import Judged, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,13 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
+class Removed(Judged):
     """What has become of each point; a target may keep some that were to go, and says why.
 
     `freed` is by how many bytes less is stored now; after a dry run an estimate, or `None` where only
     the removal itself can tell. `merged` is how often files were, or would be, merged.
     """
 
-    verdicts: tuple[Verdict, ...]
     freed: int | None
     merged: int = 0
 

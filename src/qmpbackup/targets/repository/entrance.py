@@ -54,6 +54,14 @@ class RepositoryEntrance:
             return {}
         return {"RESTIC_PASSWORD": password.read(os.environ)}
 
+    def handed_on(self) -> tuple[str, Mapping[str, str]]:
+        """The location is in the environment, where restic's own variables are."""
+        from_environment = str(Location(""))
+        if not self.location.text:
+            return from_environment, {}
+        location = self.spelled.removeprefix(from_environment)
+        return from_environment, {"RESTIC_REPOSITORY": location, "RESTIC_REPOSITORY_FILE": ""}
+
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[RepositoryTarget]:
         """Open it to read from: the points of the named VM, or of the only one there is."""
