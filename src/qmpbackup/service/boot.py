@@ -49,11 +49,11 @@ from qmpbackup.service.boot_folder import (
     BootedDisk,
     BootFolder,
     point_uri,
-    state_folder,
 )
 from qmpbackup.service.boot_keeper import launch_of, serve_command
 from qmpbackup.service.booted import end
 from qmpbackup.service.show import chosen_disks, find_point
+from qmpbackup.state import state_folder
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address
 

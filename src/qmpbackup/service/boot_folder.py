@@ -33,6 +33,7 @@ from qmpbackup.filelock import is_locked, locked, runtime_folder
 from qmpbackup.machine.booting import NODE
 from qmpbackup.model import VmConfig, VmIdentity
 from qmpbackup.plan.boot_disks import Attached
+from qmpbackup.state import state_folder
 from qmpbackup.targets.names import folder_name
 
 JOURNAL = "boot.json"
@@ -231,16 +232,6 @@ def _parsed(value: dict[str, Any]) -> Boot:
         accelerators=tuple(value.pop("accelerators")),
         **value,
     )
-
-
-def state_folder() -> Path:
-    """Where what must outlive a restart of the host is kept: root's in /var/lib."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if base:
-        return Path(base) / "qmpbackup"
-    if os.geteuid() == 0:
-        return Path("/var/lib/qmpbackup")
-    return Path.home() / ".local" / "state" / "qmpbackup"
 
 
 def _registry() -> Path:

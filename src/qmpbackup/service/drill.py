@@ -33,8 +33,9 @@ from qmpbackup.plan.verdict import BootVerdict, Observation, judged
 from qmpbackup.process import Child
 from qmpbackup.service.boot import Request as Boot
 from qmpbackup.service.boot import make_overlays, planned, require_possible
-from qmpbackup.service.boot_folder import BootFolder, state_folder
+from qmpbackup.service.boot_folder import BootFolder
 from qmpbackup.service.boot_keeper import PointServer
+from qmpbackup.state import state_folder
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address
 

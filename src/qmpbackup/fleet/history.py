@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was done for VMs, and what of it people were told; it may be deleted at any time.
+
+Nothing that can be read from a target is believed from here: a holding is what was seen there last, for
+when nobody can look. Attempts are ordered by when they were entered, as clocks may leap.
+
+A run holds a lock for as long as it lives (`running`). An attempt that has no end, and whose run holds
+none, was killed: it has an exit code, and still no end.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, fields, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any, Final, Self
+
+from qmpbackup.durable import make_folders
+from qmpbackup.filelock import is_locked, locked
+from qmpbackup.fleet.history_file import HistoryFile, Row, Value
+from qmpbackup.fleet.records import Attempt, Holding, Work
+
+KILLED: Final = -int(SIGKILL)
+"""The exit code of an attempt whose run was killed."""
+SUCCEEDED: Final = frozenset({0, 3})
+"""Exit codes of a command that did what it was to do."""
+PASSED_OVER: Final = frozenset({13, 129, 130, 143})
+"""Exit codes that say nothing: the VM was off, or somebody ended the command in order."""
+
+_RUNS: Final = "runs"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_ATTEMPT: Final = tuple(each.name for each in fields(Attempt))
+_HOLDING: Final = tuple(each.name for each in fields(Holding))
+_TIMES: Final = frozenset({"started", "ended", "scheduled", "looked", "newest"})
+
+_INSERT_ATTEMPT: Final = (
+    f"INSERT INTO attempt ({', '.join(_ATTEMPT)}) "
+    f"VALUES ({', '.join(f':{each}' for each in _ATTEMPT)}) RETURNING key"
+)
+_REPLACE_ATTEMPT: Final = (
+    f"INSERT OR REPLACE INTO attempt (key, {', '.join(_ATTEMPT)}) "
+    f"VALUES (:key, {', '.join(f':{each}' for each in _ATTEMPT)})"
+)
+_SELECT_ATTEMPT: Final = f"SELECT {', '.join(_ATTEMPT)} FROM attempt WHERE "
+_REPLACE_HOLDING: Final = (
+    f"INSERT OR REPLACE INTO holding ({', '.join(_HOLDING)}) "
+    f"VALUES ({', '.join(f':{each}' for each in _HOLDING)})"
+)
+_SELECT_HOLDING: Final = f"SELECT {', '.join(_HOLDING)} FROM holding ORDER BY vm, target"
+
+
+class History:
+    """What was done. No method fails for what becomes of its file: then `trouble` says so."""
+
+    def __init__(self, folder: Path, file: HistoryFile) -> None:
+        self._runs = folder / _RUNS
+        self._file = file
+        self._mine: set[str] = set()
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path, *, read_only: bool = False) -> Iterator[Self]:
+        """The history in a folder, which is made unless it is to be `read_only`."""
+        file = HistoryFile(folder, read_only=read_only)
+        try:
+            yield cls(folder, file)
+        finally:
+            file.close()
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can be kept, or read, as a sentence; empty while all is well."""
+        return self._file.trouble
+
+    # Runs
+
+    @contextmanager
+    def running(self, run: str) -> Iterator[None]:
+        """Be the run of this id, which others see to live, for the block."""
+        self._mine.add(run)
+        try:
+            fd = self._lock_of(run)
+            if fd is None:
+                yield
+                return
+            try:
+                with locked(fd, "this run"):
+                    yield
+            finally:
+                with suppress(OSError):
+                    (self._runs / run).unlink()
+                os.close(fd)
+        finally:
+            self._mine.discard(run)
+
+    def _lock_of(self, run: str) -> int | None:
+        """A file to lock; None where there is no room for one, and so for no attempt either."""
+        try:
+            make_folders(self._runs)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            return os.open(self._runs / run, flags, 0o640)
+        except OSError:
+            return None
+
+    def lives(self, run: str) -> bool:
+        """Whether the run of this id goes on, as far as we may know."""
+        if run in self._mine:
+            return True
+        if Path(run).name != run:
+            return False
+        try:
+            fd = os.open(self._runs / run, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+        try:
+            return is_locked(fd)
+        finally:
+            os.close(fd)
+
+    # Attempts
+
+    def begin(self, attempt: Attempt) -> int:
+        """Note that something is begun; gives the key by which it is ended."""
+        ((key,),) = self._file.do(_INSERT_ATTEMPT, _values(attempt))
+        return _number(key)
+
+    def end(self, key: int, attempt: Attempt) -> None:
+        """Note how it ended."""
+        self._file.do(_REPLACE_ATTEMPT, {"key": key, **_values(attempt)})
+
+    def attempts(
+        self,
+        *,
+        vm: str | None = None,
+        target: str | None = None,
+        work: Work | None = None,
+        since: datetime | None = None,
+        limit: int | None = None,
+    ) -> list[Attempt]:
+        """Attempts, the newest first; only those of a `vm` and so on, where that is given."""
+        given = {"vm": vm, "target": target, "work": work, "since": since, "limit": limit}
+        terms = [
+            f"{name} = :{name}" for name in ("vm", "target", "work") if given[name] is not None
+        ]
+        terms += ["started >= :since"] if since is not None else []
+        rows = self._file.do(
+            _SELECT_ATTEMPT
+            + (" AND ".join(terms) or "TRUE")
+            + " ORDER BY key DESC"
+            + (" LIMIT :limit" if limit is not None else ""),
+            {name: _stored(value) for name, value in given.items()},
+        )
+        lives: dict[str, bool] = {}
+        return [self._judged(_attempt(row), lives) for row in rows]
+
+    def _judged(self, attempt: Attempt, lives: dict[str, bool]) -> Attempt:
+        if attempt.ended is not None or attempt.exit_code is not None:
+            return attempt
+        if attempt.run not in lives:
+            lives[attempt.run] = self.lives(attempt.run)
+        if lives[attempt.run]:
+            return attempt
+        reason = "It was killed, or the host went down, before this ended."
+        return replace(attempt, exit_code=KILLED, reason=reason)
+
+    def last(self, vm: str, target: str, work: Work, *, succeeded: bool = False) -> Attempt | None:
+        """The last attempt, or the last that `succeeded`; one that goes on is an attempt, too."""
+        codes = f" AND exit_code IN {tuple(sorted(SUCCEEDED))}" if succeeded else ""
+        rows = self._file.do(
+            f"{_SELECT_ATTEMPT} vm = :vm AND target = :target AND work = :work{codes} "
+            "ORDER BY key DESC LIMIT 1",
+            {"vm": vm, "target": target, "work": work.value},
+        )
+        return self._judged(_attempt(rows[0]), {}) if rows else None
+
+    def failures_in_a_row(self, vm: str, target: str) -> int:
+        """How many backups have failed since the last that did not; those that say nothing aside."""
+        count = 0
+        for each in self.attempts(vm=vm, target=target, work=Work.BACKUP, limit=100):
+            if each.exit_code in SUCCEEDED:
+                break
+            count += each.exit_code is not None and each.exit_code not in PASSED_OVER
+        return count
+
+    # What targets held
+
+    def note(self, holding: Holding) -> None:
+        """Keep what was seen of a VM in a target, in the place of what was seen before."""
+        self._file.do(_REPLACE_HOLDING, _values(holding))
+
+    def holdings(self) -> list[Holding]:
+        """What was seen last, of all VMs and targets."""
+        return [Holding(**_members(row, _HOLDING)) for row in self._file.do(_SELECT_HOLDING)]
+
+    # Names
+
+    def know(self, group: str, vms: Iterable[str], when: datetime) -> None:
+        """Remember VMs that were found for a group, so that they are known while they are off."""
+        for vm in vms:
+            self._file.do(
+                "INSERT OR REPLACE INTO known_vm VALUES (:group, :vm, :seen)",
+                {"group": _stored(group), "vm": _stored(vm), "seen": _stored(when)},
+            )
+
+    def known_vms(self) -> dict[str, tuple[str, ...]]:
+        """Names of VMs that were found before, for each group."""
+        found: dict[str, list[str]] = {}
+        for group, vm in self._file.do("SELECT group_name, vm FROM known_vm ORDER BY 1, 2"):
+            found.setdefault(str(group), []).append(str(vm))
+        return {group: tuple(vms) for group, vms in found.items()}
+
+    # Messages
+
+    def told(self, key: str) -> datetime | None:
+        """When people were told of something, if they were."""
+        rows = self._file.do("SELECT at FROM told WHERE key = :key", {"key": _stored(key)})
+        return _time(rows[0][0]) if rows else None
+
+    def all_told(self) -> dict[str, datetime]:
+        """All that people were told of, and when."""
+        rows = self._file.do("SELECT key, at FROM told ORDER BY key")
+        return {str(key): _time(at) for key, at in rows}
+
+    def tell(self, key: str, when: datetime | None) -> None:
+        """Note that people were told of something; None: that it is over."""
+        values = {"key": _stored(key), "at": _stored(when)}
+        if when is None:
+            self._file.do("DELETE FROM told WHERE key = :key", {"key": values["key"]})
+        else:
+            self._file.do("INSERT OR REPLACE INTO told VALUES (:key, :at)", values)
+
+    def forget_before(self, when: datetime) -> None:
+        """Drop what is older; of each VM and target the last success stays, whenever that was."""
+        self._file.do(
+            "DELETE FROM attempt WHERE started < :when AND key NOT IN (SELECT max(key) FROM attempt "
+            f"WHERE exit_code IN {tuple(sorted(SUCCEEDED))} GROUP BY vm, target, work)",
+            {"when": _stored(when)},
+        )
+        for statement in (
+            "DELETE FROM holding WHERE looked < :when",
+            "DELETE FROM known_vm WHERE seen < :when",
+            "DELETE FROM told WHERE at < :when",
+        ):
+            self._file.do(statement, {"when": _stored(when)})
+        self._remove_locks()
+
+    def _remove_locks(self) -> None:
+        """Remove the locks of runs that were killed."""
+        with suppress(OSError):
+            for path in self._runs.iterdir():
+                if not self.lives(path.name):
+                    path.unlink(missing_ok=True)
+
+
+# Values as they are stored
+
+
+def _values(record: Attempt | Holding) -> dict[str, Value]:
+    names = (each.name for each in fields(record))
+    return {name: _stored(value) for name, value in zip(names, astuple(record), strict=True)}
+
+
+def _stored(value: object) -> Value:
+    match value:
+        case datetime():
+            return (value - _EPOCH) // _MICROSECOND
+        case StrEnum():
+            return value.value
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case int() | float() | None:
+            return value
+    raise TypeError(f"{value!r} is nothing that is kept")
+
+
+def _time(value: Value) -> datetime:
+    return _EPOCH + _number(value) * _MICROSECOND
+
+
+def _number(value: Value) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no number")
+    return value
+
+
+def _members(row: Row, names: Iterable[str]) -> dict[str, Any]:
+    pairs = zip(names, row, strict=True)
+    return {
+        name: _time(value) if name in _TIMES and value is not None else value
+        for name, value in pairs
+    }
+
+
+def _attempt(row: Row) -> Attempt:
+    members = _members(row, _ATTEMPT)
+    return Attempt(**members | {"work": Work(members["work"])})
