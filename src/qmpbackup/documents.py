@@ -234,7 +234,7 @@ def seen(found: "Seen") -> Document:
         "booted",
         folder=str(found.folder.path),
         point=found.boot.point,
-        target=found.boot.target,
+        target=found.boot.shown_target,
         phase=found.boot.phase.value,
         status=found.status,
         kept=found.kept,

@@ -8,6 +8,7 @@
     │   └── GuestStateUnknown          it may be frozen, or freeze later: outcome unknown
     ├── VmError                     6  QMP, the VM, or its block layer
     │   ├── ConnectError               no usable monitor at the address
+    │   │   └── NobodyThere               nobody listens there: what did, has ended
     │   ├── MonitorBusy                another client holds the monitor
     │   ├── MonitorProtocolError       what came back is not QMP
     │   ├── CommandError               QEMU refused a command (carries its class)
@@ -77,6 +78,10 @@ class VmError(QmpBackupError):
 
 class ConnectError(VmError):
     """No usable monitor at the address."""
+
+
+class NobodyThere(ConnectError):
+    """Nobody listens at the address: what did, has ended."""
 
 
 class MonitorBusy(VmError):

@@ -56,14 +56,21 @@ def is_locked(fd: int) -> bool:
 @contextmanager
 def vm_lock(key: str, wait: float) -> Iterator[None]:
     """Hold the lock of one VM; `key` is what all runs for this VM agree on."""
-    folder = runtime_folder()
     name = "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in key)[-200:]
+    with named_lock(name, "this VM", wait):
+        yield
+
+
+@contextmanager
+def named_lock(name: str, what: str, wait: float) -> Iterator[None]:
+    """Hold a lock of all runs of this user on this host; that of a VM has no blank in its name."""
+    folder = runtime_folder()
     with storage_errors(f"make the lock {folder / name}.lock"):
         fd = os.open(
             folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
     try:
-        with locked(fd, "this VM", wait=wait):
+        with locked(fd, what, wait=wait):
             yield
     finally:
         os.close(fd)

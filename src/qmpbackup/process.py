@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -123,6 +124,15 @@ class Child:
     def ended(self) -> bool:
         """Whether it has ended; does not wait."""
         return self._process.poll() is not None
+
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether it has a handler for a signal (proc(5)), and so ends in order by it."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text("ascii", "replace").splitlines()
+        except OSError:
+            return False
+        caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+        return bool(int(caught, 16) >> (number - 1) & 1)
 
     def kill(self) -> None:
         """End it at once, if it still runs."""

@@ -23,6 +23,7 @@ from lab.disks import MIB, Bus, Disk, contents, create, first_difference, patter
 from lab.patience import wait_until
 from lab.qemu import HALT, Qemu
 from lab.repositories import Target, environment_of
+from qmpbackup.service.boot_folder import BootFolder
 from stock.repositories import repository
 
 SIZE = 8 * MIB
@@ -155,6 +156,14 @@ def test_no_base_allocation_is_offered_and_what_is_thrown_away_leaves_nothing(
             assert not client.can_meta_context("base:allocation")
             client.shutdown()
         vm.disconnect()
+        damaged = in_folder.folder / "damaged"
+        damaged.mkdir()
+        (damaged / "boot.json").write_text("{")
+        link = in_folder.folder / "state" / "qmpbackup" / "booted" / "boot-0"
+        link.symlink_to(damaged)
+        listed = in_folder.run("boot", "--list").check(8)
+        assert (str(vm.folder) in listed.out, str(damaged) in listed.err) == (True, True)
+        link.unlink()
         in_folder.run("boot", "--end").check()
         vm.assert_gone()
     assert in_folder.run("boot", "--list").check().out == ""
@@ -326,6 +335,43 @@ def test_a_boot_that_cannot_be_leaves_nothing(in_folder: Scene) -> None:
     (folder / "file").write_text("mine")
     assert "is not empty" in in_folder.boot("--to", folder).check(2).err
     assert [each.name for each in folder.iterdir()] == ["file"]
+
+
+def prompts_of(scene: Scene, *arguments: cli.Argument) -> int:
+    """How often a command asks for the password, at a terminal."""
+    environment = {k: v for k, v in scene.environment.items() if "RESTIC_PASSWORD" not in k}
+    secret = scene.environment["RESTIC_PASSWORD"]
+    master, terminal = os.openpty()
+    command = [sys.executable, "-m", "qmpbackup", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdin=terminal, stderr=subprocess.PIPE, env=environment, start_new_session=True
+    ) as process:
+        os.close(terminal)
+        assert process.stderr
+        prompts, said = 0, b""
+        while piece := os.read(process.stderr.fileno(), 4096):
+            said += piece
+            if said.lower().rstrip().endswith(b":") and b"password" in said.lower():
+                prompts, said = prompts + 1, b""
+                os.write(master, secret.encode() + b"\n")
+    os.close(master)
+    assert process.returncode == 0, said
+    return prompts
+
+
+def test_a_password_is_typed_once(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, "repository")
+    folder = tmp_path / "booted"
+    try:
+        assert (
+            prompts_of(scene, "boot", "--target", str(scene.target), "--to", folder, "--settle")
+            == 1
+        )
+        (seen,) = scene.run("boot", "--list", "--json").check().objects
+        assert seen["phase"] == "settled"
+    finally:
+        if pid := listener(BootFolder(folder).monitor("settle")):
+            kill(pid)
 
 
 def running_with(word: bytes) -> list[bytes]:

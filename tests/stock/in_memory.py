@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Self
 
 from lab.disks import MIB
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, UsageError
@@ -255,6 +255,9 @@ class Memory:
     chunk = CHUNK
     holds_several = False
     spelled = "memory"
+
+    def asked(self) -> Self:
+        return self
 
     @staticmethod
     def environment() -> Mapping[str, str]:

@@ -269,3 +269,145 @@ def test_processors_and_accelerators() -> None:
     assert values(found, "accel") == ["kvm", "tcg"]
     around = Setting(sockets="/run/b", logs="/l", accelerators=("tcg",))
     assert values(launched("-accel", "kvm", around=around), "accel") == ["tcg"]
+
+
+SANDBOX = Setting(sockets="/run/b", logs="/l", sandbox=True)
+ELSEWHERE = Setting(sockets="/run/b", logs="/l", is_here=lambda _: False)
+
+DEVICES = [
+    "virtio-blk-pci",
+    "virtio-net-pci-non-transitional",
+    "scsi-hd",
+    "ich9-usb-ehci1",
+    "qemu-xhci",
+    "pcie-root-port",
+    "VGA",
+    "qxl-vga",
+    "isa-serial",
+    "virtserialport",
+    "pvpanic",
+    "intel-hda",
+    "vmgenid",
+    "EPYC-Milan-x86_64-cpu",
+]
+HOSTILE = [
+    "vfio-pci",
+    "usb-host",
+    "vhost-vsock-pci",
+    "vhost-user-fs-pci",
+    "loader,file=/etc/shadow,addr=0",
+    "ivshmem-plain",
+    "virtio-gpu-gl-pci",
+    "virtio-gpu-rutabaga-pci",
+    "x-pci-proxy-dev",
+    "tomorrows-device",
+]
+
+
+@pytest.mark.parametrize("driver", DEVICES)
+def test_a_sandbox_has_emulated_devices(driver: str) -> None:
+    found = launched("-device", f"{driver},id=x,romfile=/rom", around=SANDBOX)
+    assert values(found, "device") == [f"{driver},id=x"]
+    assert found.left_out == ()
+
+
+@pytest.mark.parametrize("driver", HOSTILE)
+def test_a_sandbox_has_no_device_that_is_not_known(driver: str) -> None:
+    found = launched("-device", driver, "-m", "1G", around=SANDBOX)
+    assert values(found, "device") == []
+    assert driver.partition(",")[0] in found.left_out[0]
+    assert values(found, "m") == ["1G"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-object", "x-tomorrow,id=o"),
+        ("-object", "can-host-socketcan,id=o,if=can0"),
+        ("-tomorrow", "x"),
+        ("-set", "device.x.romfile=/etc/shadow"),
+        ("-semihosting-config", "enable=on"),
+        ("-fw_cfg", "name=opt/x,file=/etc/shadow"),
+        ("-smbios", "file=/etc/shadow"),
+        ("-global", "virtio-net-pci.romfile=/etc/shadow"),
+    ],
+)
+def test_a_sandbox_has_no_setting_and_object_that_is_not_known(words: tuple[str, ...]) -> None:
+    found = launched(*words, around=SANDBOX)
+    assert not set(words) & set(found.argv)
+    assert len(found.left_out) == 1
+
+
+def test_a_sandbox_keeps_what_a_machine_consists_of() -> None:
+    words = ("-m", "1G", "-smp", "2", "-name", "n", "-global", "ICH9-LPC.disable_s3=1", "-no-hpet")
+    found = launched(
+        *words,
+        *("-object", "rng-random,id=r,filename=/etc/shadow", "-object", "iothread,id=t"),
+        *("-monitor", "stdio", "-daemonize"),
+        around=SANDBOX,
+    )
+    assert found.argv[1 : 1 + len(words)] == words
+    assert values(found, "object") == ["rng-builtin,id=r", "iothread,id=t"]
+    assert found.left_out == ()
+
+
+MEDIA = [
+    ("-drive", "if=none,id=cd,file=/iso,media=cdrom", "-device", "ide-cd,drive=cd,id=d"),
+    ("-drive", "if=none,id=cd,file=/iso,readonly=on", "-device", "scsi-cd,drive=cd,id=d"),
+    (
+        *("-blockdev", "raw,node-name=cd,read-only=on,file.driver=file,file.filename=/iso"),
+        *("-device", "ide-cd,drive=cd,id=d"),
+    ),
+]
+
+
+@pytest.mark.parametrize("words", MEDIA)
+@pytest.mark.parametrize("around", [SANDBOX, ELSEWHERE])
+def test_a_medium_that_is_not_to_be_had_leaves_its_drive_empty(
+    words: tuple[str, ...], around: Setting
+) -> None:
+    found = launched(*words, around=around)
+    assert "/iso" not in " ".join(found.argv)
+    assert found.needs == ()
+    (device,) = (members_of("device", each) for each in values(found, "device"))
+    assert (device.text("id"), device.text("drive")) == ("d", "")
+    assert len(found.left_out) == 1
+    assert found.obstacles == ()
+    assert "/iso" in " ".join(launched(*words).argv)
+
+
+def test_an_empty_drive_of_its_own() -> None:
+    found = launched("-cdrom", "/iso", around=ELSEWHERE)
+    (drive,) = (members_of("drive", each) for each in values(found, "drive"))
+    assert (drive.text("media"), drive.text("file")) == ("cdrom", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-drive", "if=none,id=x,file=nbd:192.0.2.1:1,readonly=on"),
+        ("-drive", "if=none,id=x,file=json:{},readonly=on"),
+        ("-drive", "if=none,id=x,file.driver=host_device,file.filename=/dev/sda,readonly=on"),
+        ("-drive", "if=none,id=x,file=/a,backing.file.filename=/etc/shadow,readonly=on"),
+        ("-blockdev", '{"driver":"nbd","node-name":"x","read-only":true,"server":{"host":"h"}}'),
+        ("-blockdev", "host_device,node-name=x,read-only=on,filename=/dev/sda"),
+        ("-blockdev", "raw,node-name=x,read-only=on,file.driver=https,file.url=https://h/"),
+    ],
+)
+def test_only_plain_files_are_read_as_recorded(words: tuple[str, ...]) -> None:
+    found = launched(*words, "-device", "virtio-blk-pci,drive=x,id=vdx")
+    assert values(found, "device") == values(found, "drive") == values(found, "blockdev") == []
+    assert "vdx" in found.left_out[0]
+
+
+def test_firmware_stays_in_a_sandbox() -> None:
+    code = "raw,node-name=code,read-only=on,file.driver=file,file.filename=/CODE.fd"
+    found = launched("-machine", "q35,pflash0=code", "-blockdev", code, around=SANDBOX)
+    assert values(found, "blockdev") == [code]
+    drive = "if=pflash,readonly=on,format=raw,file=/CODE.fd"
+    assert values(launched("-drive", drive, around=SANDBOX), "drive") == [drive]
+
+
+def test_a_program_that_is_no_qemu_is_not_started() -> None:
+    record = VmConfig(VmIdentity(), "10.0", "", ("/bin/sh", "-c", "touch /x"))
+    assert "no QEMU" in launch(record, [], AROUND).obstacles[0]

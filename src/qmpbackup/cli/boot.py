@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from qmpbackup.cli.arguments import add_lock_wait, add_point, add_reserve, add_target, add_vm, path
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.cli.settle import add_to, settle_there
-from qmpbackup.errors import UsageError
+from qmpbackup.errors import QmpBackupError, UsageError
 
 if TYPE_CHECKING:
     from qmpbackup.service.boot import Prepared, Request
+    from qmpbackup.targets.interface import Address
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -96,10 +97,15 @@ def _request(arguments: argparse.Namespace) -> "Request":
 
 
 def _boot(arguments: argparse.Namespace) -> int:
-    from qmpbackup.service.boot import again, boot
+    from qmpbackup.service.boot import again, asked, boot
     from qmpbackup.service.booted import chosen
 
-    found = again(chosen(arguments.to)) if arguments.target is None else boot(_request(arguments))
+    target: Address | None = None
+    if arguments.target is None:
+        found = again(chosen(arguments.to))
+    else:
+        request = asked(_request(arguments))
+        target, found = request.target, boot(request)
     if arguments.json:
         from qmpbackup import documents
 
@@ -107,7 +113,7 @@ def _boot(arguments: argparse.Namespace) -> int:
     else:
         _as_text(found)
     if arguments.settle:
-        return settle_there(found.folder.path, arguments)
+        return settle_there(found.folder.path, arguments, target)
     return 0
 
 
@@ -144,6 +150,8 @@ def _print(arguments: argparse.Namespace) -> int:
     say(*(f"# Left out or changed: {printable(each)}" for each in found.launch.left_out))
     say(*(f"# Needs {printable(each)}" for each in found.launch.needs))
     say(*(f"# In the way: {printable(each)}" for each in found.obstacles))
+    if found.boot.shown_target != found.boot.target:
+        say("# *** stands for a secret in the location of the repository.")
     say(*(printable(shlex.join(each)) for each in found.by_hand()))
     return 0
 
@@ -152,13 +160,18 @@ def _list(as_json: bool) -> int:
     from qmpbackup import documents
     from qmpbackup.service.booted import look
 
+    damage: QmpBackupError | None = None
     for each in look():
-        if as_json:
+        if isinstance(each, QmpBackupError):
+            damage = damage or each
+        elif as_json:
             say_json(documents.seen(each))
         else:
             watched = "watched" if each.kept else "not watched"
             line = (each.folder.path, each.boot.point, each.boot.phase, each.status, watched)
             say(printable("  ".join(map(str, line))))
+    if damage is not None:
+        raise damage
     return 0
 
 

@@ -3,9 +3,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_lock_wait, add_reserve, path
 from qmpbackup.cli.printing import printable, say, say_json
+
+if TYPE_CHECKING:
+    from qmpbackup.targets.interface import Address
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,12 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
     return settle_there(chosen(arguments.to).path, arguments)
 
 
-def settle_there(folder: Path, arguments: argparse.Namespace) -> int:
-    """Settle the VM in a folder."""
+def settle_there(
+    folder: Path, arguments: argparse.Namespace, target: "Address | None" = None
+) -> int:
+    """Settle the VM in a folder; `target` is its target, where that has been opened."""
     from qmpbackup.service.boot_folder import BootFolder
     from qmpbackup.service.settle import settle
 
-    found = settle(BootFolder(folder), lock_wait=arguments.lock_wait, reserve=arguments.reserve)
+    found = settle(
+        BootFolder(folder), target=target, lock_wait=arguments.lock_wait, reserve=arguments.reserve
+    )
     if arguments.json:
         from qmpbackup import documents
 

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import CommandError, ConnectError, MonitorBusy, QmpBackupError, VmError
+from qmpbackup.errors import (
+    CommandError,
+    ConnectError,
+    MonitorBusy,
+    NobodyThere,
+    QmpBackupError,
+    VmError,
+)
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
 from qmpbackup.machine.sockets import open_socket
@@ -27,6 +34,7 @@ START_SECONDS = 120.0
 """Longest wait for a monitor of a QEMU that has been started."""
 
 _POLL_SECONDS = 0.05
+_REACH_SECONDS = 5.0
 _LISTEN_SECONDS = 0.1
 
 _TOLD = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
@@ -125,22 +133,39 @@ def _last_words(log: Path, began: int) -> str:
     return "it says nothing"
 
 
-def reach(path: Path, timeout: float = 10.0) -> Monitor | None:
-    """A monitor of a VM that was started before, or `None` where it runs no more."""
-    try:
-        return Monitor.connect(str(path), timeout)
-    except ConnectError:
-        return None
+def reach(path: Path, timeout: float = 10.0, patience: float = _REACH_SECONDS) -> Monitor | None:
+    """A monitor of a VM that was started before, or `None` where it runs no more; one that cannot be
+    reached is tried for some seconds.
+
+    Raises:
+        ConnectError: whether it runs cannot be told, as it cannot be reached.
+        MonitorBusy: it runs, and does not greet.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return Monitor.connect(str(path), timeout)
+        except NobodyThere:
+            return None
+        except ConnectError:  # such as of one that ends just now
+            interrupt.check()
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def listener(path: Path) -> int | None:
-    """The process that listens at a socket (unix(7), SO_PEERCRED), or `None`."""
+    """The process that listens at a socket (unix(7), SO_PEERCRED), or `None`.
+
+    Raises:
+        VmError: that cannot be told.
+    """
     try:
         with open_socket(str(path), 2.0) as connection:
             size = struct.calcsize("3i")
             found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
             return int(struct.unpack("3i", found)[0]) or None
-    except VmError:
+    except NobodyThere:
         return None
 
 

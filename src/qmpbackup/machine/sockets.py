@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from qmpbackup.errors import ConnectError, MonitorBusy, UsageError
+from qmpbackup.errors import ConnectError, MonitorBusy, NobodyThere, UsageError
 
 LONGEST_ADDRESS = 107
 """Bytes of a path in an address (unix(7), sun_path)."""
@@ -32,7 +32,8 @@ def open_socket(address: str, timeout: float) -> socket.socket:
 
     Raises:
         UsageError: the address has no such form.
-        ConnectError: nobody listens there, or we may not connect.
+        NobodyThere: nobody listens there.
+        ConnectError: we may not, or cannot, connect.
         MonitorBusy: so many wait there already that nobody else may.
     """
     try:
@@ -47,12 +48,12 @@ def open_socket(address: str, timeout: float) -> socket.socket:
             raise
         return connection
     except FileNotFoundError:
-        raise ConnectError(
+        raise NobodyThere(
             f"There is no socket {address}.", "Check the path, and that the VM is running."
         ) from None
     except ConnectionRefusedError:
         _require_socket(address)
-        raise ConnectError(
+        raise NobodyThere(
             f"Nobody listens at {address}.", "Check that the VM is running."
         ) from None
     except BlockingIOError:

@@ -4,7 +4,7 @@
 Pure: knows what was recorded; must not know what is made of it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,15 @@ class Attached:
 class RecordedDisks:
     """Drives and nodes as they were given to QEMU, and the disks of the point that they are."""
 
-    def __init__(self, given: Iterable[QemuOption], disks: Sequence[Attached]) -> None:
+    def __init__(
+        self,
+        given: Iterable[QemuOption],
+        disks: Sequence[Attached],
+        is_here: Callable[[str], bool],
+    ) -> None:
         options = list(given)
         self._disks = disks
+        self._is_here = is_here
         self._nodes = {
             each.members.text("node-name"): each.members
             for each in options
@@ -45,11 +51,31 @@ class RecordedDisks:
             below
             for name in _heads(options) & self._nodes.keys()
             if is_read_only(self._nodes[name]) and self.attached("", name) is None
+            if self._nodes_may_stay(name, is_firmware=name in _heads(options, _FIRMWARE))
             for below in self._under(name)
             if self.attached("", below) is None
         }
         """Nodes that stay: of what a device only reads, and is in no point. Images below a disk of the
         point are not among them: all of what they hold is in the point, and they may be gone."""
+        self.kept_drives = {
+            name
+            for name, members in self.drives.items()
+            if is_read_only(members) and self.may_stay(members)
+        }
+        """The same for `-drive`."""
+
+    def may_stay(self, members: Parameters, *, is_firmware: bool = False) -> bool:
+        """Whether a drive that is only read may be as recorded: nothing, or a plain file that is here.
+        Without its firmware, a machine is another one, so whether that is here is for others to see."""
+        file = file_in(members)
+        if not _is_plain(members):
+            return False
+        return not file or is_firmware or self._is_here(file)
+
+    def _nodes_may_stay(self, name: str, *, is_firmware: bool) -> bool:
+        return all(
+            self.may_stay(self._nodes[each], is_firmware=is_firmware) for each in self._under(name)
+        )
 
     def _under(self, name: str) -> set[str]:
         """A recorded node and those below it."""
@@ -76,13 +102,35 @@ class RecordedDisks:
         return next((each for each in self._disks if file and each.source_file == file), None)
 
 
-def _heads(options: Iterable[QemuOption]) -> set[str]:
+_FIRMWARE = ("pflash0", "pflash1")
+_PLAIN_DRIVERS = frozenset({"", "file", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx"})
+_NAMES_MORE = frozenset({"backing", "data-file", "key-secret", "server", "path", "host", "url"})
+
+
+def _is_plain(members: Parameters) -> bool:
+    """Whether a recorded node or drive is a file and nothing else: no device, no server, nothing below."""
+    inner = [each for each in members.values.values() if isinstance(each, Mapping)]
+    if not all(_is_plain(Parameters(each)) for each in inner):
+        return False
+    drivers = {members.text(name) for name in ("driver", "format", "file.driver")}
+    told = {part for name, value in members.values.items() if value for part in name.split(".")}
+    named = file_in(members)
+    return (
+        drivers <= _PLAIN_DRIVERS
+        and not told & _NAMES_MORE
+        and (named.startswith("/") or ":" not in named)
+    )
+
+
+def _heads(
+    options: Iterable[QemuOption], members: Sequence[str] = ("drive", *_FIRMWARE)
+) -> set[str]:
     """The nodes that devices and the machine name."""
     return {
         each.members.text(member)
         for each in options
         if each.name in {"device", "machine", "M"}
-        for member in ("drive", "pflash0", "pflash1")
+        for member in members
     }
 
 

@@ -8,22 +8,27 @@
     monitors              those of ours
     host devices, what    left out, and said so
       only that host has
-    files of the host     as recorded; whether they are there is for others to see
+    firmware, kernels     as recorded; whether they are there is for others to see
+    what is only read     as recorded where it is a file that is here; else its drive is empty, or goes
 
 Pure: decides; must not know what is served where, nor how QEMU is started.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpbackup.model import VmConfig
 from qmpbackup.plan import boot_backends as backends
 from qmpbackup.plan.boot_disks import Attached, RecordedDisks, file_in, flattened, is_read_only
 from qmpbackup.plan.qemu_options import Parameters, QemuOption, option, parse, program_of, render
+from qmpbackup.plan.sandboxed import sandboxed
 
 MASK = "***"
 """What stands in a recorded command line where a secret was."""
+
+_QEMU = re.compile(r"qemu-system-\w+|qemu-kvm|kvm|qemu")
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 
@@ -37,7 +42,9 @@ _STOPPING_BUSES = frozenset({"", "ide", "scsi", "virtio", "none"})
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Where a VM is booted. `sockets` is a folder of its own with a short path, `logs` one for what it
-    prints; `monitors` are the names of its monitors there. `accelerators` are tried in their order."""
+    prints; `monitors` are the names of its monitors there. `accelerators` are tried in their order.
+    `is_here` tells of a file that is only read, such as an ISO, whether the VM may have it; in a
+    `sandbox` there is none of these, and of devices and settings only those that are known."""
 
     sockets: str
     logs: str
@@ -45,6 +52,8 @@ class Setting:
     network: bool = False
     accelerators: Sequence[str] = ()
     stop_on_error: bool = True
+    is_here: Callable[[str], bool] = lambda _: True
+    sandbox: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +79,15 @@ def launch(record: VmConfig, disks: Sequence[Attached], around: Setting) -> Laun
         return Launch(
             (), obstacles=("The point does not say with which command line the VM was started.",)
         )
-    draft = _Draft(
-        record, disks, around, list(parse(record.command_line[program_of(record.command_line) :]))
-    )
-    return draft.finished()
+    program = program_of(record.command_line)
+    name = record.command_line[min(program, len(record.command_line)) - 1].rpartition("/")[2]
+    if not _QEMU.fullmatch(name):
+        return Launch((), obstacles=(f"The recorded program, {name}, is no QEMU.",))
+    given, left_out = list(parse(record.command_line[program:])), list[str]()
+    if around.sandbox:
+        around = replace(around, is_here=lambda _: False)
+        given, left_out = sandboxed(given, backends.OF_THE_PROCESS)
+    return _Draft(record, disks, around, given, left_out=left_out).finished()
 
 
 @dataclass
@@ -93,7 +107,7 @@ class _Draft:
     hubs: int = 0
 
     def finished(self) -> Launch:
-        self.recorded = RecordedDisks(self.given, self.disks)
+        self.recorded = RecordedDisks(self.given, self.disks, self.around.is_here)
         for each in self.given:
             self._take(each)
         self._add_ours()
@@ -211,12 +225,17 @@ class _Draft:
             self.out.append(each.with_members(Parameters({**kept, **ours})))
             return
         file = file_in(members)
-        if is_read_only(members) or members.text("media") == "cdrom":
+        name = drive or file or kind
+        if is_read_only(members) and self.recorded.may_stay(members, is_firmware=kind == "pflash"):
             if file:
                 self._needs(file)
             self.out.append(each)
-            return
-        self.left_out.append(f"drive {drive or file or kind}, which the point does not hold")
+        elif members.text("media") == "cdrom":
+            self.left_out.append(f"what was in drive {name}")
+            empty = {k: v for k, v in members.values.items() if k in _KEPT_OF_A_DRIVE}
+            self.out.append(each.with_members(Parameters(empty)))
+        else:
+            self.left_out.append(f"drive {name}, which the point does not hold")
 
     def _device(self, each: QemuOption) -> None:
         members = each.members
@@ -245,7 +264,7 @@ class _Draft:
             self.out.append(each.with_members(members.replaced({"drive": found.name, **stop})))
         elif drive in self.recorded.kept_nodes:
             self.out.append(each)
-        elif drive in self.recorded.drives and is_read_only(self.recorded.drives[drive]):
+        elif drive in self.recorded.kept_drives:
             self._needs(self.recorded.file_of(drive))
             self.out += [option("drive", self.recorded.drives[drive].render()), each]
         elif driver.endswith("-cd") or driver == "floppy":

@@ -88,7 +88,13 @@ class Prepared:
     def by_hand(self) -> list[list[str]]:
         """What somebody has to run who starts it without us."""
         overlays = [create_command(self.folder, disk) for disk in self.boot.disks]
-        return [serve_command(self.folder, self.boot), *overlays, list(self.launch.argv)]
+        shown = replace(self.boot, target=self.boot.shown_target)
+        return [serve_command(self.folder, shown), *overlays, list(self.launch.argv)]
+
+
+def asked(request: Request) -> Request:
+    """The same request; whoever has to type the password of its target, has done so once."""
+    return replace(request, target=opening.entrance(request.target).asked())
 
 
 def prepared(request: Request) -> Prepared:
@@ -102,7 +108,7 @@ def prepared(request: Request) -> Prepared:
 
 
 def planned(request: Request, folder: BootFolder) -> Prepared:
-    """The same in a folder, whether the original runs or not.
+    """The same in a sandbox and in this folder, whether the original runs or not.
 
     Raises:
         NoSuchTarget: there is no such point.
@@ -110,13 +116,13 @@ def planned(request: Request, folder: BootFolder) -> Prepared:
     return _planned(request, folder)[0]
 
 
-def _planned(request: Request, folder: BootFolder | None) -> tuple[Prepared, Point]:
+def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Point]:
     with (
         opening.entrance(request.target).opened(request.vm) as target,
         target.lock(wait=request.lock_wait),
     ):
         point = find_point(target, target.load(), request.point)
-    folder = folder or BootFolder(_folder(request, point))
+    folder = sandbox or BootFolder(_folder(request, point))
     disks = tuple(
         BootedDisk(disk.id, disk.source_file, disk.size, number)
         for number, disk in enumerate(chosen_disks(point, ()))
@@ -133,7 +139,7 @@ def _planned(request: Request, folder: BootFolder | None) -> tuple[Prepared, Poi
         network=request.network,
         accelerators=request.accelerators,
     )
-    launch = launch_of(folder, boot)
+    launch = launch_of(folder, boot, sandbox=sandbox is not None)
     return Prepared(folder, boot, launch, _lacking(launch)), point
 
 
@@ -145,14 +151,16 @@ def boot(request: Request) -> Prepared:
         QmpBackupError: it does not start; nothing is left behind.
     """
     with interrupt.held():
+        request = asked(request)
         found = prepared(request)
         new = not _begun(found)
+        environment = opening.entrance(request.target).environment()
         if not new:
-            return again(found.folder, opening.entrance(request.target).environment())
+            return again(found.folder, environment)
         require_possible(found)
         try:
             _prepare(found)
-            _start_keeper(found.folder, opening.entrance(request.target).environment())
+            _start_keeper(found.folder, environment)
         except Locked:
             raise  # it is another's
         except BaseException:
@@ -263,7 +271,7 @@ def _begun(found: Prepared) -> bool:
     there = found.folder.load()
     if (there.target, there.point) != (found.boot.target, found.boot.point):
         raise UsageError(
-            f"In {found.folder.path}, point {there.point} of {there.target} was booted.",
+            f"In {found.folder.path}, point {there.point} of {there.shown_target} was booted.",
             "Choose another folder with --to, or end that one with --end.",
         )
     return found.folder.was_started

@@ -31,6 +31,7 @@ from qmpbackup.durable import make_folders, storage_errors, write_file
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.filelock import is_locked, locked, runtime_folder
 from qmpbackup.machine.booting import NODE
+from qmpbackup.machine.command_line import masked
 from qmpbackup.model import VmConfig, VmIdentity
 from qmpbackup.plan.boot_disks import Attached
 from qmpbackup.state import state_folder
@@ -92,6 +93,11 @@ class Boot:
     phase: BootPhase = BootPhase.POINT
     network: bool = False
     accelerators: tuple[str, ...] = ()
+
+    @property
+    def shown_target(self) -> str:
+        """The target as it may be seen: a location may hold a password."""
+        return next(masked([self.target]))
 
     @property
     def record(self) -> VmConfig:
@@ -156,7 +162,10 @@ class BootFolder:
             try:
                 return _parsed(json.loads(text))
             except (ValueError, TypeError, KeyError) as error:
-                raise DamagedError(f"{self.path / JOURNAL} is damaged: {error}.") from error
+                raise DamagedError(
+                    f"{self.path / JOURNAL} is damaged: {error}.",
+                    "Disks and overlays are beside it; delete the folder if nobody needs them.",
+                ) from error
 
     def store(self, boot: Boot) -> None:
         """Write the journal, durably."""

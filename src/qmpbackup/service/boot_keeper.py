@@ -43,7 +43,7 @@ _WITHDRAWN = "is served no more"
 """What `serve` says of a disk with a damaged file."""
 
 
-def launch_of(folder: BootFolder, boot: Boot) -> Launch:
+def launch_of(folder: BootFolder, boot: Boot, *, sandbox: bool = False) -> Launch:
     """How the VM is started now."""
     around = Setting(
         sockets=str(folder.sockets),
@@ -51,8 +51,15 @@ def launch_of(folder: BootFolder, boot: Boot) -> Launch:
         monitors=MONITORS,
         network=boot.network,
         accelerators=boot.accelerators,
+        is_here=_is_here,
+        sandbox=sandbox,
     )
     return launch(boot.record, nodes_of(folder, boot), around)
+
+
+def _is_here(file: str) -> bool:
+    path = Path(file)
+    return path.is_absolute() and path.is_file()
 
 
 def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
@@ -176,7 +183,10 @@ class PointServer:
     def _is_there(self) -> bool:
         if self._child is not None and self._child.poll() is None:
             return True
-        return booting.listener(self._folder.served) is not None
+        try:
+            return booting.listener(self._folder.served) is not None
+        except VmError:
+            return True  # there is somebody
 
     def _start(self, boot: Boot, first: bool) -> None:
         told, said = opening.entrance(opening.place(boot.target)).handed_on()
@@ -207,9 +217,10 @@ class PointServer:
 
     def end(self) -> None:
         """End it, also one that a keeper of before has started."""
-        pid = booting.listener(self._folder.served)
-        if pid is not None:
-            booting.end(pid, signal.SIGTERM, 10.0)
+        with suppress(VmError):
+            pid = booting.listener(self._folder.served)
+            if pid is not None:
+                booting.end(pid, signal.SIGTERM, 10.0)
         if self._child is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(10.0)

@@ -3,12 +3,13 @@
 
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import NoSuchTarget, UsageError, VmError
+from qmpbackup.errors import NoSuchTarget, QmpBackupError, UsageError, VmError
 from qmpbackup.machine import booting
 from qmpbackup.service.boot_folder import Boot, BootFolder, BootPhase, booted
 
@@ -43,20 +44,24 @@ def chosen(path: Path | None) -> BootFolder:
     return found[0]
 
 
-def look() -> list[Seen]:
-    """All booted VMs of this user."""
-    return [seen(folder) for folder in booted()]
+def look() -> Iterator[Seen | QmpBackupError]:
+    """All booted VMs of this user, and what is wrong with those that cannot be told of."""
+    for folder in booted():
+        try:
+            yield seen(folder)
+        except QmpBackupError as error:
+            yield error
 
 
 def seen(folder: BootFolder) -> Seen:
     """One of them as it is now."""
     there = folder.load()
-    status = "off"
+    status = "busy"  # until it tells, as while it is settled
     with suppress(VmError):
-        if booting.listener(folder.monitor("settle")):
-            status = "busy"  # until it tells, as while it is settled
         monitor = booting.reach(folder.monitor("settle"), 2.0)
-        if monitor is not None:
+        if monitor is None:
+            status = "off"
+        else:
             with monitor:
                 status = booting.status(monitor)
     return Seen(folder, there, status, folder.is_claimed("keeper"))

@@ -24,9 +24,9 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import DamagedError, MonitorBusy, QuiesceError, VmError
+from qmpbackup.filelock import named_lock
 from qmpbackup.machine import booting
 from qmpbackup.machine.agent import Agent
-from qmpbackup.machine.command_line import masked
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.verdict import BootVerdict, Observation, judged
@@ -48,6 +48,7 @@ _EXEC_SECONDS = 60.0
 _CONSOLE_BYTES = 64 * 1024
 _LARGEST_BROUGHT = 512 * 1024 * 1024
 
+_FOLDER_SECONDS = 60.0
 _PLACE = Path("/var/tmp")  # noqa: S108 - folders there are made for us alone
 _PREFIX = "qmpb-drill-"
 
@@ -96,6 +97,7 @@ def drill(request: Request) -> Drilled:
         VmError: it cannot be booted here.
     """
     with interrupt.held(), ExitStack() as stack:
+        request = replace(request, target=opening.entrance(request.target).asked())
         folder = DrillFolder(stack.enter_context(_folder()))
         found = planned(
             Boot(
@@ -109,7 +111,7 @@ def drill(request: Request) -> Drilled:
         )
         boot, began = found.boot, time.monotonic()
         drilled = Drilled(
-            next(masked([boot.target])),
+            boot.shown_target,
             boot.point,
             boot.name,
             f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -173,15 +175,18 @@ def _remove_old() -> None:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder with a short path, gone after the block, as are those of drills that were killed."""
-    _remove_old()
-    with storage_errors(f"make a folder in {_PLACE}"):
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PLACE))
-    try:
-        with BootFolder(path).claimed("drill"):
-            yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    """A folder with a short path, gone after the block, as are those of drills that were killed.
+
+    One drill at a time makes its folder or removes those of others, which would else take a folder that
+    is not claimed yet for one whose drill was killed."""
+    with ExitStack() as stack:
+        with named_lock("drill folders", "the folders of drills", _FOLDER_SECONDS):
+            _remove_old()
+            with storage_errors(f"make a folder in {_PLACE}"):
+                path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PLACE))
+            stack.callback(shutil.rmtree, path, ignore_errors=True)
+            stack.enter_context(BootFolder(path).claimed("drill"))
+        yield path
 
 
 def _judged(

@@ -101,7 +101,7 @@ class _Mounts:
         self._thread.start()
 
     def _watch(self) -> None:
-        announced = False
+        announced = ready = False
         while not self._over.wait(_POLL_SECONDS):
             if any(child.failed for child in self._children):
                 self._give_up()
@@ -110,9 +110,18 @@ class _Mounts:
                 if all(child.ended for child in self._children):  # somebody has unmounted them
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
-            elif all(_is_there(each) for each in self._shown):
+            elif ready:
                 announced = True
                 self._announce(self._shown)
+            else:
+                ready = self._are_ready()
+
+    def _are_ready(self) -> bool:
+        """Whether all is shown, by programs that unmount it when we are killed: a mount is there before
+        its program can be told to end in order."""
+        return all(map(_is_there, self._shown)) and all(
+            child.catches(signal.SIGTERM) for child in self._children
+        )
 
     def _give_up(self) -> None:
         failed = next(child for child in self._children if child.failed)

@@ -22,6 +22,7 @@ from qmpbackup.service.restore import Request as Restore
 from qmpbackup.service.restore import restore
 from qmpbackup.service.settle_steps import commit, complete, forget_overlays, reopen
 from qmpbackup.targets import opening
+from qmpbackup.targets.interface import Address
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,12 @@ class Settled:
 def settle(
     folder: BootFolder,
     *,
+    target: Address | None = None,
     lock_wait: float = 0.0,
     reserve: int | None = None,
 ) -> Settled:
-    """Move a booted VM, running or not, to the disks in its folder.
+    """Move a booted VM, running or not, to the disks in its folder; `target` is the one that its journal
+    names, where it is open to us already.
 
     Raises:
         QmpBackupError: it is not there yet; nothing is lost, and the same command goes on.
@@ -51,7 +54,8 @@ def settle(
     with interrupt.held(), folder.claimed(wait=lock_wait):
         boot = folder.load()
         if boot.phase is BootPhase.POINT:
-            _restore(folder, boot, lock_wait, reserve)
+            place = opening.place(boot.target) if target is None else target
+            _restore(folder, boot, place, lock_wait, reserve)
             boot = folder.enter(BootPhase.RESTORED)
         stood = 0.0
         if boot.phase is not BootPhase.SETTLED:
@@ -59,11 +63,12 @@ def settle(
         return Settled(folder, folder.load(), stood)
 
 
-def _restore(folder: BootFolder, boot: Boot, lock_wait: float, reserve: int | None) -> None:
+def _restore(
+    folder: BootFolder, boot: Boot, place: Address, lock_wait: float, reserve: int | None
+) -> None:
     """Restore those disks that are not there; a file has its name only once it is whole."""
     lacking = tuple(disk.id for disk in boot.disks if not folder.base(disk).exists())
     if lacking:
-        place = opening.place(boot.target)
         wanted = Restore(
             target=place,
             point=boot.point,

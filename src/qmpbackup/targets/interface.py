@@ -219,8 +219,12 @@ class Entrance(Protocol):
     def spelled(self) -> str:
         """It as users write it, whatever folder they are in."""
 
+    def asked(self) -> "Entrance":
+        """The same, which asks nobody any more: whoever has to type a secret, does it now."""
+
     def environment(self) -> Mapping[str, str]:
-        """What other processes of ours need to open it that they could not ask for themselves."""
+        """What other processes of ours need to open it that they could not ask for themselves; of one
+        that has `asked`."""
 
     def handed_on(self) -> tuple[str, Mapping[str, str]]:
         """How a command of ours is told of it: what its line says, and what its environment does, as a

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import NoSuchTarget, QmpBackupError, UsageError
@@ -39,6 +40,10 @@ class FolderEntrance:
     def spelled(self) -> str:
         """The path from the root."""
         return str(self.path.absolute())
+
+    def asked(self) -> Self:
+        """There is nothing to ask for."""
+        return self
 
     @staticmethod
     def environment() -> Mapping[str, str]:

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
 from qmpbackup.model import Location, Point, VmIdentity
@@ -27,9 +28,10 @@ from qmpbackup.targets.repository.target import RepositoryTarget
 
 @dataclass(frozen=True, slots=True)
 class RepositoryEntrance:
-    """See `Entrance`."""
+    """See `Entrance`. `typed` is the password, where somebody has been asked for it."""
 
     location: Location
+    typed: str = field(default="", repr=False)
 
     @property
     def chunk(self) -> int:
@@ -47,12 +49,20 @@ class RepositoryEntrance:
         text = self.location.text
         return str(self.location) if ":" in text or not text else f"restic:{Path(text).absolute()}"
 
-    @staticmethod
-    def environment() -> Mapping[str, str]:
-        """The password, where somebody types it: other processes have no terminal."""
-        if not sys.stdin.isatty() or any(name.startswith("RESTIC_PASSWORD") for name in os.environ):
-            return {}
-        return {"RESTIC_PASSWORD": password.read(os.environ)}
+    def asked(self) -> Self:
+        """With the password, where somebody types it: other processes have no terminal."""
+        told = any(name.startswith("RESTIC_PASSWORD") for name in os.environ)
+        if self.typed or told or not sys.stdin.isatty():
+            return self
+        return replace(self, typed=password.read(os.environ))
+
+    def environment(self) -> Mapping[str, str]:
+        """The password that was typed."""
+        return {"RESTIC_PASSWORD": self.typed} if self.typed else {}
+
+    @property
+    def _password(self) -> str:
+        return self.typed or password.read(os.environ)
 
     def handed_on(self) -> tuple[str, Mapping[str, str]]:
         """The location is in the environment, where restic's own variables are."""
@@ -123,7 +133,7 @@ class RepositoryEntrance:
     def _repository(self) -> Iterator[tuple[Repository, Access]]:
         with connect(self.location.text, os.environ) as storage:
             # Once: what was typed is not in the environment that restic inherits.
-            access = Access(self.location, password.read(os.environ))
+            access = Access(self.location, self._password)
             with Repository.open(storage, access.secret) as found:
                 yield found, access
 
@@ -134,7 +144,7 @@ class RepositoryEntrance:
 
         with ExitStack() as stack:
             storage = stack.enter_context(connect(self.location.text, os.environ))
-            secret = password.read(os.environ)
+            secret = self._password
             thread = stack.enter_context(ThreadPoolExecutor(1, "opening"))
             opening = thread.submit(Repository.open, storage, secret)
             stack.push(lambda *error: storage.give_up() if error[0] else None)

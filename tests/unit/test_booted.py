@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Booted VMs as they are told of, and as they are found again."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from lab.scripted import ScriptedServer
+from qmpbackup import documents
+from qmpbackup.errors import ConnectError
+from qmpbackup.machine import booting
+from qmpbackup.plan.booting import Launch
+from qmpbackup.service import drill
+from qmpbackup.service.boot import Prepared
+from qmpbackup.service.boot_folder import Boot, BootFolder
+from qmpbackup.service.booted import Seen
+
+TARGET = "restic:rest:http://user:Sesame@host/r"
+
+
+def test_no_password_of_a_location_is_shown() -> None:
+    boot = Boot(TARGET, "", "p", "vm", "q35", ("qemu-system-x86_64",), ())
+    folder = BootFolder(Path("/f"))
+    found = Prepared(folder, boot, Launch(("qemu-system-x86_64",)), ())
+    shown = [found.by_hand(), documents.bootable(found), documents.booted(found)]
+    shown += [documents.seen(Seen(folder, boot, "off", kept=False))]
+    assert "Sesame" not in json.dumps(shown)
+    assert "host/r" in json.dumps(shown)
+
+
+def test_a_vm_that_cannot_be_reached_may_run(tmp_path: Path) -> None:
+    path = tmp_path / "qmp"
+    assert booting.reach(path) is None
+    assert booting.listener(path) is None
+    path.touch()  # which no VM can be behind, but neither has one ended
+    with pytest.raises(ConnectError):
+        booting.reach(path, patience=0.0)
+    with pytest.raises(ConnectError):
+        booting.listener(path)
+
+
+def test_a_vm_that_ends_as_it_is_reached_runs_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "qmp"
+    seen = []
+
+    def closes_at_once(_: object) -> None:
+        seen.append(True)
+        if len(seen) == 2:
+            path.unlink()
+
+    with ScriptedServer(path, closes_at_once):
+        assert booting.reach(path) is None
+    assert len(seen) == 2
+
+
+def test_drills_leave_the_folders_of_each_other_alone() -> None:
+    failed: list[BaseException] = []
+
+    def use_folders() -> None:
+        try:
+            for _ in range(40):
+                with drill._folder() as path:
+                    (path / "file").touch()
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    threads = [threading.Thread(target=use_folders) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
