@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import back_up
+from lab.backups import back_up, restored
 from lab.booted import Booted, booted
-from lab.disks import MIB, Disk, create
+from lab.disks import MIB, Disk, create, first_difference
 from lab.guest import Guest, Shell
 from lab.patience import PATIENCE, wait_until
 from lab.repositories import Repository, environment_of
@@ -37,7 +37,7 @@ def made(tmp_path: Path) -> Repository:
     """A repository with a point of a guest that is no more, which had checksums of its files."""
     target = repository(tmp_path)
     disk = Disk("vda", create(tmp_path / "disk", 128 * MIB))
-    with Guest([disk]) as guest:
+    with Guest([disk], args=("-name", "worst")) as guest:
         guest.run("mkfs.ext4 -q -F /dev/vda && mkdir -p /m && mount /dev/vda /m")
         guest.run("head -c 9000000 /dev/urandom >/m/old && cd /m && sha256sum old >before && sync")
         back_up(guest, target)
@@ -60,11 +60,27 @@ def test_a_linux_runs_from_a_point_and_is_settled(made: Repository, tmp_path: Pa
         settled = cli.run("settle", "--to", vm.folder, "--json", env=environment).check()
         assert json.loads(settled.out)["stood_still"] > 0
         wait_until(lambda: vm.server is None, "the end of the server")
-        Path(made.location).rename(tmp_path / "elsewhere")
+        elsewhere = Path(made.location).rename(tmp_path / "elsewhere")
         shell.run("touch /run/over; until [ -e /run/written ]; do usleep 20000; done")
         shell.run("echo 3 >/proc/sys/vm/drop_caches; cd /m && sha256sum -c before sums")
+        shell.run("umount /m")
+        elsewhere.rename(made.location)
+        assert_next_is_incremental(vm, made, tmp_path)
         shell.close()
         started_again(vm, environment)
+
+
+def assert_next_is_incremental(vm: Booted, target: Repository, folder: Path) -> None:
+    """An incremental to the point that it came from has no less than a full that is made afterwards."""
+    vm.disconnect()
+    incremental = back_up(vm, target, "inc")
+    assert incremental["disks"][0]["level"] == "inc"
+    full = back_up(vm, folder / "another", "full")
+    found = target.restored(incremental["id"])
+    expected = restored(folder / "another", full["id"], folder)
+    assert found.keys() == expected.keys()
+    for disk, contents in expected.items():
+        assert not first_difference(found[disk], contents), disk
 
 
 def started_again(vm: Booted, environment: dict[str, str]) -> None:

@@ -70,6 +70,15 @@ class Booted(Machine):
         if keeper:
             await_end(keeper)
 
+    def quit(self) -> None:
+        """Have QEMU end in order; returns when it and its keeper are gone."""
+        pid, keeper = self.pid, self.keeper
+        self.qmp("quit")
+        self.disconnect()
+        await_end(pid)
+        if keeper:
+            await_end(keeper)
+
     @property
     def keeper(self) -> int | None:
         """The process that watches it, if it lives."""

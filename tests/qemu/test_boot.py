@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import back_up
+from lab.backups import assert_restores, back_up, levels
 from lab.booted import Booted, booted, kill, listener
 from lab.disks import MIB, Bus, Disk, contents, create, first_difference, pattern
 from lab.patience import wait_until
@@ -26,7 +26,7 @@ from lab.repositories import Target, environment_of
 from qmpbackup.service.boot_folder import BootFolder
 from stock.repositories import repository
 
-SIZE = 8 * MIB
+SIZE = 9 * MIB
 BUSES: dict[str, Bus] = {"vda": "virtio-blk", "hd1": "ide"}
 DISKS = tuple(BUSES)
 KILLED = 77
@@ -78,6 +78,27 @@ class Scene:
         vm.write(disk, offset, 4096, value)
         vm.flush(disk)
         self.expected[disk][offset : offset + 4096] = bytes([value]) * 4096
+
+    @property
+    def contents(self) -> dict[str, bytes]:
+        """What is on the disks."""
+        return {disk: bytes(expected) for disk, expected in self.expected.items()}
+
+    def assert_incremental(self, vm: Booted) -> None:
+        """An incremental is possible, and has all."""
+        vm.disconnect()  # the monitor takes one
+        point = back_up(vm, self.target, "inc")
+        assert_restores(self.target, point["id"], self.contents, self.folder)
+
+    def assert_backed_up(self, vm: Booted) -> set[str]:
+        """A copy of the target takes a point with all, of the levels that are told."""
+        vm.disconnect()
+        copy = self.folder / "copy"
+        shutil.copytree(self.folder / "target", copy)
+        point = back_up(vm, copy)
+        assert_restores(copy, point["id"], self.contents, self.folder)
+        shutil.rmtree(copy)
+        return set(levels(point).values())
 
     def assert_seen(self, vm: Booted) -> None:
         """What the guest reads at places that were written, and at some that were not."""
@@ -135,10 +156,14 @@ def test_booted_used_settled_and_free_of_the_backup(scene: Scene) -> None:
         scene.assert_seen(vm)
         assert not any("boot" in each["id"] for each in vm.qmp("query-jobs"))
         assert "settled" in scene.run("boot", "--end").check(2).err
-        vm.kill()
+        scene.assert_incremental(vm)  # to the point that it came from
+        scene.write(vm, "hd1", 10)
+        vm.quit()
         scene.assert_disks(vm)
         scene.run("boot", "--to", vm.folder).check()  # without the target
         scene.assert_seen(vm)
+        scene.write(vm, "vda", 11)
+        scene.assert_incremental(vm)
 
 
 def test_no_base_allocation_is_offered_and_what_is_thrown_away_leaves_nothing(
@@ -274,6 +299,8 @@ def test_settle_is_killed_after_each_of_its_steps(in_folder: Scene, kept: bool) 
         expected = {"restored", "blockdev-reopen", "local", "block-commit", "completing", "stop"}
         assert expected < set(done), done
         assert kept or {"job-complete", "settled"} < set(done), done
+        in_folder.write(vm, "vda", 70)
+        assert in_folder.assert_backed_up(vm) == {"inc"}
         vm.kill()
         in_folder.assert_disks(vm)
 
@@ -296,6 +323,7 @@ def kill_settle_and_vm(scene: Scene, steps: int) -> bool:
         scene.write(vm, "vda", steps + 2)
         scene.run("settle").check()
         scene.write(vm, "hd1", steps + 3)
+        scene.assert_backed_up(vm)
         vm.kill()
         scene.assert_disks(vm)
         for number, disk in enumerate(DISKS):

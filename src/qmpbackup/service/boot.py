@@ -124,7 +124,14 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
         point = find_point(target, target.load(), request.point)
     folder = sandbox or BootFolder(_folder(request, point))
     disks = tuple(
-        BootedDisk(disk.id, disk.source_file, disk.size, number)
+        BootedDisk(
+            disk.id,
+            disk.source_file,
+            disk.size,
+            number,
+            bitmap=disk.bitmap,
+            end_mark=disk.end_mark,
+        )
         for number, disk in enumerate(chosen_disks(point, ()))
     )
     recorded = point.vm.command_line

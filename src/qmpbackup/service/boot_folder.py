@@ -55,13 +55,16 @@ class BootPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BootedDisk:
-    """A disk of a booted VM; `number` names its nodes. `settled`: it has no overlay any more."""
+    """A disk of a booted VM; `number` names its nodes. `settled`: it has no overlay any more. `bitmap` and
+    `end_mark` are those that count from the point."""
 
     id: str
     source_file: str
     size: int
     number: int
     settled: bool = False
+    bitmap: str = ""
+    end_mark: str = ""
 
     @property
     def node(self) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Move a booted VM to local storage while it runs, so that nothing depends on the backup any more.
 
-    restore the disks beside (every byte proved) ─ reopen the overlays on them ─ the server ends
+    restore the disks beside (every byte proved), with change bitmaps from there on ─ reopen the overlays on them ─ the server ends
     ─ commit the overlays ─ the guest stands still for a moment and goes on on the disks
 
 QEMU's block-stream is not used: it gives a guest wrong data when the connection to the point is lost.
@@ -20,6 +20,7 @@ from qmpbackup.process import run
 from qmpbackup.service.boot_folder import Boot, BootFolder, BootPhase
 from qmpbackup.service.restore import Request as Restore
 from qmpbackup.service.restore import restore
+from qmpbackup.service.settle_bitmaps import start_bitmaps
 from qmpbackup.service.settle_steps import commit, complete, forget_overlays, reopen
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address
@@ -56,6 +57,7 @@ def settle(
         if boot.phase is BootPhase.POINT:
             place = opening.place(boot.target) if target is None else target
             _restore(folder, boot, place, lock_wait, reserve)
+            start_bitmaps(folder, boot)
             boot = folder.enter(BootPhase.RESTORED)
         stood = 0.0
         if boot.phase is not BootPhase.SETTLED:
