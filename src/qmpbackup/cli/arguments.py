@@ -137,6 +137,20 @@ def add_disks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option that names the configuration of many VMs."""
+    import os
+
+    parser.add_argument(
+        "--config",
+        type=path,
+        default=path(os.environ.get("QMPBACKUP_CONFIG") or "/etc/qmpbackup/config.toml"),
+        metavar="FILE",
+        help="the configuration; *.toml in the folder conf.d beside it belong to it (default: "
+        "QMPBACKUP_CONFIG, else /etc/qmpbackup/config.toml)",
+    )
+
+
 def add_host(parser: argparse.ArgumentParser) -> None:
     """The option that says what this host is called."""
     import os

@@ -5,6 +5,7 @@ Times are seconds, sizes bytes, shares 0 to 1. Names of VMs, targets and groups 
 tables, or what a group's pattern found. Must not know how it was written down, nor what is done with it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,8 @@ from qmpbackup.model import AUDIT, Level
 
 HOUR = 3600.0
 DAY = 24 * HOUR
+
+_NAME = re.compile(r"\{(vm|group|host)\}")
 
 
 class WhenOff(StrEnum):
@@ -76,7 +79,7 @@ class DrillPolicy:
 
 @dataclass(frozen=True, slots=True)
 class VmSettings:
-    """One VM. `schedule` holds times in systemd's OnCalendar syntax; `grace` is how long after a missed
+    """One VM. `targets` are names of targets that can be used, at least one. `schedule` holds times in systemd's OnCalendar syntax; `grace` is how long after a missed
     time its newest point is too old (None: half the interval, between an hour and twelve).
     `group` is the one that found it (empty: it has a table of its own alone)."""
 
@@ -103,6 +106,12 @@ class VmSettings:
     check_written: bool = False
     verify_chain: bool = False
     drill: DrillPolicy = DrillPolicy()
+
+
+def in_place(text: str, vm: VmSettings, host: str) -> str:
+    """Text with names in place of `{vm}`, `{group}` and `{host}`."""
+    names = {"vm": vm.name, "group": vm.group, "host": host}
+    return _NAME.sub(lambda found: names[found[1]], text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +171,10 @@ class TargetSettings:
     bandwidth: tuple[Bandwidth, ...] = ()
     min_free: float = 0.05
     when_gone: WhenGone = WhenGone.FAIL
+
+    def place(self, vm: VmSettings, host: str) -> str:
+        """Where the points of a VM are, as `--target` takes it."""
+        return in_place(self.location, vm, host)
 
 
 class NotifyType(StrEnum):
