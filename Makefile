@@ -95,4 +95,4 @@ format: setup
 	@$(BIN)/ruff format --quiet
 
 clean:
-	rm -rf .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build

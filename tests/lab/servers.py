@@ -98,17 +98,20 @@ def answering(
         thread.join(30)
 
 
-def certificate(path: Path) -> Path:
-    """A PEM file with a new key and a certificate for loopback that it has signed itself."""
+def certificate(path: Path, name_of_server: str = "test") -> Path:
+    """A PEM file with a new key and a certificate for loopback, and for a name, that it has signed
+    itself."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, path.stem)])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
     now = datetime.now(UTC)
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([address, x509.DNSName(name_of_server)]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )

@@ -12,7 +12,6 @@ import http.client
 import os
 import re
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from qmpbackup.errors import StorageError, UsageError
 from qmpbackup.restic.storage import listing
+from qmpbackup.restic.storage.connections import ByProxy, ProxyRefuses, Tunnelled
 from qmpbackup.restic.storage.interface import (
     Buffer,
     File,
@@ -31,6 +31,8 @@ from qmpbackup.restic.storage.interface import (
     Temporary,
 )
 from qmpbackup.restic.storage.listing import Listing
+from qmpbackup.restic.storage.proxies import proxy_for
+from qmpbackup.restic.storage.trust import refusal, trust
 
 T = TypeVar("T")
 
@@ -47,7 +49,17 @@ _LARGEST_REMARK: Final = 64 << 10
 """Bytes that a server may say beside what is asked for; none of them is read by anybody."""
 
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_REFUSED: Final = frozenset({401, 403, 405})
+_APPENDING: Final = "The server may only take new files (append-only), or only be read."
+_FOR_PROXY: Final = (
+    "Write name and password into the proxy's address: http://user:password@host:3128."
+)
+_REFUSED: Final = {
+    401: "Check RESTIC_REST_USERNAME and RESTIC_REST_PASSWORD.",
+    403: _APPENDING,
+    405: _APPENDING,
+    407: _FOR_PROXY,
+}
+_PORTS: Final = {"http": 80, "https": 443}
 
 
 class RestStorage(Storage):
@@ -66,8 +78,9 @@ class RestStorage(Storage):
             raise UsageError("The address behind rest: is not valid.", _EXAMPLE) from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError("The address behind rest: is not valid.", _EXAMPLE)
-        self._trust = _trust(environment) if parts.scheme == "https" else None
-        self._host, self._port = parts.hostname, port
+        self._trust = trust(environment) if parts.scheme == "https" else None
+        self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]
+        self._proxy = proxy_for(parts.scheme, self._host, self._port, environment)
         path = quote(parts.path, safe=_IN_PATHS)
         self._path = path if path.endswith("/") else f"{path}/"
         self._seconds = seconds
@@ -75,6 +88,10 @@ class RestStorage(Storage):
         password = unquote(parts.password or "") or environment.get("RESTIC_REST_PASSWORD", "")
         self._headers = _authorization(user, password)
         place = parts.netloc.rpartition("@")[2]
+        # A proxy that makes no tunnel is asked for whole addresses.
+        self._root = f"http://{place}" if self._proxy and not self._trust else ""
+        if self._proxy and self._root:
+            self._headers |= self._proxy.headers
         masked = f"{quote(user)}:***@" if user else ""
         self._name = f"rest:{parts.scheme}://{masked}{place}{self._path}"
         self._local = threading.local()
@@ -215,7 +232,8 @@ class RestStorage(Storage):
             sent = False
             with suppress(BrokenPipeError, ConnectionResetError):
                 all_headers = {**self._headers, **(headers or {})}
-                connection.request(method, self._path + path, body=body, headers=all_headers)
+                where = self._root + self._path + path
+                connection.request(method, where, body=body, headers=all_headers)
                 sent = True
             # A server may say no, and hang up, before it has read all that is sent.
             with connection.getresponse() as answer:
@@ -228,14 +246,13 @@ class RestStorage(Storage):
             if not is_over:  # what follows would be taken for the next answer
                 self._drop()
             return answer.headers, found
-        except ssl.SSLCertVerificationError as error:
+        except ProxyRefuses as error:
             self._drop()
-            raise StorageError(
-                f"Cannot {action}: its certificate is not trusted ({error.verify_message}).",
-                "RESTIC_CACERT names a file with the certificate to trust.",
-            ) from error
+            raise _without_tunnel(action, error) from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             self._drop()
+            if lasting := refusal(f"Cannot {action}", error):
+                raise lasting from error
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise Temporary(
                 f"Cannot {action}: {why}.", "See that the server can be reached."
@@ -256,7 +273,11 @@ class RestStorage(Storage):
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._trust is None:
+            if self._proxy is not None:
+                return ByProxy(self._host, self._port, self._proxy, self._seconds)
             return http.client.HTTPConnection(self._host, self._port, timeout=self._seconds)
+        if self._proxy is not None:
+            return Tunnelled(self._host, self._port, self._proxy, self._seconds, self._trust)
         return http.client.HTTPSConnection(
             self._host, self._port, timeout=self._seconds, context=self._trust
         )
@@ -293,18 +314,6 @@ _IN_PATHS: Final = "/%!$&'()*+,;=:@"
 _EXAMPLE: Final = "It reads like rest:https://host:8000/path/."
 
 
-def _trust(environment: Mapping[str, str]) -> ssl.SSLContext:
-    """The certificates of the machine, or in their place the ones of `RESTIC_CACERT`."""
-    file = environment.get("RESTIC_CACERT") or None
-    try:
-        return ssl.create_default_context(cafile=file)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UsageError(
-            f"RESTIC_CACERT: {file} cannot be used: {why}.", "Name a PEM file."
-        ) from error
-
-
 def _authorization(user: str, password: str) -> dict[str, str]:
     if not user and not password:
         return {}
@@ -316,10 +325,18 @@ def _failure(action: str, status: int, reason: str) -> StorageError:
     said = f"Cannot {action}: the server says {status} {reason}.".replace(" .", ".")
     if status == http.HTTPStatus.NOT_FOUND:
         return Missing(said)
-    if status == http.HTTPStatus.UNAUTHORIZED:
-        return Refused(said, "Check RESTIC_REST_USERNAME and RESTIC_REST_PASSWORD.")
     if status in _REFUSED:
-        return Refused(said, "The server may only take new files (append-only), or only be read.")
+        return Refused(said, _REFUSED[status])
     if status in _PASSING:
         return Temporary(said, "Look at the server's log.")
     return StorageError(said, "Look at the server's log.")
+
+
+def _without_tunnel(action: str, refuses: ProxyRefuses) -> StorageError:
+    """No answer of the server's, and so nothing that would mean one of its files."""
+    said = f"Cannot {action}: {refuses}."
+    if refuses.status in _PASSING:
+        return Temporary(said, "See that the server can be reached from there.")
+    if refuses.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        return StorageError(said, _FOR_PROXY)
+    return StorageError(said, "NO_PROXY names servers that are asked without it.")

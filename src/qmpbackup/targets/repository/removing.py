@@ -26,6 +26,7 @@ from qmpbackup.errors import (
 from qmpbackup.plan.retention import Verdict
 from qmpbackup.process import Result
 from qmpbackup.restic.storage.interface import Kind
+from qmpbackup.restic.storage.trust import words_for_restic
 from qmpbackup.targets.inventory import Inventory
 from qmpbackup.targets.removal import Removed, Sweep
 from qmpbackup.targets.repository.access import Access
@@ -152,8 +153,9 @@ def _restic(
     arguments: Sequence[str], environment: Mapping[str, str], fds: Sequence[int], until: float
 ) -> None:
     """Run restic; while the repository is locked, again and again `until` then."""
+    words = ["restic", *words_for_restic(os.environ), *arguments]
     while True:
-        result = _run(["restic", *arguments], environment, fds)
+        result = _run(words, environment, fds)
         if result.code == 0:
             return
         error = _failure(result)
