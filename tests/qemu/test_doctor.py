@@ -54,6 +54,28 @@ def test_it_says_when_the_next_backup_is_a_full(tmp_path: Path, start_qemu: Star
     assert "is a full" in texts(findings(vm, "--target", target), "vda")
 
 
+def test_a_target_that_was_there_is_not_taken_for_a_new_one(
+    tmp_path: Path, start_qemu: StartQemu
+) -> None:
+    vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
+    target, away = tmp_path / "target", tmp_path / "away"
+    assert "the first run makes it" in texts(findings(vm, "--target", target), "target")
+    back_up(vm, target)
+    target.rename(away)
+    target.mkdir()  # the mount point, with nothing mounted
+    found = findings(vm, "--target", target, code=1)
+    (finding,) = (each for each in found if each["health"] == "problem")
+    assert finding["about"] == "target"
+    assert "change bitmaps of one that was there" in finding["text"]
+    assert "is mounted" in finding["todo"]
+    assert "the first run makes it" not in texts(found, "target")
+    elsewhere = findings(vm, "--target", tmp_path / "other")
+    assert "the first run makes it" in texts(elsewhere, "target")
+    target.rmdir()
+    away.rename(target)
+    assert findings(vm, "--target", target)
+
+
 def test_an_agent_that_is_not_there_is_a_problem(tmp_path: Path, start_qemu: StartQemu) -> None:
     vm = start_qemu([Disk("vda", create(tmp_path / "a.qcow2", SIZE))])
     agent = ("--agent-socket", tmp_path / "nothing")

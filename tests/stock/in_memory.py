@@ -284,11 +284,11 @@ class Memory:
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool
-    ) -> Generator[Finding, None, tuple[Target, Inventory] | None]:
+    ) -> Generator[Finding, None, Found | None]:
         del vm, wait, strict
         target = self.target or MemoryTarget()
         yield Finding("target", Health.FINE, f"{len(target.points)} points are remembered")
-        return target, target.load()
+        return Found(target, target.load())
 
     @contextmanager
     def opening(self, wish: Wish) -> Iterator["MemoryOpening"]:

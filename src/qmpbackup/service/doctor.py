@@ -2,7 +2,7 @@
 """Look at everything a backup needs, change nothing, and say what to do about what is not well."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from qmpbackup.errors import QmpBackupError, StorageError
@@ -23,8 +23,9 @@ from qmpbackup.plan.sizes import human
 from qmpbackup.plan.vm_states import OBSTACLES
 from qmpbackup.service import room_findings, session
 from qmpbackup.service.backup import rooms
+from qmpbackup.service.backup.destination import require_new
 from qmpbackup.targets import opening
-from qmpbackup.targets.interface import Address
+from qmpbackup.targets.interface import Address, Found
 from qmpbackup.targets.inventory import Inventory
 
 __all__ = ["Finding", "Health", "examine"]
@@ -87,12 +88,25 @@ def _target(
     if entrance.chunk:
         yield from _reading(vm)
     found = yield from entrance.advice(vm.config.identity, lock_wait, strict=strict)
-    if found is not None:
-        ground, stored = found
+    if found is not None and (yield from _is_where_it_was(found, vm)):
+        ground, stored = found.ground, found.stored
         if clones := others_with_uuid(stored.points, vm.config.identity):
             yield Finding("UUID", Health.PROBLEM, f"in {ground.name}, {clones}", TODO)
         yield from _next_backup(vm, stored, ground.name)
         yield from room_findings.of_next_backup(vm, files, ground, stored, scratch_dir)
+
+
+def _is_where_it_was(found: Found, vm: Vm) -> Generator[Finding, None, bool]:
+    """Whether the target is there, or was never; only then anything else can be said of it."""
+    try:
+        require_new(found, vm)
+    except StorageError as error:
+        yield Finding("target", Health.PROBLEM, error.message, error.hint)
+        return False
+    if found.earlier:
+        text = f"{found.ground.name} holds no points yet; the first run makes it"
+        yield Finding("target", Health.FINE, text)
+    return True
 
 
 def _reading(vm: Vm) -> Iterator[Finding]:

@@ -255,9 +255,9 @@ class Entrance(Protocol):
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool
-    ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
-        """Look whether backups of a VM can go on there, and change nothing; returns what is there, or
-        will be, and what it holds. With `strict`, a VM that may be another of the same name is a problem."""
+    ) -> Generator[Finding, None, Found | None]:
+        """Look whether backups of a VM can go on there, and change nothing; returns what there is, if it
+        could be looked at. With `strict`, a VM that may be another of the same name is a problem."""
 
     def opening(self, wish: Wish) -> AbstractContextManager[Opening]:
         """Begin to open it for writing, which goes on while the VM is looked at.

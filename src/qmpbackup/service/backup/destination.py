@@ -111,11 +111,11 @@ class Named:
         """What is there, held for the block; nothing is made."""
         with self._opening.found(vm.config.identity) as found:
             if self._request.level is Level.AUTO:
-                _require_new(found, vm)
+                require_new(found, vm)
             yield Destination(self._request, self._opening, found)
 
 
-def _require_new(found: Found, vm: Vm) -> None:
+def require_new(found: Found, vm: Vm) -> None:
     """Make nothing anew, unasked, where the VM has change bitmaps of a target that was there: it is a
     place whose file system is not mounted, more often than one that was cleared on purpose.
 

@@ -15,8 +15,8 @@ from qmpbackup.model import Point, VmIdentity
 from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.plan.sizes import human
 from qmpbackup.targets.folder.target import DirectoryTarget
-from qmpbackup.targets.folder.vacant import Vacant
-from qmpbackup.targets.interface import Ground, Made, Opening, Wish
+from qmpbackup.targets.folder.vacant import Vacant, tag_of
+from qmpbackup.targets.interface import Found, Made, Opening, Wish
 from qmpbackup.targets.inventory import Inventory
 
 
@@ -83,7 +83,7 @@ class FolderEntrance:
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool
-    ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
+    ) -> Generator[Finding, None, Found | None]:
         """Whether it can be written to, what was left half done, and what is damaged."""
         del vm, wait, strict
         path = self.path
@@ -95,12 +95,10 @@ class FolderEntrance:
             target = DirectoryTarget.open(path)
         except NoSuchTarget:
             yield from _writing(path)
-            text = f"{path} holds no points yet; the first run makes it"
-            yield Finding("target", Health.FINE, text)
-            return Vacant(path), Inventory()
+            return Found(Vacant(path), Inventory(), earlier=tag_of(path))
         yield from _writing(path)
         stored = yield from _of_target(target, path)
-        return target, stored
+        return Found(target, stored)
 
     def opening(self, wish: Wish) -> AbstractContextManager[Opening]:
         """Nothing takes time here."""

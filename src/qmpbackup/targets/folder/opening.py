@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder that is to take a point: found or made, and held."""
 
-import hashlib
 import logging
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 from qmpbackup.errors import StorageError
 from qmpbackup.model import VmIdentity
 from qmpbackup.targets.folder.target import DirectoryTarget
-from qmpbackup.targets.folder.vacant import Vacant
+from qmpbackup.targets.folder.vacant import Vacant, tag_of
 from qmpbackup.targets.interface import Found, Target, Wish
 from qmpbackup.targets.inventory import Inventory
 
@@ -75,21 +73,16 @@ class FolderOpening:
     def _new_id(self) -> str:
         """The id that a new target gets; it begins with a tag of the place, see `_earlier`."""
         whole = DirectoryTarget.peek(self.path) if self.wish.monthly else None
-        made = f"{_tag(self.path)}{secrets.token_hex(4)}"
+        made = f"{tag_of(self.path)}{secrets.token_hex(4)}"
         return (whole.id if whole else "") or self.wish.uuid or made
 
     def _earlier(self) -> str:
         """See `Found`."""
         if self.wish.monthly and DirectoryTarget.peek(self.path):
             return ""
-        return f"{self.wish.uuid}/" if self.wish.uuid else _tag(self.path)
+        return f"{self.wish.uuid}/" if self.wish.uuid else tag_of(self.path)
 
     def _place(self) -> Path:
         if not self.wish.monthly:
             return self.path
         return self.path / f"{datetime.now(UTC).astimezone():%Y-%m}"
-
-
-def _tag(folder: Path) -> str:
-    """What all ids of targets at a place begin with."""
-    return f"{hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=4).hexdigest()}-"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder in which there is no target yet: what can be planned before one is made."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,3 +31,8 @@ class Vacant:
         """There is nothing to build upon."""
         del points, point, disk_id, thorough
         return ""
+
+
+def tag_of(folder: Path) -> str:
+    """What all ids of targets at a place begin with."""
+    return f"{hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=4).hexdigest()}-"

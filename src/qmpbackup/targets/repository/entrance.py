@@ -18,8 +18,7 @@ from qmpbackup.plan.finding import Finding, Health
 from qmpbackup.restic import password
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.location import connect
-from qmpbackup.targets.interface import Ground, Made, Wish
-from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.interface import Found, Made, Wish
 from qmpbackup.targets.repository.access import Access
 from qmpbackup.targets.repository.chunk_list import CHUNK
 from qmpbackup.targets.repository.opening import RepositoryOpening, refuse_what_makes_no_sense
@@ -97,7 +96,7 @@ class RepositoryEntrance:
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool
-    ) -> Generator[Finding, None, tuple[Ground, Inventory] | None]:
+    ) -> Generator[Finding, None, Found | None]:
         """What is missing on this machine, whether it opens, and what is damaged."""
         yield from _programs()
         try:
@@ -114,7 +113,7 @@ class RepositoryEntrance:
             yield Finding("target", Health.PROBLEM, f"{damage.path}: {damage.reason}", todo)
         count = len(stored.points)
         yield Finding("target", Health.FINE, f"{target.name} holds {count} points of {target.vm}")
-        return target, stored
+        return Found(target, stored)
 
     @contextmanager
     def opening(self, wish: Wish) -> Iterator[RepositoryOpening]:
