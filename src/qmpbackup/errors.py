@@ -8,6 +8,7 @@
     │   └── GuestStateUnknown          it may be frozen, or freeze later: outcome unknown
     ├── VmError                     6  QMP, the VM, or its block layer
     │   ├── ConnectError               no usable monitor at the address
+    │   │   └── NobodyThere         13  nobody listens there: the VM is off
     │   │   └── NobodyThere               nobody listens there: what did, has ended
     │   ├── MonitorBusy                another client holds the monitor
     │   ├── MonitorProtocolError       what came back is not QMP
@@ -81,7 +82,10 @@ class ConnectError(VmError):
 
 
 class NobodyThere(ConnectError):
-    """Nobody listens at the address: what did, has ended."""
+    """Nobody listens at the address: what did, has ended, or was never started. Of a monitor, that is a
+    VM that is off, which is no failure for those who know that it may be."""
+
+    exit_code = 13
 
 
 class MonitorBusy(VmError):

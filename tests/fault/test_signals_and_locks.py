@@ -18,7 +18,7 @@ from lab.patience import PATIENCE
 from lab.proxy import Place, Proxy
 from stock.scene import Scene, scene
 
-LOCKED, VM = 11, 6
+LOCKED, VM, OFF = 11, 6, 13
 
 
 @pytest.fixture
@@ -97,11 +97,11 @@ def test_a_monitor_that_another_client_holds(stage: Scene) -> None:
 
 
 def test_nobody_listens(stage: Scene, tmp_path: Path) -> None:
-    missing = cli.run(*stage.arguments("inc", tmp_path / "none")).check(VM)
+    missing = cli.run(*stage.arguments("inc", tmp_path / "none")).check(OFF)
     assert "no socket" in missing.err
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stage.vm.folder / "dead"))
-    refused = cli.run(*stage.arguments("inc", stage.vm.folder / "dead")).check(VM)
+    refused = cli.run(*stage.arguments("inc", stage.vm.folder / "dead")).check(OFF)
     assert "Nobody listens" in refused.err
     (tmp_path / "file").write_text("")
     refused = cli.run(*stage.arguments("inc", tmp_path / "file")).check(VM)

@@ -55,7 +55,7 @@ def test_sockets_with_long_paths(vm: Qemu, tmp_path: Path) -> None:
         arguments = ("backup", "--level", "full", "--target", target, "--quiesce")
         cli.run(*sockets, *arguments).check()
         assert "guest-fsfreeze-freeze" in agent.log
-    missing = cli.run("--socket", long / "none", *arguments).check(6)
+    missing = cli.run("--socket", long / "none", *arguments).check(13)
     assert "There is no socket" in missing.err
     (long / "file").write_text("")
     refused = cli.run("--socket", long / "file", *arguments).check(6)

@@ -25,7 +25,8 @@ EXIT_CODES = """\
 exit codes:
   0 done · 1 failed · 2 wrong usage · 3 done but degraded · 4 an incremental is not possible
   5 quiesce failed · 6 QMP, NBD or VM · 7 target or storage · 8 damaged data
-  9 an audit found unrecorded changes · 10 no such target · 11 locked by another run · 12 wrong password · 129/130/143 interrupted"""
+  9 an audit found unrecorded changes · 10 no such target · 11 locked by another run · 12 wrong password
+  13 the VM is off: nobody listens at its socket · 129/130/143 interrupted"""
 
 EXAMPLES = """\
 examples:
