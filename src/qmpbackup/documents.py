@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qmpbackup.service.boot import Prepared
     from qmpbackup.service.booted import Seen
     from qmpbackup.service.doctor import Finding
-    from qmpbackup.service.drill import Drilled
+    from qmpbackup.service.drill_history import Drilled
     from qmpbackup.service.init import Made
     from qmpbackup.service.serve import Served
     from qmpbackup.service.settle import Settled

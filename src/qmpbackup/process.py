@@ -48,6 +48,16 @@ class Result:
         return f"{self.program} ended with code {self.code}"
 
 
+def available_memory() -> int | None:
+    """Bytes that programs may take without others being swapped out (proc(5)), where the kernel tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
 class Child:
     """A running program; use as a context manager, which kills it unless it has ended."""
 

@@ -11,7 +11,10 @@ from lab import cli
 from lab.backups import back_up
 from lab.disks import MIB, Disk, create, pattern
 from lab.patience import wait_until
-from lab.qemu import HALT, Qemu
+from lab.qemu import HALT, Firmware, Qemu
+
+RESET = HALT[:-16] + b"\xb0\xfe\xe6\x64\xf4\xeb\xfd" + HALT[:9]
+"""A ROM that resets the machine by its keyboard controller."""
 
 
 @pytest.fixture
@@ -58,6 +61,36 @@ def environment_of_the_machine(folder: Path) -> bytes:
             if b"-sandbox" in words and words[0] not in {b"env", b"unshare", b"setpriv"}:
                 return (process / "environ").read_bytes()
     return b""
+
+
+def made(folder: Path, *args: str, firmware: Firmware | None = None) -> Path:
+    """A point of a VM that is started so, with an empty disk."""
+    disk = Disk("vda", create(folder / "vda", 4 * MIB))
+    with Qemu([disk], args=args, firmware=firmware) as vm:
+        back_up(vm, folder / "target")
+    return folder / "target"
+
+
+def test_a_machine_that_resets_itself_again_and_again_fails(tmp_path: Path) -> None:
+    rom = tmp_path / "rom"
+    rom.write_bytes(HALT)
+    target = made(tmp_path, "-bios", str(rom), "-no-reboot")
+    rom.write_bytes(RESET)
+    found = drill(target).check(1).objects[0]
+    assert "reset itself" in found["reason"]
+
+
+def test_a_machine_without_a_system_fails_and_its_screen_is_kept(tmp_path: Path) -> None:
+    target = made(tmp_path, "-device", "VGA", firmware="seabios")
+    found = drill(target).check(1).objects[0]
+    assert "No bootable device" in found["reason"]
+    assert Path(found["screenshot"]).read_bytes().startswith(b"\x89PNG")
+    assert Path(found["screenshot"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_machine_writes_no_more_than_it_may(target: Path) -> None:
+    found = drill(target, "--room", "1").check(3).objects[0]
+    assert "more than it may" in found["reason"]
 
 
 def test_a_vm_that_shows_nothing_is_unknown_and_nothing_is_left(target: Path) -> None:

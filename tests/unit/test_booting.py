@@ -10,8 +10,9 @@ import pytest
 from qmpbackup.model import VmConfig, VmIdentity
 from qmpbackup.plan.boot_disks import Attached
 from qmpbackup.plan.booting import Launch, Setting, launch
-from qmpbackup.plan.qemu_options import escaped, members_of, option, parse, render
+from qmpbackup.plan.qemu_options import escaped, members_of, memory_of, option, parse, render
 
+MIB = 1024 * 1024
 AROUND = Setting(sockets="/run/b", logs="/l", monitors=("qmp",))
 
 
@@ -406,6 +407,22 @@ def test_firmware_stays_in_a_sandbox() -> None:
     assert values(found, "blockdev") == [code]
     drive = "if=pflash,readonly=on,format=raw,file=/CODE.fd"
     assert values(launched("-drive", drive, around=SANDBOX), "drive") == [drive]
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ((), (128 * MIB, 128 * MIB)),
+        (("-m", "192"), (192 * MIB, 192 * MIB)),
+        (("-m", "size=2G,slots=2,maxmem=4G"), (2048 * MIB, 2048 * MIB)),
+        (
+            ("-m", "1G", "-object", "memory-backend-ram,id=a,size=1073741824"),
+            (1024 * MIB, 2048 * MIB),
+        ),
+    ],
+)
+def test_how_much_memory_a_machine_has(words: tuple[str, ...], memory: tuple[int, int]) -> None:
+    assert memory_of(("qemu-system-x86_64", *words)) == memory
 
 
 def test_a_program_that_is_no_qemu_is_not_started() -> None:

@@ -24,6 +24,21 @@ LONG = 100.0
         (Observation(ended="signal 6"), BootVerdict.FAIL),
         (Observation(console="x\n\x1b[0mgrub rescue> ", still=LONG), BootVerdict.FAIL),
         (Observation(console="\n(initramfs) ", still=LONG), BootVerdict.FAIL),
+        (Observation(screen="Debian 12 vm tty1\n\nvm login:"), BootVerdict.PASS),
+        (Observation(screen="\nvm login:", has_agent=True), None),
+        (Observation(screen="\nvm login:", has_agent=True, screen_still=LONG), BootVerdict.PASS),
+        (
+            Observation(screen="Boot failed\n\nNo bootable device.", screen_still=4),
+            BootVerdict.FAIL,
+        ),
+        (Observation(screen="No bootable device.", screen_still=1), None),
+        (Observation(screen="grub rescue>", screen_still=4), None),
+        (Observation(screen="grub rescue>", screen_still=LONG), BootVerdict.FAIL),
+        (Observation(screen="[1] Kernel panic - not syncing: x"), BootVerdict.FAIL),
+        (Observation(screen="what nobody knows", screen_still=LONG), None),
+        (Observation(resets=2), None),
+        (Observation(resets=5), BootVerdict.FAIL),
+        (Observation(resets=5, agent=True), BootVerdict.PASS),
     ],
 )
 def test_verdicts(seen: Observation, verdict: BootVerdict | None) -> None:

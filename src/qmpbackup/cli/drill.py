@@ -4,13 +4,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_lock_wait, add_point, add_target, add_vm, seconds
+from qmpbackup.cli.arguments import add_lock_wait, add_point, add_target, add_vm, seconds, size
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import UsageError
 from qmpbackup.plan.verdict import BootVerdict
 
 if TYPE_CHECKING:
-    from qmpbackup.service.drill import Drilled
+    from qmpbackup.service.drill_history import Drilled
 
 CODES = {BootVerdict.PASS: 0, BootVerdict.FAIL: 1, BootVerdict.UNKNOWN: 3}
 
@@ -21,7 +21,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "drill",
         help="boot a point in a sandbox, and judge whether it comes up",
         description="Boot the VM of a restore point in a sandbox, without a network, and judge whether it "
-        "comes up: its guest agent answers, or a login prompt is on a serial port. Exit code 0: it does; "
+        "comes up: its guest agent answers, or a login prompt is on a serial port or a text screen. Exit code 0: it does; "
         "1: it does not; 3: that cannot be said; 8: the point is damaged. The verdict is noted in a history.",
     )
     add = parser.add_argument
@@ -43,6 +43,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="COMMAND",
         help="a shell command that must succeed in the guest, by its agent; repeat",
     )
+    add(
+        "--room",
+        type=size,
+        metavar="SIZE",
+        help="bytes that it may write in /var/tmp, such as 500M (default: 8 GiB); more is exit code 3",
+    )
     add("--accel", action="append", default=[], metavar="ACCEL", help="as in `boot`")
     add("--history", action="store_true", help="print what earlier drills found, and boot nothing")
     add("--json", action="store_true", help="print one JSON object a drill")
@@ -52,7 +58,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Drill, or show what was found."""
-    from qmpbackup.service.drill import Request, drill, history
+    from qmpbackup.service.drill import ROOM, Request, drill
+    from qmpbackup.service.drill_history import history
 
     if arguments.history:
         for each in history():
@@ -69,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             commands=tuple(arguments.commands),
             accelerators=tuple(arguments.accel),
             lock_wait=arguments.lock_wait,
+            room=ROOM if arguments.room is None else arguments.room,
         )
     )
     _print(drilled, arguments.json)

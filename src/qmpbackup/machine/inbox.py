@@ -59,7 +59,8 @@ class Client(QMPClient):
     """The library's client, with bounds, and without the text of messages that it renders for its log.
 
     `on_line` is called whenever something has come.
-    `fault` says what was wrong with the message that ended the connection, if one did.
+    `fault` says what was wrong with the message that ended the connection, if one did; `resets` is how
+    often the guest has reset itself since.
     """
 
     def __init__(self, on_line: Callable[[], None]) -> None:
@@ -67,6 +68,7 @@ class Client(QMPClient):
         self._on_line = on_line
         self.inbox = Inbox()
         self.fault = ""
+        self.resets = 0
         self._left = MOST_MEMORY
 
     def begin(self) -> None:
@@ -89,6 +91,7 @@ class Client(QMPClient):
         if "event" not in value:
             self._left -= taken
         elif not _is_wanted(value):
+            self.resets += _is_reset(value)
             value = _NOTHING
         elif taken > _LARGEST_EVENT:
             raise self._refused("an event is larger than any of QEMU's")
@@ -143,6 +146,12 @@ class Client(QMPClient):
 
 _NOTHING: Final[dict[str, object]] = {"event": ""}
 """What is made of an event that nobody waits for."""
+
+
+def _is_reset(event: dict[str, object]) -> bool:
+    """Whether it says that the guest has reset itself, of which there may be any number."""
+    data = event.get("data")
+    return event["event"] == "RESET" and isinstance(data, dict) and data.get("guest") is True
 
 
 def _is_wanted(event: dict[str, object]) -> bool:

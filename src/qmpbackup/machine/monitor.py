@@ -120,6 +120,11 @@ class Monitor:
         return qemu.integer("major"), qemu.integer("minor"), qemu.integer("micro")
 
     @property
+    def resets(self) -> int:
+        """How often the guest has reset itself, as far as QEMU has told before its last answer."""
+        return self._client.resets
+
+    @property
     def package(self) -> str:
         """The vendor's name of this build of QEMU, often empty."""
         return self._version().text("package", "")

@@ -9,6 +9,7 @@ Pure: knows the forms; must not know what is to be changed.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,6 +156,35 @@ def parse(words: Sequence[str]) -> Iterator[QemuOption]:
             continue
         name = word.removeprefix("-").removeprefix("-")
         yield option(name, None if name in FLAGS else next(left, ""))
+
+
+_UNITS = {"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
+
+
+def memory_of(words: Sequence[str]) -> tuple[int, int]:
+    """The bytes of memory of a machine, at least and at most, as its command line says: objects with memory
+    may be part of what `-m` says, or come to it."""
+    main = backends = 0
+    for each in parse(words[program_of(words) :]):
+        if each.name == "m":
+            main = _bytes(each.members.text("size") or (each.value or "").partition(",")[0])
+        elif each.name == "object" and each.members.text("qom-type").startswith("memory-backend"):
+            backends += _bytes(each.members.text("size"), smallest=0)
+    main = main or _DEFAULT_MEMORY
+    return max(main, backends), main + backends
+
+
+_DEFAULT_MEMORY = 128 << 20
+
+
+def _bytes(text: str, smallest: int = 20) -> int:
+    """A size as QEMU takes it; without a unit, in units of `smallest`."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return 0
+    unit = found[2].upper()
+    return int(float(found[1]) * 2 ** (_UNITS[unit] if unit else smallest))
 
 
 def render(options: Sequence[QemuOption]) -> tuple[str, ...]:

@@ -45,85 +45,77 @@ _OBJECTS = frozenset(
     }
 )
 _REPLACED = frozenset(
-    [
-        "audio",
-        "audiodev",
-        "blockdev",
-        "cdrom",
-        "chardev",
-        "device",
-        "drive",
-        "fda",
-        "fdb",
-        "hda",
-        "hdb",
-        "hdc",
-        "hdd",
-        "M",
-        "machine",
-        "net",
-        "netdev",
-        "nic",
-        "nographic",
-        "object",
-        "pflash",
-        "readconfig",
-        "sd",
-        "serial",
-        "cpu",
-        "mtdblock",
-        "parallel",
-        "tpmdev",
-        "fsdev",
-        "virtfs",
-    ]
+    {
+        *(
+            "audio",
+            "audiodev",
+            "blockdev",
+            "cdrom",
+            "chardev",
+            "cpu",
+            "device",
+            "drive",
+            "fda",
+            "fdb",
+        ),
+        *("fsdev", "hda", "hdb", "hdc", "hdd", "M", "machine", "mtdblock", "net", "netdev", "nic"),
+        *(
+            "nographic",
+            "object",
+            "parallel",
+            "pflash",
+            "readconfig",
+            "sd",
+            "serial",
+            "tpmdev",
+            "virtfs",
+        ),
+    }
 )
 """Options that `plan.booting` takes apart, each with a rule of its own."""
 
 _SETTINGS = frozenset(
-    [
-        "acpitable",
-        "action",
-        "append",
-        "balloon",
-        "bios",
-        "boot",
-        "compat",
-        "dtb",
-        "fw_cfg",
-        "g",
-        "global",
-        "icount",
-        "initrd",
-        "k",
-        "kernel",
-        "L",
-        "m",
-        "name",
-        "no-acpi",
-        "no-fd-bootchk",
-        "no-hpet",
-        "no-reboot",
-        "no-shutdown",
-        "no-user-config",
-        "nodefaults",
-        "numa",
-        "only-migratable",
-        "overcommit",
-        "prom-env",
-        "rtc",
-        "shim",
-        "smbios",
-        "smp",
-        "soundhw",
-        "usb",
-        "usbdevice",
-        "uuid",
-        "vga",
-        "watchdog",
-        "win2k-hack",
-    ]
+    {
+        *(
+            "acpitable",
+            "append",
+            "balloon",
+            "bios",
+            "boot",
+            "compat",
+            "dtb",
+            "fw_cfg",
+            "g",
+            "global",
+        ),
+        *(
+            "icount",
+            "initrd",
+            "k",
+            "kernel",
+            "L",
+            "m",
+            "name",
+            "no-acpi",
+            "no-fd-bootchk",
+            "no-hpet",
+        ),
+        *(
+            "no-user-config",
+            "nodefaults",
+            "numa",
+            "only-migratable",
+            "overcommit",
+            "prom-env",
+            "rtc",
+        ),
+        *("shim", "smbios", "smp", "soundhw", "usb", "usbdevice", "uuid", "vga", "watchdog"),
+        *("win2k-hack",),
+    }
 )
+_AT_ITS_END = frozenset({"action", "no-reboot", "no-shutdown"})
+"""What QEMU does when the guest resets or powers off: in a sandbox, the first goes on, and is seen."""
+
 _OF_THE_HOST = frozenset({"romfile", "file", "splash", "fd", "fds", "vhostfd", "filename"})
 """Members that name a file or a descriptor of the host."""
 
@@ -136,7 +128,7 @@ def sandboxed(
     left_out: list[str] = []
     for each in given:
         why = _refused(each)
-        if each.name in gone:
+        if each.name in gone | _AT_ITS_END:
             continue
         if why:
             left_out.append(why)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a VM that was started has come up, judged by what it shows.
 
-    PASS      the guest agent answers, or a login prompt stands on a serial port
-    FAIL      QEMU ended, the kernel panicked, or a text that tells of a failed start stands still
-    UNKNOWN   neither, in the time there was; never a guess
+    PASS      the guest agent answers, or a login prompt stands on a serial port or a text screen
+    FAIL      QEMU ended, the kernel panicked, the machine resets itself again and again, or a text that
+              tells of a failed start stands still
+    UNKNOWN   neither, in the time there was; never a guess. A graphical screen proves nothing
 
 Pure: observations in, a verdict out.
 """
@@ -15,6 +16,12 @@ from enum import StrEnum
 STILL_SECONDS = 25.0
 """How long a console says nothing more before what it said last counts."""
 
+FINAL_SECONDS = 3.0
+"""The same for what a firmware says when it has given up."""
+
+MOST_RESETS = 4
+"""So often a machine that comes up resets itself at most: updates do it once or twice."""
+
 AGENT_SECONDS = 30.0
 """How long an agent has to answer after a login prompt is there, which is proof enough without it."""
 
@@ -24,6 +31,7 @@ _STUCK = re.compile(
     r"grub>|grub rescue>|\(initramfs\)|Booting from Hard Disk\.\.\.|No bootable device"
     r"|emergency mode|Give root password for maintenance|BOOTMGR is missing|Boot failed"
 )
+_FINAL = re.compile(r"No bootable device")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f]")
 _LAST = 2000
 
@@ -38,12 +46,16 @@ class BootVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What is seen of a VM. `still` is for how many seconds its consoles have said nothing more, `agent`
-    whether its guest agent answers and `has_agent` whether it has a port for one; `ended` is how QEMU
+    """What is seen of a VM. `still` is for how many seconds its consoles have said nothing more, and
+    `screen_still` the same of the text on its screen; `agent` is whether its guest agent answers and
+    `has_agent` whether it has a port for one; `resets` is how often it has reset itself, `ended` how QEMU
     ended."""
 
     console: str = ""
     still: float = 0.0
+    screen: str = ""
+    screen_still: float = 0.0
+    resets: int = 0
     agent: bool = False
     has_agent: bool = False
     ended: str = ""
@@ -51,17 +63,38 @@ class Observation:
 
 def judged(seen: Observation) -> tuple[BootVerdict, str] | None:
     """The verdict and its reason, or `None` while there is none."""
-    text = _ESCAPES.sub("", seen.console)[-_LAST:]
-    panic = _PANIC.search(text)
     if seen.agent:
         return BootVerdict.PASS, "the guest agent answers"
-    if panic:
-        return BootVerdict.FAIL, panic.group()
-    if seen.ended:
-        return BootVerdict.FAIL, f"the VM ended by itself: {seen.ended}"
-    if _PROMPT.search(text) and (not seen.has_agent or seen.still >= AGENT_SECONDS):
-        return BootVerdict.PASS, "a login prompt is on the serial port"
-    stuck = _STUCK.search(text.rstrip().rpartition("\n")[2]) or _STUCK.search(text[-400:])
-    if stuck and seen.still >= STILL_SECONDS:
-        return BootVerdict.FAIL, f"it stands still at: {stuck.group()}"
+    shown = (
+        ("the serial port", _ESCAPES.sub("", seen.console)[-_LAST:], seen.still),
+        ("the screen", seen.screen, seen.screen_still),
+    )
+    for _, text, _ in shown:
+        panic = _PANIC.search(text)
+        if panic:
+            return BootVerdict.FAIL, panic.group()
+    if seen.ended or seen.resets > MOST_RESETS:
+        times = f"it has reset itself {seen.resets} times, and did not come up"
+        ended = f"the VM ended by itself: {seen.ended}"
+        return BootVerdict.FAIL, ended if seen.ended else times
+    for where, text, still in shown:
+        if _PROMPT.search(text) and (not seen.has_agent or still >= AGENT_SECONDS):
+            return BootVerdict.PASS, f"a login prompt is on {where}"
+    for where, text, still in shown:
+        stuck = _stuck(text, still)
+        if stuck:
+            return BootVerdict.FAIL, f"it stands still at: {stuck}, on {where}"
     return None
+
+
+def _stuck(text: str, still: float) -> str:
+    """What a text that stands still tells of a failed start."""
+    if still < FINAL_SECONDS:
+        return ""
+    last = text.rstrip().rpartition("\n")[2]
+    kinds = (_FINAL, _STUCK) if still >= STILL_SECONDS else (_FINAL,)
+    for kind in kinds:
+        found = kind.search(last) or kind.search(text[-400:])
+        if found:
+            return found.group()
+    return ""

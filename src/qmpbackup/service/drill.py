@@ -2,13 +2,12 @@
 """Boot a point in a sandbox, and judge whether it comes up.
 
     a folder that is gone afterwards ─ serve the point ─ QEMU: the recorded devices, no network, as nobody
-    ─ look at agent and serial ports until there is a verdict ─ end all ─ one line of history
+    ─ look at agent, serial ports and screen until there is a verdict ─ end all ─ one line of history
 
 The machine under drill writes to its overlays alone. As root it is run as the user `nobody`, in a network
 namespace of its own and without new privileges; QEMU confines itself besides (seccomp).
 """
 
-import json
 import logging
 import os
 import pwd
@@ -17,35 +16,41 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
-from qmpbackup.durable import make_folders, storage_errors
-from qmpbackup.errors import DamagedError, MonitorBusy, QuiesceError, VmError
+from qmpbackup.durable import storage_errors
+from qmpbackup.errors import DamagedError, MonitorBusy, VmError
 from qmpbackup.filelock import named_lock
 from qmpbackup.machine import booting
-from qmpbackup.machine.agent import Agent
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
-from qmpbackup.plan.verdict import BootVerdict, Observation, judged
-from qmpbackup.process import Child
+from qmpbackup.plan.qemu_options import memory_of
+from qmpbackup.plan.sizes import human
+from qmpbackup.plan.verdict import BootVerdict, judged
+from qmpbackup.process import Child, available_memory
 from qmpbackup.service.boot import Request as Boot
 from qmpbackup.service.boot import make_overlays, planned, require_possible
 from qmpbackup.service.boot_folder import BootFolder
 from qmpbackup.service.boot_keeper import PointServer
-from qmpbackup.state import state_folder
+from qmpbackup.service.drill_history import Drilled, note
+from qmpbackup.service.drill_looks import Looks
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address
 
 log = logging.getLogger(__name__)
 
+ROOM = 8 * 1024**3
+"""Bytes that a machine under drill may write."""
+
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _LOOK_SECONDS = 0.5
-_AGENT_SECONDS = 2.0
-_EXEC_SECONDS = 60.0
-_CONSOLE_BYTES = 64 * 1024
+_NICE = 10
+_OWN_MEMORY = 8 * 1024**3
+"""Address space of QEMU's own, of which it takes little: a gibibyte for translated code, stacks, libraries."""
+
 _LARGEST_BROUGHT = 512 * 1024 * 1024
 
 _FOLDER_SECONDS = 60.0
@@ -55,7 +60,8 @@ _PREFIX = "qmpb-drill-"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Which point to boot, for how many seconds at most, and the commands that must succeed in it."""
+    """Which point to boot, for how many seconds at most, and the commands that must succeed in it; `room`
+    is how many bytes it may write."""
 
     target: Address
     point: str
@@ -64,20 +70,7 @@ class Request:
     commands: tuple[str, ...] = ()
     accelerators: tuple[str, ...] = ()
     lock_wait: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Drilled:
-    """How a drill ended; a line of the history."""
-
-    target: str
-    point: str
-    name: str
-    time: str
-    verdict: BootVerdict
-    reason: str
-    seconds: float
-    system: str = ""
+    room: int = ROOM
 
 
 class DrillFolder(BootFolder):
@@ -120,45 +113,22 @@ def drill(request: Request) -> Drilled:
             0.0,
         )
         require_possible(found)
+        _require_memory(found.launch)
         folder.store(boot)
         server = PointServer(folder, opening.entrance(request.target).environment())
         stack.callback(server.end)
         try:
             server.ensure(boot)
             make_overlays(folder, boot)
-            drilled = _judged(request, folder, found.launch, drilled, began, server.require_whole)
+            drilled, picture = _judged(
+                request, folder, found.launch, drilled, began, server.require_whole
+            )
             server.end()
             server.require_whole()
         except DamagedError as error:
-            _note(replace(drilled, verdict=BootVerdict.FAIL, reason=error.message))
+            note(replace(drilled, verdict=BootVerdict.FAIL, reason=error.message))
             raise
-    _note(drilled)
-    return drilled
-
-
-def history() -> list[Drilled]:
-    """What drills this user's history has, oldest first; lines that are none are passed over."""
-    found = []
-    with suppress(FileNotFoundError):
-        for line in (state_folder() / "drills.jsonl").read_text().splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                members = json.loads(line)
-                members["verdict"] = BootVerdict(members["verdict"])
-                found.append(Drilled(**members))
-    return found
-
-
-def _note(drilled: Drilled) -> None:
-    """Add a line to the history, for good."""
-    path = state_folder() / "drills.jsonl"
-    with storage_errors(f"write {path}"):
-        make_folders(path.parent)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, json.dumps(asdict(drilled)).encode() + b"\n")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    return note(drilled, picture)
 
 
 def _remove_old() -> None:
@@ -196,32 +166,43 @@ def _judged(
     drilled: Drilled,
     began: float,
     require_whole: Callable[[], None],
-) -> Drilled:
-    """Start the VM, look at it until there is a verdict or no time, and end it."""
+) -> tuple[Drilled, bytes]:
+    """Start the VM, look at it until there is a verdict or no time, and end it; also the last picture."""
     argv = [*_brought(folder, launch), "-sandbox", _SANDBOX]
     _hand_over(folder.path)
-    with Child([*_confined(), *argv]) as child, _running(folder, child, require_whole) as monitor:
-        looks = _Looks(launch, child)
-        while time.monotonic() - began < request.seconds:
+    with (
+        Child([*_confined(launch), *argv]) as child,
+        _running(folder, child, require_whole) as monitor,
+    ):
+        looks = Looks(launch, child, monitor, folder.path)
+        found: tuple[BootVerdict, str] | None = None
+        while found is None and time.monotonic() - began < request.seconds:
             interrupt.check()
             with suppress(VmError):
                 booting.let_run(monitor)
             require_whole()
-            found = judged(looks.observe())
-            if found is not None:
-                verdict, reason = found
-                if verdict is BootVerdict.PASS and request.commands:
-                    verdict, reason = looks.carry_out(request.commands, reason)
-                seconds = round(time.monotonic() - began, 1)
-                return replace(
-                    drilled,
-                    verdict=verdict,
-                    reason=reason,
-                    seconds=seconds,
-                    system=looks.system(),
-                )
-            time.sleep(_LOOK_SECONDS)
-        return replace(drilled, seconds=round(time.monotonic() - began, 1))
+            found = judged(looks.observe()) or _too_much(folder.path, request.room)
+            if found is None:
+                time.sleep(_LOOK_SECONDS)
+        verdict, reason = found or (drilled.verdict, f"{drilled.reason}; {looks.shown()}")
+        if verdict is BootVerdict.PASS and request.commands:
+            verdict, reason = looks.carry_out(request.commands, reason)
+        seconds = round(time.monotonic() - began, 1)
+        told = replace(
+            drilled, verdict=verdict, reason=reason, seconds=seconds, system=looks.system()
+        )
+        return told, looks.screen.picture
+
+
+def _too_much(folder: Path, room: int) -> tuple[BootVerdict, str] | None:
+    """What ends a drill of a machine that fills the disk."""
+    written = 0
+    for file in folder.iterdir():
+        with suppress(OSError):
+            written += file.lstat().st_blocks * 512
+    if written <= room:
+        return None
+    return BootVerdict.UNKNOWN, f"it has written {written >> 20} MiB, more than it may (--room)"
 
 
 def _greeting(folder: BootFolder) -> Monitor | None:
@@ -248,9 +229,14 @@ def _running(
         yield monitor
 
 
-def _confined() -> Sequence[str]:
-    """What QEMU is started by: it knows none of our secrets, and as root it gives up all that root may."""
-    told = ("env", "-i", *(f"{name}={said}" for name, said in booting.guest_environment().items()))
+def _confined(launch: Launch) -> Sequence[str]:
+    """What QEMU is started by: it knows none of our secrets, lets others go first, has no more memory than
+    its machine needs, and as root it gives up all that root may."""
+    most = memory_of(launch.argv)[1] + _OWN_MEMORY
+    told = (
+        *("env", "-i", *(f"{name}={said}" for name, said in booting.guest_environment().items())),
+        *("nice", "-n", str(_NICE), "prlimit", f"--as={most}", "--core=0", "--"),
+    )
     if os.geteuid() != 0:
         return told
     account = pwd.getpwnam("nobody")
@@ -260,6 +246,20 @@ def _confined() -> Sequence[str]:
         *("setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"),
         *("--no-new-privs", "--bounding-set=-all", "--pdeathsig=KILL", "--"),
     )
+
+
+def _require_memory(launch: Launch) -> None:
+    """A drill must not have the host run out of memory, for which it would end others.
+
+    Raises:
+        VmError: the machine needs more than there is.
+    """
+    needed, free = memory_of(launch.argv)[0], available_memory()
+    if free is not None and needed > free:
+        raise VmError(
+            f"The machine has {human(needed)} of memory, and this host has {human(free)} left.",
+            "Drill it where there is more, or when there is.",
+        )
 
 
 def _brought(folder: BootFolder, launch: Launch) -> list[str]:
@@ -283,76 +283,3 @@ def _hand_over(folder: Path) -> None:
         with storage_errors(f"hand {folder} over"):
             for each in (folder, *folder.iterdir()):
                 os.chown(each, account.pw_uid, account.pw_gid, follow_symlinks=False)
-
-
-class _Looks:
-    """Looks at a VM again and again."""
-
-    def __init__(self, launch: Launch, child: Child) -> None:
-        self._launch = launch
-        self._child = child
-        self._console = ""
-        self._since = time.monotonic()
-        self._agent: Agent | None = None
-
-    def observe(self) -> Observation:
-        """What is seen now."""
-        text = "".join(_tail(Path(each)) for each in self._launch.consoles)
-        if text != self._console:
-            self._console, self._since = text, time.monotonic()
-        ended = self._child.end(5.0).reason if self._child.ended else ""
-        if self._agent is None and self._launch.agent and not ended:
-            with suppress(QuiesceError):
-                self._agent = Agent.connect(self._launch.agent, _AGENT_SECONDS)
-        return Observation(
-            console=text,
-            still=time.monotonic() - self._since,
-            agent=self._agent is not None,
-            has_agent=bool(self._launch.agent),
-            ended=ended,
-        )
-
-    def system(self) -> str:
-        """What the guest calls its operating system."""
-        if self._agent is None:
-            return ""
-        with suppress(QuiesceError):
-            found = self._agent.execute("guest-get-osinfo")
-            if isinstance(found, dict):
-                return str(found.get("pretty-name", ""))[:200]
-        return ""
-
-    def carry_out(self, commands: Sequence[str], reason: str) -> tuple[BootVerdict, str]:
-        """Have the guest carry out commands that must succeed."""
-        if self._agent is None:
-            return BootVerdict.UNKNOWN, "there is no guest agent to carry out --exec"
-        for command in commands:
-            try:
-                code = self._carried_out(self._agent, command)
-            except QuiesceError as error:
-                return BootVerdict.UNKNOWN, f"{command!r} could not be carried out: {error.message}"
-            if code != 0:
-                return BootVerdict.FAIL, f"{command!r} ended with {code} in the guest"
-        return BootVerdict.PASS, f"{reason}, and {len(commands)} commands succeeded"
-
-    @staticmethod
-    def _carried_out(agent: Agent, command: str) -> int:
-        arguments = {"path": "/bin/sh", "arg": ["-c", command], "capture-output": False}
-        begun = agent.execute("guest-exec", arguments)
-        pid = begun.get("pid") if isinstance(begun, dict) else None
-        deadline = time.monotonic() + _EXEC_SECONDS
-        while time.monotonic() < deadline:
-            interrupt.check()
-            state = agent.execute("guest-exec-status", {"pid": pid})
-            if isinstance(state, dict) and state.get("exited"):
-                return int(state.get("exitcode", -int(state.get("signal", 1))))
-            time.sleep(_LOOK_SECONDS / 5)
-        raise QuiesceError("It does not end.")
-
-
-def _tail(path: Path) -> str:
-    """The end of what a serial port has printed."""
-    with suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _CONSOLE_BYTES))
-        return file.read(_CONSOLE_BYTES).decode(errors="replace")
-    return ""
