@@ -3,7 +3,9 @@
 
 A small Linux under QEMU writes all the time. It is backed up by the command lines that a user would
 type; every point is restored and checked against what the guest knew at that instant, compared
-byte for byte where the guest stood still, and the restored disk is booted. Leaves nothing behind.
+byte for byte where the guest stood still, and the restored disk is booted. That VM is backed up into a
+repository, lost with its disks, runs again from the repository, and is moved to local storage meanwhile.
+Leaves nothing behind.
 """
 
 import re
@@ -18,8 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from lab import cli, disks
+from lab.booted import kill, listener
 from lab.disks import MIB, Disk
-from lab.guest import Guest
+from lab.guest import Guest, Shell
+from lab.patience import PATIENCE
+from qmpbackup.service.boot_folder import BootFolder
 
 SIZES = {"vda": 256 * MIB, "vdb": 128 * MIB}
 RECORDS = 25
@@ -54,7 +59,8 @@ class Demo:
             print(f"{show}{line}", flush=True)
         begun = time.monotonic()
         program, *arguments = shlex.split(line)
-        result = cli.run(*arguments, program=program, cwd=self.folder).check()
+        environment = {"RESTIC_PASSWORD": "demo", "XDG_STATE_HOME": str(self.folder / "state")}
+        result = cli.run(*arguments, program=program, cwd=self.folder, env=environment).check()
         return result.out, time.monotonic() - begun
 
     def prepare_disks(self) -> list[Disk]:
@@ -153,8 +159,9 @@ class Demo:
             time.monotonic() - begun,
         )
 
-    def boot_restored(self) -> None:
-        """Start a VM from the last point's disks, which goes on writing where it was."""
+    def boot_restored(self) -> int:
+        """Start a VM from the last point's disks, which goes on writing where it was, is backed up into a
+        repository, and lost; how many records it had written."""
         begun = time.monotonic()
         images = [Disk(disk, self.restored(len(self.points), disk)) for disk in SIZES]
         with Guest(images, boot="disk", agent=False) as guest:
@@ -162,10 +169,50 @@ class Demo:
             with guest.background("write-records /root /mnt"):
                 guest.run(wait_for_records(self.points[-1].after + 5))
             records = int(guest.run("check-records /root/records"))
-        self.say(
-            f"A VM booted from the last point's disks and went on writing: {records} records",
-            time.monotonic() - begun,
-        )
+            self.say(
+                f"A VM booted from the last point's disks and went on writing: {records} records",
+                time.monotonic() - begun,
+            )
+            records = int(guest.run("sync; check-records /root/records"))
+            (self.folder / "vm.qmp").unlink()
+            (self.folder / "vm.qmp").symlink_to(guest.socket)
+            self.command("qmpbackup init --target restic:repository")
+            _, seconds = self.command("qmpbackup --socket vm.qmp backup --target restic:repository")
+            self.say("into a repository", seconds)
+        for each in images:
+            each.image.unlink()
+        self.say("The VM and its disks are lost")
+        return records
+
+    # The worst day: what is done with a point when the VM is gone. Each step is one method.
+
+    def worst_day(self, records: int) -> None:
+        """Run the lost VM out of the repository, and move it to local storage meanwhile."""
+        _, seconds = self.command("qmpbackup boot --target restic:repository --to vm")
+        self.say("the VM runs from the repository", seconds)
+        try:
+            self._settle(records)
+        finally:
+            for name in ("settle", "point"):
+                pid = listener(BootFolder(self.folder / "vm").monitor(name))
+                if pid:
+                    kill(pid)
+
+    def _settle(self, records: int) -> None:
+        begun = time.monotonic()
+        shell = Shell(BootFolder(self.folder / "vm").sockets / "guest-shell", PATIENCE)
+        found = int(shell.run("mount /dev/vdb /mnt; check-records /root/records"))
+        require(found == records, f"{found} records, and there were {records}")
+        shell.run("write-records /root /mnt >/dev/null 2>&1 & echo $! >/run/writer")
+        shell.run(wait_for_records(records + RECORDS))
+        self.say("its guest answers, has all records, and writes on", time.monotonic() - begun)
+        _, seconds = self.command("qmpbackup settle --to vm")
+        (self.folder / "repository").rename(self.folder / "gone")
+        shell.run("kill $(cat /run/writer); sync; echo 3 >/proc/sys/vm/drop_caches")
+        found = int(shell.run("check-records /root/records"))
+        require(found > records, f"{found} records, and there were {records}")
+        shell.close()
+        self.say(f"on local disks; the repository is gone, and {found} records are there", seconds)
 
 
 class DemoFailed(Exception):
@@ -211,7 +258,7 @@ def demonstrate(demo: Demo) -> None:
         demo.restore_all()
         demo.compare_last(guest)
     demo.check_restored()
-    demo.boot_restored()
+    demo.worst_day(demo.boot_restored())
 
 
 def describe(guest: Guest) -> str:
