@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import zstandard
 
@@ -34,7 +33,6 @@ class Synthetic:
     def __init__(self, folder: Path, files: int) -> None:
         self._folder = folder
         folder.mkdir()
-        self.storage: Any = self
         for number in range(files):
             self.make(number)
 
@@ -48,7 +46,7 @@ class Synthetic:
         """One index file less."""
         (self._folder / f"{number:064x}").unlink()
 
-    def list(self, _kind: Kind) -> Iterator[tuple[str, int]]:
+    def files(self, _kind: Kind) -> Iterator[tuple[str, int]]:
         yield from ((path.name, path.stat().st_size) for path in self._folder.iterdir())
 
     def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:  # noqa: ARG002
@@ -97,7 +95,7 @@ def made(folder: Path, files: int) -> Synthetic:
     worker.start()
     worker.join()
     repository = Synthetic.__new__(Synthetic)
-    repository.__dict__.update(_folder=folder, storage=repository)
+    repository.__dict__.update(_folder=folder)
     return repository
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that all tiers share."""
 
+import compileall
 import pwd
 import shutil
 import signal
@@ -23,6 +24,13 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     # Where the tests run in the background of a script, what they start would ignore these.
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the product once: where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes
+    would do so, which is more than half of their time."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parents[1] / "src", quiet=2)
 
 
 @pytest.fixture

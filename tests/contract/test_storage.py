@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from lab.http_proxy import Fate, HttpProxy, Request
-from lab.patience import PATIENCE
+from lab.patience import PATIENCE, wait_until
 from lab.rest_server import RestServer
 from lab.restic import Restic
 from lab.servers import BUCKET, KEYS, answering, certificate, s3_server
@@ -513,6 +513,30 @@ def test_a_server_that_cannot_have_read_it_all() -> None:
         pytest.raises(Temporary),
     ):
         put(storage, bytes(64 * MIB))
+
+
+def test_a_connection_serves_whoever_asks_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    connections: list[http.client.HTTPConnection] = []
+    connect_to = http.client.HTTPConnection.connect
+
+    def counted(connection: http.client.HTTPConnection) -> None:
+        connections.append(connection)
+        connect_to(connection)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", counted)
+    with answering(200, b"config") as url, RestStorage(f"{url}/", {}) as storage:
+        for _ in range(3):
+            with ThreadPoolExecutor(1) as thread:
+                assert thread.submit(storage.load, CONFIG).result(PATIENCE) == b"config"
+    assert len(connections) == 1
+
+
+def test_a_connection_on_which_the_server_hung_up_serves_nobody() -> None:
+    with answering(200, b"config", reads=False) as url, RestStorage(f"{url}/", {}) as storage:
+        for _ in range(3):
+            assert storage.load(CONFIG) == b"config"
+            for each in storage._idle:
+                wait_until(lambda sock=each.sock: rest._has_ended(sock), "hanging up")
 
 
 def test_only_certificates_that_are_trusted(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from qmpbackup.restic.index import index_file
 from qmpbackup.restic.index.lookup import BlobIndex
@@ -22,11 +21,10 @@ class Indexes:
     def __init__(self, seed: int = 1) -> None:
         self.random = random.Random(seed)  # noqa: S311 - no secret
         self.documents: dict[str, bytes] = {}
-        self.storage: Any = self
         self.read: list[str] = []
         self._common = [self.random.randbytes(32) for _ in range(20)]
 
-    def list(self, _kind: Kind) -> Iterator[tuple[str, int]]:
+    def files(self, _kind: Kind) -> Iterator[tuple[str, int]]:
         yield from [(name, len(document)) for name, document in self.documents.items()]
 
     def load_unpacked(self, _kind: Kind, name: str, size: int | None = None) -> bytes:

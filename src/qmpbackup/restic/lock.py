@@ -67,6 +67,9 @@ class Lockable(Protocol):
     def storage(self) -> Storage:
         """Where its files lie."""
 
+    def files(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        """Names and lengths of all files of a kind; the first time, as of when it was opened."""
+
     def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:
         """The JSON of a file, checked."""
 
@@ -281,7 +284,7 @@ class Held:
 
     def _listed(self) -> list[tuple[str, int]]:
         try:
-            return list(self._repository.storage.list(Kind.LOCK))
+            return list(self._repository.files(Kind.LOCK))
         except Missing:  # a copy of a repository may lack folders in which nothing was
             return []
 

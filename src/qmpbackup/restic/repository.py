@@ -12,18 +12,14 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from qmpbackup.errors import (
-    DamagedError,
-    NoSuchTarget,
-    QmpBackupError,
-    StorageError,
-)
+from qmpbackup.errors import DamagedError, QmpBackupError, StorageError
 from qmpbackup.restic import config as configs
 from qmpbackup.restic import keyfile, lock, snapshot, tree
+from qmpbackup.restic.ahead import Ahead
 from qmpbackup.restic.cache import Cache
 from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import Key, seal, unseal
@@ -46,7 +42,7 @@ from qmpbackup.restic.storage.interface import (
     Storage,
 )
 from qmpbackup.restic.tree import Node
-from qmpbackup.restic.unlocking import refuse_existing, unlock
+from qmpbackup.restic.unlocking import enter, make
 from qmpbackup.restic.unpacked import bounded, called, compressed, decompressed, listed
 
 T = TypeVar("T")
@@ -58,10 +54,18 @@ _UNNOTICED: Final = 16 << 10
 
 
 class Repository:
-    """An open repository. All methods may be called from several threads."""
+    """An open repository. All methods may be called from several threads; `look` and what lists, from one."""
 
-    def __init__(self, storage: Storage, key: Key, config: Config, cache: Path | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        key: Key,
+        config: Config,
+        cache: Path | None,
+        ahead: Ahead | None = None,
+    ) -> None:
         self._storage = storage
+        self._ahead = ahead or Ahead(storage)
         self.key = key
         self.config = config
         self._folder = cache
@@ -94,29 +98,20 @@ class Repository:
             UsageError: there is a repository, or what is left of one.
             StorageError: it could not be written.
         """
-        refuse_existing(storage)
-        storage.create()
-        key, config = Key.random(), configs.create()
-        data = keyfile.create(key, password, cost)
-        file = File(Kind.KEY, hashlib.sha256(data).hexdigest())
-        sealed = seal(key, configs.encode(config))
-        storage.save(file, [data])
-        try:
-            storage.save(CONFIG, [sealed])
-            # Saving changes nothing where somebody else was quicker.
-            if bounded(storage, CONFIG) != sealed:
-                refuse_existing(storage)
-        except BaseException:
-            with suppress(QmpBackupError):
-                storage.remove(file)
-            raise
+        key, config = make(storage, password, cost)
         return cls(storage, key, config, cache_folder(environment))
 
     @classmethod
     def open(
-        cls, storage: Storage, password: str, *, environment: Mapping[str, str] = os.environ
+        cls,
+        storage: Storage,
+        password: str,
+        *,
+        environment: Mapping[str, str] = os.environ,
+        to_read: bool = False,
     ) -> Self:
-        """Open a repository. `environment` says where caches are, and which key to try first.
+        """Open a repository. `environment` says where caches are, and which key to try first. Locks are
+        listed meanwhile, and what is `to_read`.
 
         Raises:
             NoSuchTarget: there is none.
@@ -124,18 +119,18 @@ class Repository:
             DamagedError: its configuration or its keys are damaged.
             UsageError: its version is not known here.
         """
-        try:
-            sealed = bounded(storage, CONFIG)
-        except Missing as error:
-            raise NoSuchTarget(
-                f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
-            ) from error
-        key = unlock(storage, password, environment.get("RESTIC_KEY_HINT", ""))
-        config = configs.parse(unseal(key, sealed, "The repository's config"))
-        return cls(storage, key, config, cache_folder(environment))
+        with ExitStack() as stack:
+            ahead = Ahead(storage)
+            stack.callback(ahead.close)
+            key, config = enter(
+                storage, ahead, password, environment.get("RESTIC_KEY_HINT", ""), to_read=to_read
+            )
+            stack.pop_all()
+        return cls(storage, key, config, cache_folder(environment), ahead)
 
     def close(self) -> None:
         """Let go of the index; the storage stays open, as it was opened by others."""
+        self._ahead.close()
         with self._opening:
             if self._index is not None:
                 self._index.close()
@@ -147,7 +142,15 @@ class Repository:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # Files that are one JSON document each
+    # Listings, and files that are one JSON document each
+
+    def look(self) -> None:
+        """Begin to list what is there now: what is listed next is as new as this call."""
+        self._ahead.look()
+
+    def files(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        """Names and lengths of files of a kind: as when they were last begun to be listed, or now."""
+        return self._ahead.list(kind)
 
     def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:
         """The JSON of an index, a snapshot or a lock. `size` is its length where it is known.
@@ -203,7 +206,7 @@ class Repository:
             DamagedError: one is damaged, and there is no `damaged`.
             StorageError: the storage fails.
         """
-        return read_all(listed(self.storage, Kind.SNAPSHOT), self.snapshot, damaged, wanted)
+        return read_all(listed(self._ahead, Kind.SNAPSHOT), self.snapshot, damaged, wanted)
 
     def snapshot(self, name: str, size: int | None = None) -> Snapshot:
         """One snapshot, by its whole name.

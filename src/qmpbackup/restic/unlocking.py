@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether there is a repository, and which of its keys a password opens."""
+"""Whether there is a repository, which of its keys a password opens, and how one begins."""
 
 import hashlib
+from contextlib import suppress
 from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import DamagedError, UsageError, WrongPassword
+from qmpbackup.errors import (
+    DamagedError,
+    NoSuchTarget,
+    QmpBackupError,
+    UsageError,
+    WrongPassword,
+)
+from qmpbackup.restic import config as configs
 from qmpbackup.restic import keyfile
-from qmpbackup.restic.crypto import Key
+from qmpbackup.restic.ahead import Ahead
+from qmpbackup.restic.config import Config
+from qmpbackup.restic.crypto import Key, seal, unseal
 from qmpbackup.restic.storage.interface import CONFIG, File, Kind, Missing, Storage
 from qmpbackup.restic.unpacked import bounded, listed
 
@@ -32,6 +42,59 @@ def refuse_existing(storage: Storage) -> None:
         raise UsageError(
             f"There is {found} at {storage.name} already.", "Choose another place, or use it."
         )
+
+
+def make(storage: Storage, password: str, cost: keyfile.Scrypt | None) -> tuple[Key, Config]:
+    """A new repository's key and configuration; see `Repository.create`.
+
+    Raises:
+        UsageError: there is a repository, or what is left of one.
+        StorageError: it could not be written.
+    """
+    refuse_existing(storage)
+    storage.create()
+    key, config = Key.random(), configs.create()
+    data = keyfile.create(key, password, cost)
+    file = File(Kind.KEY, hashlib.sha256(data).hexdigest())
+    sealed = seal(key, configs.encode(config))
+    storage.save(file, [data])
+    try:
+        storage.save(CONFIG, [sealed])
+        # Saving changes nothing where somebody else was quicker.
+        if bounded(storage, CONFIG) != sealed:
+            refuse_existing(storage)
+    except BaseException:
+        with suppress(QmpBackupError):
+            storage.remove(file)
+        raise
+    return key, config
+
+
+def enter(
+    storage: Storage, ahead: Ahead, password: str, hint: str, *, to_read: bool
+) -> tuple[Key, Config]:
+    """A repository's key and configuration; see `Repository.open`. All is asked at once that is needed
+    for them and next.
+
+    Raises:
+        NoSuchTarget: there is none.
+        WrongPassword: no key is for this password.
+        DamagedError: its configuration or its keys are damaged.
+        UsageError: its version is not known here.
+    """
+    config = ahead.begin(lambda there: bounded(there, CONFIG))
+    key = ahead.begin(lambda there: unlock(there, password, hint))
+    ahead.ask(Kind.LOCK)
+    if to_read:
+        ahead.look()
+    try:
+        sealed = config()
+    except Missing as error:
+        raise NoSuchTarget(
+            f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
+        ) from error
+    opened = key()
+    return opened, configs.parse(unseal(opened, sealed, "The repository's config"))
 
 
 def unlock(storage: Storage, password: str, hint: str) -> Key:

@@ -5,7 +5,8 @@ What others have stored is neither believed in its size nor in what it says of i
 of keys, nor of what the documents say.
 """
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, Protocol
 
 from qmpbackup.errors import DamagedError, StorageError
 from qmpbackup.restic import config as configs
@@ -70,7 +71,14 @@ def bounded(storage: Storage, file: File, size: int | None = None) -> bytes:
         raise
 
 
-def listed(storage: Storage, kind: Kind) -> list[tuple[str, int]]:
+class _Lister(Protocol):
+    """What lists files."""
+
+    def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        """Names and lengths of all files of a kind."""
+
+
+def listed(storage: _Lister, kind: Kind) -> list[tuple[str, int]]:
     """Names and sizes in order. A copy of a repository may lack folders in which nothing was."""
     try:
         return sorted(storage.list(kind))

@@ -317,8 +317,8 @@ def test_a_listing_that_names_what_is_never_there_is_an_error_of_the_storage(
     tmp_path: Path,
 ) -> None:
     class Lying(Indexes):
-        def list(self, kind: Kind) -> Iterator[tuple[str, int]]:
-            yield from super().list(kind)
+        def files(self, kind: Kind) -> Iterator[tuple[str, int]]:
+            yield from super().files(kind)
             yield "ef" * 32, 100
 
     indexes = Lying()

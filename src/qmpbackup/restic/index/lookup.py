@@ -26,7 +26,7 @@ from qmpbackup.restic.index.index_file import parse
 from qmpbackup.restic.index.making import Collector
 from qmpbackup.restic.index.table import Spot, Table, Unusable
 from qmpbackup.restic.pack import BlobType, PackedBlob
-from qmpbackup.restic.storage.interface import Kind, Missing, Storage
+from qmpbackup.restic.storage.interface import Kind, Missing
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ T = TypeVar("T")
 class IndexFiles(Protocol):
     """What of a repository is needed here."""
 
-    @property
-    def storage(self) -> Storage:
-        """Where its files lie."""
+    def files(self, kind: Kind) -> Iterator[tuple[str, int]]:
+        """Names and lengths of all files of a kind."""
 
     def load_unpacked(self, kind: Kind, name: str, size: int | None = None) -> bytes:
         """The JSON of a file, checked."""
@@ -224,7 +223,7 @@ class BlobIndex:
         *,
         thorough: bool,
     ) -> None:
-        listed = {bytes.fromhex(name): size for name, size in source.storage.list(Kind.INDEX)}
+        listed = {bytes.fromhex(name): size for name, size in source.files(Kind.INDEX)}
         with self._folder.held():
             wanted = {}
             missing = set(listed)

@@ -131,6 +131,11 @@ class Storage(ABC):
             Missing: there is no such file.
         """
 
+    @property
+    def impatient(self) -> "Storage":
+        """The same storage, but what fails is not tried again."""
+        return self
+
     def require_same(self) -> None:  # noqa: B027 - a server's files tell, see `Repository`
         """See that the place still leads to what was opened there.
 

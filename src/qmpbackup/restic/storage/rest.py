@@ -2,7 +2,7 @@
 """A repository behind a REST server (restic, doc/REST_backend.rst): `rest-server`, `rclone serve
 restic`.
 
-One connection a thread, kept as long as the server keeps it. Servers of the first version list names
+Connections are kept as long as the server keeps them, for whoever asks next. Servers of the first version list names
 alone; then each size is asked for.
 """
 
@@ -11,8 +11,8 @@ import errno
 import http.client
 import os
 import re
+import select
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -94,8 +94,7 @@ class RestStorage(Storage):
             self._headers |= self._proxy.headers
         masked = f"{quote(user)}:***@" if user else ""
         self._name = f"rest:{parts.scheme}://{masked}{place}{self._path}"
-        self._local = threading.local()
-        self._open: list[http.client.HTTPConnection] = []
+        self._idle: list[http.client.HTTPConnection] = []
         self._asking: set[http.client.HTTPConnection] = set()
 
     @property
@@ -193,19 +192,19 @@ class RestStorage(Storage):
     def give_up(self) -> None:
         """Break off what is under way; what is asked for from now on has little time."""
         self._seconds = min(self._seconds, _LAST_SECONDS)
-        for connection in [*self._open]:
+        for connection in self._asking.copy():
             sock: socket.socket | None = connection.sock
             if sock is not None:
                 with suppress(OSError):
                     sock.settimeout(self._seconds)
-                    if connection in self._asking:
-                        # As TLS's own method of this name changes what another thread is using.
-                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                    # As TLS's own method of this name changes what another thread is using.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close all connections."""
-        while self._open:
-            self._open.pop().close()
+        self._forget_idle()
+        for connection in self._asking.copy():
+            connection.close()
 
     def _ask(
         self,
@@ -224,6 +223,7 @@ class RestStorage(Storage):
         action = f"{action} at {self._name}"
         connection = self._connection()
         self._asking.add(connection)
+        is_usable = False
         try:
             if connection.sock is None:
                 connection.connect()
@@ -242,34 +242,39 @@ class RestStorage(Storage):
                 if not sent:
                     raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
                 found = read(answer)
-                is_over = not answer.read(1)
-            if not is_over:  # what follows would be taken for the next answer
-                self._drop()
+                # What follows would be taken for the next answer.
+                is_usable = not answer.read(1)
             return answer.headers, found
         except ProxyRefuses as error:
-            self._drop()
             raise _without_tunnel(action, error) from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            self._drop()
             if lasting := refusal(f"Cannot {action}", error):
                 raise lasting from error
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise Temporary(
                 f"Cannot {action}: {why}.", "See that the server can be reached."
             ) from (error)
-        except (StorageError, ValueError):
-            self._drop()
-            raise
         finally:
             self._asking.discard(connection)
+            if is_usable and connection.sock is not None:
+                self._idle.append(connection)
+            else:
+                connection.close()
 
     def _connection(self) -> http.client.HTTPConnection:
-        found: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = self._connect()
-            self._local.connection = found
-            self._open.append(found)
-        return found
+        """One that is open and that nobody uses, or a new one."""
+        while self._idle:
+            with suppress(IndexError):  # another thread was quicker
+                found = self._idle.pop()
+                if not _has_ended(found.sock):
+                    return found
+                found.close()
+        return self._connect()
+
+    def _forget_idle(self) -> None:
+        while self._idle:
+            with suppress(IndexError):
+                self._idle.pop().close()
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._trust is None:
@@ -282,14 +287,12 @@ class RestStorage(Storage):
             self._host, self._port, timeout=self._seconds, context=self._trust
         )
 
-    def _drop(self) -> None:
-        """Begin the next request of this thread on a new connection."""
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-            with suppress(ValueError):
-                self._open.remove(connection)
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether a server has hung up on a connection on which nothing was asked."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _read(answer: http.client.HTTPResponse, most: int) -> bytes:

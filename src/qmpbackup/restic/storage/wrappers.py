@@ -93,6 +93,11 @@ class Retrying(_Wrapper):
         self._known = False
         self._given_up = threading.Event()
 
+    @property
+    def impatient(self) -> Storage:
+        """What is in it."""
+        return self._storage
+
     def give_up(self) -> None:
         """From now on everything is tried once."""
         self._given_up.set()

@@ -280,7 +280,22 @@ def _looks_like_one(repository: Repository, snapshot: Snapshot) -> bool:
 
 
 def folder_id(repository: Repository, snapshot: Snapshot) -> bytes:
-    """The id of the tree with the files of a point.
+    """The id of the tree with the files of a point; kept in the cache.
+
+    Raises:
+        DamagedError: there is no such folder.
+        StorageError: the storage fails.
+    """
+    name = f"folder-{snapshot.tree.hex()}"
+    found = repository.cached(name)
+    if found is None or len(found) != _ID:
+        found = read_folder_id(repository, snapshot)
+        repository.cache(name, found)
+    return found
+
+
+def read_folder_id(repository: Repository, snapshot: Snapshot) -> bytes:
+    """The same, read in any case.
 
     Raises:
         DamagedError: there is no such folder.

@@ -74,7 +74,7 @@ class RepositoryEntrance:
     @contextmanager
     def opened(self, vm: str = "") -> Iterator[RepositoryTarget]:
         """Open it to read from: the points of the named VM, or of the only one there is."""
-        with self._repository() as (found, access):
+        with self._repository(to_read=True) as (found, access):
             target = RepositoryTarget.only(found, vm)
             target.access = access
             yield target
@@ -129,11 +129,11 @@ class RepositoryEntrance:
             return Made(made.config.id, storage.name)
 
     @contextmanager
-    def _repository(self) -> Iterator[tuple[Repository, Access]]:
+    def _repository(self, *, to_read: bool = False) -> Iterator[tuple[Repository, Access]]:
         with connect(self.location.text, os.environ) as storage:
             # Once: what was typed is not in the environment that restic inherits.
             access = Access(self.location, self._password)
-            with Repository.open(storage, access.secret) as found:
+            with Repository.open(storage, access.secret, to_read=to_read) as found:
                 yield found, access
 
     @contextmanager

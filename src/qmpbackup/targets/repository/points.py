@@ -94,6 +94,7 @@ class VmPoints:
         Raises:
             StorageError: the repository cannot be read.
         """
+        self.repository.look()
         found = catalog.read(self.repository, self.identity)
         points: dict[str, Point] = {}
         self._snapshots = {}
@@ -123,7 +124,7 @@ class VmPoints:
             DamagedError: a tree is damaged, or they hold no manifest.
         """
         snapshot = self.snapshot_of(point)
-        folder = catalog.folder_id(self.repository, snapshot)
+        folder = catalog.read_folder_id(self.repository, snapshot)
         chunks = catalog.manifest_chunks(self.repository, self._nodes(snapshot), snapshot)
         trees = [(BlobType.TREE, snapshot.tree), (BlobType.TREE, folder)]
         return [*trees, *((BlobType.DATA, each) for each in chunks)]
