@@ -86,6 +86,7 @@ demo: setup guest
 
 bench: setup
 	@scripts/setup.sh borgbackup
+	@$(BIN)/python -m compileall -q src # as where it is installed
 	@$(BIN)/python -m bench.backup
 	@$(BIN)/python -m bench.repository
 	@$(BIN)/python -m bench.restore

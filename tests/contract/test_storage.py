@@ -535,8 +535,7 @@ def test_a_connection_on_which_the_server_hung_up_serves_nobody() -> None:
     with answering(200, b"config", reads=False) as url, RestStorage(f"{url}/", {}) as storage:
         for _ in range(3):
             assert storage.load(CONFIG) == b"config"
-            for each in storage._idle:
-                wait_until(lambda sock=each.sock: rest._has_ended(sock), "hanging up")
+            wait_until(lambda: all(rest._has_ended(each.sock) for each in storage._idle), "its end")
 
 
 def test_only_certificates_that_are_trusted(tmp_path: Path) -> None:

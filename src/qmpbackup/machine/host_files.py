@@ -8,10 +8,13 @@ QEMU may see other file systems than we do.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply, objects
 from qmpbackup.plan.commands import Command
+
+if TYPE_CHECKING:  # who restores needs no monitor, which takes a fifth of the start of a program
+    from qmpbackup.machine.monitor import Monitor
 
 _OF_THE_IMAGE = frozenset({"file", "data-file"})
 _LINKS = _OF_THE_IMAGE | {"backing"}
@@ -39,7 +42,7 @@ class HostFile:
         return self.driver == "file" and self.path.is_absolute()
 
 
-def below(monitor: Monitor, tops: Iterable[str]) -> dict[str, tuple[HostFile, ...]]:
+def below(monitor: "Monitor", tops: Iterable[str]) -> dict[str, tuple[HostFile, ...]]:
     """The files below each of these nodes.
 
     Raises:

@@ -84,7 +84,11 @@ def test_snapshots_and_index_files_are_listed_at_once_the_second_time(place: Ask
     name = _save(place, Kind.SNAPSHOT, 1)
     ahead = Ahead(place)
     assert _names(ahead, Kind.SNAPSHOT) == {name}
-    place.before = lambda _: together.wait(PATIENCE)
+
+    def meet(_question: str) -> None:
+        together.wait(PATIENCE)
+
+    place.before = meet
     ahead.look()
     assert _names(ahead, Kind.SNAPSHOT) == {name}
     assert _names(ahead, Kind.INDEX) == set()
