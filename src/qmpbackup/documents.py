@@ -159,6 +159,11 @@ def pruned(outcome: "Removed", *, dry_run: bool) -> Iterator[Document]:
     )
 
 
+def swept(freed: int | None) -> Document:
+    """A sweep; `freed` is None where there was nothing to sweep."""
+    return _document("sweep", freed=freed)
+
+
 def finding(found: "Finding") -> Document:
     """Something that `doctor` has to say."""
     return _document("finding", **asdict(found))

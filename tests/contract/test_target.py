@@ -21,6 +21,7 @@ from qmpbackup.service.prune import Request as PruneRequest
 from qmpbackup.service.prune import prune
 from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
+from qmpbackup.service.sweep import sweep
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
 from qmpbackup.targets import opening
@@ -141,11 +142,11 @@ class TestOpening:
             try:
                 findings.append(next(advice))
             except StopIteration as over:
-                ground, held = over.value
+                found = over.value
                 break
         assert not [each for each in findings if each.health is Health.PROBLEM]
-        assert held.points == tuple(points)
-        assert ground.id
+        assert found.stored.points == tuple(points)
+        assert found.ground.id
 
     @pytest.mark.usefixtures("points")
     def test_nothing_is_left_to_clear_up(self, place: Place) -> None:
@@ -191,7 +192,8 @@ class TestRemoval:
     """What a policy does not keep goes; what stays, stays whole."""
 
     def test_all_but_the_newest_go(self, place: Place, points: list[Point]) -> None:
-        outcome = prune(PruneRequest(place.address, Policy(last=1)))
+        outcome = prune(PruneRequest(place.address, Policy(last=1), sweeping=False))
+        sweep(place.address)
         assert [each.point for each in outcome.kept] == points[-1:]
         assert outcome.freed is not None
         with place.read() as target:

@@ -34,6 +34,11 @@ def prune(stored: StoredRepository, *more: cli.Argument, **variables: str) -> cl
     return cli.run("prune", "--target", str(stored.made), *more, env=environment)
 
 
+def sweep(stored: StoredRepository, *more: cli.Argument) -> cli.Result:
+    arguments = ("sweep", "--target", str(stored.made), *more)
+    return cli.run(*arguments, env=stored.made.environment)
+
+
 def assert_left(stored: StoredRepository, numbers: Sequence[int]) -> None:
     """restic has just these snapshots of the VM, whole, and nothing that nobody needs."""
     expected = {stored.points[number].id for number in numbers}
@@ -57,6 +62,23 @@ def test_the_policy_decides_and_restic_sweeps(stored: StoredRepository) -> None:
     assert summary["freed"] > 100000
     assert_left(stored, [2, 3])
     assert prune(stored, "--keep-last", 2, "--json").check().objects[-1]["removed"] == 0
+
+
+def test_forgetting_and_sweeping_are_two_things(stored: StoredRepository) -> None:
+    packs = stored.files("data")
+    summary = prune(stored, "--keep-last", 2, "--no-sweep", "--json").check().objects[-1]
+    assert (summary["removed"], summary["freed"]) == (2, 0)
+    assert stored.files("data") == packs
+    verify = ("verify", "--target", str(stored.made), "--read-data")
+    cli.run(*verify, env=stored.made.environment).check()
+    with held_alone(stored.made):
+        assert "locked" in sweep(stored).check(11).err
+    before = sum(each.stat().st_size for each in packs)
+    (done,) = sweep(stored, "--json").check().objects
+    assert done["freed"] == before - sum(each.stat().st_size for each in stored.files("data"))
+    assert done["freed"] > 100000
+    assert_left(stored, [2, 3])
+    assert sweep(stored, "--json").check().objects[0]["freed"] == 0
 
 
 def test_a_dry_run_changes_nothing(stored: StoredRepository) -> None:

@@ -294,6 +294,9 @@ class Memory:
     def opening(self, wish: Wish) -> Iterator["MemoryOpening"]:
         yield MemoryOpening(self, wish)
 
+    def sweep(self, wait: float) -> None:
+        del wait
+
     def make(self) -> Made:
         raise UsageError("Memory is there.")
 

@@ -253,6 +253,7 @@ COMMANDS = {
     "settle": "settle",
     "drill": "drill",
     "prune": "prune",
+    "sweep": "sweep",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""
 

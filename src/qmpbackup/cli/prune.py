@@ -57,6 +57,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="(folders) merge nothing: points that others build on stay",
     )
+    parser.add_argument(
+        "--no-sweep",
+        action="store_true",
+        help="(repositories) only forget: what that leaves is freed by `sweep`, once for all VMs",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--json", action="store_true", help="print one JSON object a point")
     add_lock_wait(parser)
@@ -95,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         policy=_policy(arguments),
         vm=arguments.vm,
         merging=not arguments.no_merge,
+        sweeping=not arguments.no_sweep,
         dry_run=arguments.dry_run,
         lock_wait=arguments.lock_wait,
     )

@@ -26,13 +26,15 @@ class Request:
     """What to prune and what to keep.
 
     `vm` chooses one of the VMs of a repository. Without `merging`, points of a folder that others
-    build on stay. `lock_wait` is in seconds.
+    build on stay. Without `sweeping`, a repository keeps what they leave until `sweep`. `lock_wait` is in
+    seconds.
     """
 
     target: Address
     policy: Policy
     vm: str = ""
     merging: bool = True
+    sweeping: bool = True
     dry_run: bool = False
     lock_wait: float = 0.0
 
@@ -49,7 +51,7 @@ def prune(request: Request, now: datetime | None = None) -> Removed:
         StorageError: the same, where the storage failed; the next run goes on.
     """
     tags = bool(request.policy.tags)
-    sweep = Sweep(request.merging, tags, request.dry_run, request.lock_wait)
+    sweep = Sweep(request.merging, request.sweeping, tags, request.dry_run, request.lock_wait)
     with (
         interrupt.held(),
         opening.entrance(request.target).opened(request.vm) as target,

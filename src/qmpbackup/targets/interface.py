@@ -266,6 +266,16 @@ class Entrance(Protocol):
             UsageError: the wish is none for this kind, or there is no password.
         """
 
+    def sweep(self, wait: float) -> int | None:
+        """Remove what no point needs any more, whichever VM's it was; gives the bytes that were freed, or
+        None where points share nothing and so leave nothing.
+
+        Raises:
+            NoSuchTarget, WrongPassword: as `opened`.
+            Locked: somebody else held it for all of `wait` seconds.
+            StorageError: it cannot be changed.
+        """
+
     def make(self) -> Made:
         """Make it, where that has to be done before the first backup.
 

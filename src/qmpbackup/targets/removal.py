@@ -13,11 +13,13 @@ from qmpbackup.plan.retention import Judged, Verdict
 class Sweep:
     """How points are to be removed; not every kind of target can do all of it.
 
-    Without `merging`, points on which others build stay. `by_tags`: tags of points are to count. `wait`
-    is in seconds, for others who hold the target.
+    Without `merging`, points on which others build stay. Without `sweeping`, what they leave in storage
+    that they share with others stays until somebody sweeps that. `by_tags`: tags of points are to count.
+    `wait` is in seconds, for others who hold the target.
     """
 
     merging: bool = True
+    sweeping: bool = True
     by_tags: bool = False
     dry_run: bool = False
     wait: float = 0.0

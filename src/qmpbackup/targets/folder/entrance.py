@@ -106,6 +106,12 @@ class FolderEntrance:
 
         return nullcontext(FolderOpening(self.path, wish))
 
+    def sweep(self, wait: float) -> None:
+        """Nothing: files that go, go at once."""
+        del wait
+        with self.opened() as target:
+            target.load()
+
     def make(self) -> Made:
         """Refuse: the first backup does it."""
         raise UsageError(

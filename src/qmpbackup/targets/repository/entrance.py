@@ -6,6 +6,7 @@ Location and password are taken as restic takes them, from the environment.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,17 @@ class RepositoryEntrance:
         refuse_what_makes_no_sense(wish)
         with self._ahead() as found:
             yield RepositoryOpening(found, wish)
+
+    def sweep(self, wait: float) -> int:
+        """Have restic do it."""
+        from qmpbackup.targets.repository import removing
+
+        until = time.monotonic() + wait
+        with self._repository() as (found, access):
+            found.storage.require_ours()
+            before = removing.stored(found)
+            removing.sweep_all(access, until)
+            return before - removing.stored(found)
 
     def make(self) -> Made:
         """Make a repository, as `restic init` does."""

@@ -25,6 +25,7 @@ from qmpbackup.errors import (
 )
 from qmpbackup.plan.retention import Verdict
 from qmpbackup.process import Result
+from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.interface import Kind
 from qmpbackup.restic.storage.trust import words_for_restic
 from qmpbackup.targets.inventory import Inventory
@@ -86,6 +87,7 @@ class RepositoryClearing:
         self._points = points
         self._access = access
         self._dry_run = sweep.dry_run
+        self._sweeping = sweep.sweeping
         self._until = until
         for damage in found.damaged:
             log.warning("Damaged, so left alone: %s: %s", damage.path, damage.reason)
@@ -103,13 +105,13 @@ class RepositoryClearing:
             return Removed(tuple(verdicts), None if gone else 0)
         if self._access is None:
             raise ValueError("a repository that was opened for us alone")
-        before = _stored(self._points)
+        before = stored(self._points.repository)
         with _told(self._access) as (environment, fds):
             for first in range(0, len(gone), _AT_ONCE):
                 part = gone[first : first + _AT_ONCE]
-                sweep = ["--prune"] if part[-1] == gone[-1] else []
+                sweep = ["--prune"] if self._sweeping and part[-1] == gone[-1] else []
                 _restic(["forget", "--quiet", *sweep, "--", *part], environment, fds, self._until)
-        return Removed(tuple(verdicts), before - _stored(self._points))
+        return Removed(tuple(verdicts), before - stored(self._points.repository))
 
 
 def require_possible(sweep: Sweep) -> None:
@@ -122,8 +124,20 @@ def require_possible(sweep: Sweep) -> None:
         raise UsageError("Nothing is merged in a repository.", "Leave --no-merge out.")
 
 
-def _stored(points: VmPoints) -> int:
-    return sum(size for _, size in points.repository.storage.list(Kind.DATA))
+def sweep_all(access: Access, until: float) -> None:
+    """Have restic remove what no point needs any more, whichever VM's it was.
+
+    Raises:
+        Locked: somebody else held the repository `until` then.
+        StorageError: it cannot be changed.
+    """
+    with _told(access) as (environment, fds):
+        _restic(["prune", "--quiet"], environment, fds, until)
+
+
+def stored(repository: Repository) -> int:
+    """Bytes of all packs."""
+    return sum(size for _, size in repository.storage.list(Kind.DATA))
 
 
 @contextmanager
