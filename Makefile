@@ -6,7 +6,7 @@
 #   make check          lint, format, types, layers, unit tests: below a minute
 #   make test           check, and the tests on real QEMU and in a booted guest
 #   make demo           a running VM backed up, restored and compared, in two minutes
-#   make bench          measurements against qemu-img, restic and borg
+#   make bench          measurements against qemu-img, qemu-nbd, restic and borg
 #   make coverage       how much of src the tests run through, branches and subprocesses with it
 #   make test-versions  the QEMU tests on QEMU 10.0
 #   make test-all       everything, the slow tests too; EXAMPLES=n documents for each parser
@@ -84,12 +84,13 @@ soak: setup
 demo: setup guest
 	@PYTHONPATH=tests $(BIN)/python scripts/demo.py
 
-bench: setup
+bench: setup guest
 	@scripts/setup.sh borgbackup
 	@$(BIN)/python -m compileall -q src # as where it is installed
 	@$(BIN)/python -m bench.backup
 	@$(BIN)/python -m bench.repository
 	@$(BIN)/python -m bench.restore
+	@PYTHONPATH=tests $(BIN)/python -m bench.worstday
 
 format: setup
 	@$(BIN)/ruff check --fix

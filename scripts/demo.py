@@ -208,7 +208,10 @@ class Demo:
         self.say("its guest answers, has all records, and writes on", time.monotonic() - begun)
         _, seconds = self.command("qmpbackup settle --to vm")
         (self.folder / "repository").rename(self.folder / "gone")
-        shell.run("kill $(cat /run/writer); sync; echo 3 >/proc/sys/vm/drop_caches")
+        shell.run(
+            "kill $(cat /run/writer); while [ -e /proc/$(cat /run/writer)/exe ]; do usleep 10000; done; "
+            "sync; echo 3 >/proc/sys/vm/drop_caches"
+        )
         found = int(shell.run("check-records /root/records"))
         require(found > records, f"{found} records, and there were {records}")
         shell.close()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the worst day: a VM from a point against one from its restored disk, and what serves and moves it.
+
+    PYTHONPATH=tests python -m bench.worstday [--megabytes 512] [--runs 3] [--disk DIR]
+
+The small guest of the tests, with a second disk full of this machine's own files, is backed up into a
+repository and a folder. Measured in turn, the fastest runs count:
+
+    boot      from the command to a guest that answers; against QEMU on restored disks
+    server    all bytes by nbdcopy, after one time that does not count; against qemu-nbd on the chain
+    settle    of a VM that runs; against `restore`
+    drill     to its verdict
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.machine import PASSWORD, QMPBACKUP, call, make_repository, measure, real_files
+
+from lab.booted import kill, listener
+from lab.disks import MIB, Disk, create
+from lab.guest import Guest, Shell
+from lab.patience import PATIENCE
+
+
+def main() -> None:
+    """Measure everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=512, help="real files on the disk")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side (default: 3)")
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk")
+    options = parser.parse_args()
+    print(f"{'what':<34} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.disk) as scratch:
+        os.environ["XDG_STATE_HOME"] = f"{scratch}/state"
+        os.environ.update(PASSWORD)
+        bench = _Bench(Path(scratch), options.runs)
+        bench.make(options.megabytes)
+        bench.boot()
+        bench.server()
+        bench.settle()
+        bench.drill()
+
+
+class _Bench:
+    def __init__(self, folder: Path, runs: int) -> None:
+        self.folder = folder
+        self.runs = runs
+        self.targets = {
+            "repository": f"restic:{folder / 'repository'}",
+            "folder": f"{folder / 'chain'}",
+        }
+
+    def make(self, megabytes: int) -> None:
+        """A guest on its disk, backed up into both kinds of target, and restored."""
+        system, data = self.folder / "vda.qcow2", self.folder / "vdb.qcow2"
+        create(system, 256 * MIB)
+        real_files(data, megabytes)
+        disks = [Disk("vda", system), Disk("vdb", data)]
+        make_repository(self.folder / "repository")
+        with Guest(disks, boot="install") as guest:
+            guest.sync()
+        with Guest(disks, boot="disk") as guest:
+            for target in self.targets.values():
+                call([*QMPBACKUP, "--socket", str(guest.socket), "backup", "--target", target])
+        system.unlink()
+        data.unlink()
+        local = str(self.folder / "local")
+        call([*QMPBACKUP, "restore", "--target", self.targets["folder"], "--output", local])
+
+    def boot(self) -> None:
+        """To a guest that answers."""
+        peer = self._fastest(self._from_local_disk)
+        for kind, target in self.targets.items():
+
+            def ours(target: str = target) -> float:
+                with self._booted(target) as (_, seconds):
+                    return seconds
+
+            _row(f"boot from a {kind}", self._fastest(ours), peer, "local + 3 s", "restored disk")
+
+    def _from_local_disk(self) -> float:
+        disks = [Disk(each, self.folder / "local" / f"{each}.qcow2") for each in ("vda", "vdb")]
+        begun = time.monotonic()
+        with Guest(disks, boot="disk"):
+            return time.monotonic() - begun
+
+    @contextmanager
+    def _booted(self, target: str) -> Iterator[tuple[Path, float]]:
+        """A VM from the newest point, its folder, and how long it took until its guest answered."""
+        folder = self.folder / "booted"
+        begun = time.monotonic()
+        command = [*QMPBACKUP, "boot", "--target", target, "--to", str(folder), "--json"]
+        said = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        sockets = Path(said["qmp"]).parent
+        try:
+            shell = Shell(sockets / "guest-shell", PATIENCE)
+            shell.run("true")
+            shell.close()
+            yield folder, time.monotonic() - begun
+        finally:
+            done = subprocess.run(
+                [*QMPBACKUP, "boot", "--end", "--to", str(folder)], check=False, capture_output=True
+            )
+            if done.returncode:  # it is settled
+                pid = listener(sockets / "settle")
+                if pid:
+                    kill(pid)
+                call(["rm", "-r", str(folder)])
+
+    def server(self) -> None:
+        """All bytes of the data disk."""
+        newest = next((self.folder / "chain" / "vdb").iterdir())
+        uri = f"nbd+unix:///?socket={self.folder / 'nbd'}"
+        native = [
+            "qemu-nbd",
+            "-r",
+            "-t",
+            "-k",
+            str(self.folder / "nbd"),
+            "-f",
+            "qcow2",
+            str(newest),
+        ]
+        with _serving(native, self.folder / "nbd"):
+            peer = self._fastest(lambda: measure(["nbdcopy", uri, "null:"]).time, warm=True)
+        for kind, target in self.targets.items():
+            ours = [*QMPBACKUP, "serve", "--target", target, "--disk", "vdb", "--allocation"]
+            with _serving([*ours, "--socket", str(self.folder / "nbd")], self.folder / "nbd"):
+                named = uri.replace("///", "///vdb")
+                taken = self._fastest(lambda: measure(["nbdcopy", named, "null:"]).time, warm=True)  # noqa: B023
+            _row(f"serve from a {kind}, warm", taken, peer, "1.25", "qemu-nbd")
+
+    def settle(self) -> None:
+        """Of a VM that runs."""
+        for kind, target in self.targets.items():
+
+            def ours(target: str = target) -> float:
+                with self._booted(target) as (folder, _):
+                    return measure([*QMPBACKUP, "settle", "--to", str(folder)]).time
+
+            def peer(target: str = target) -> float:
+                output = self.folder / "restored"
+                taken = measure(
+                    [*QMPBACKUP, "restore", "--target", target, "--output", str(output)]
+                ).time
+                call(["rm", "-r", str(output)])
+                return taken
+
+            _row(
+                f"settle from a {kind}", self._fastest(ours), self._fastest(peer), "1.30", "restore"
+            )
+
+    def drill(self) -> None:
+        """To its verdict."""
+        for kind, target in self.targets.items():
+            command = [*QMPBACKUP, "drill", "--target", target]
+            taken = self._fastest(lambda: measure(command).time)  # noqa: B023
+            _row(f"drill from a {kind}", taken, 30.0, "1.00", "30 s")
+
+    def _fastest(self, run: Callable[[], float], *, warm: bool = False) -> float:
+        taken = [run() for _ in range(self.runs + warm)]
+        return min(taken[warm:])
+
+
+@contextmanager
+def _serving(command: list[str], socket: Path) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while listener(socket) is None:
+            if process.poll() is not None:
+                sys.exit(f"{' '.join(command)} ended.")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        socket.unlink(missing_ok=True)
+
+
+def _row(what: str, ours: float, peer: float, bar: str, name: str) -> None:
+    print(
+        f"{what:<34} {ours:>7.2f}s {peer:>7.2f}s {ours / peer:>6.2f} {bar:>5}  {name}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
