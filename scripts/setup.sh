@@ -30,6 +30,11 @@ readonly PACKAGES=(
     xz-utils        # unpacks its modules
     zstd            # or these, depending on the kernel
     cpio            # packs it
+    dosfstools      # makes FATs for tests
+    mtools          # puts files on them
+    xfsprogs        # makes other file systems of guests
+    btrfs-progs
+    ntfs-3g
     e2fsprogs       # looks at its file systems, and makes some for tests
     git
     make

@@ -5,6 +5,7 @@ Each has `schema` and `type`; members are added, and none is taken away or given
 (docs/reference/commands.md). Must not know who reads them, nor how they are printed.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from qmpbackup.model import Disk, Point, Skipped, StoredDisk
 from qmpbackup.targets.manifest import point_to_json, time_to_json
 
 if TYPE_CHECKING:
+    from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
     from qmpbackup.plan.missing import NotInPoint
     from qmpbackup.service import backup, restore, verify
     from qmpbackup.service.boot import Prepared
@@ -30,7 +32,7 @@ SCHEMA = 1
 Document = dict[str, Any]
 
 
-def _document(kind: str, **members: object) -> Document:
+def _document(kind: str, /, **members: object) -> Document:
     return {"schema": SCHEMA, "type": kind, **members}
 
 
@@ -281,3 +283,35 @@ def vm_config(point: Point) -> Document:
 def drilled(found: "Drilled") -> Document:
     """How a point came up in a drill."""
     return _document("drill", **asdict(found))
+
+
+def guest_file_system(found: "GuestFileSystem", subvolumes: Sequence[bytes]) -> Document:
+    """A file system in a point, with the paths of its subvolumes."""
+    return _document(
+        "file_system",
+        name=found.name,
+        kind=found.type,
+        size=found.size,
+        label=found.label,
+        uuid=found.uuid,
+        readable=found.is_readable,
+        note=found.note,
+        subvolumes=[os.fsdecode(each) for each in subvolumes],
+    )
+
+
+def guest_file(address: bytes, found: "GuestFile") -> Document:
+    """A file in a point. Bytes that are no UTF-8 are lone surrogates."""
+    return _document(
+        "file",
+        path=os.fsdecode(address),
+        name=os.fsdecode(found.path),
+        kind=found.kind,
+        mode=f"{found.mode:04o}",
+        uid=found.user,
+        gid=found.group,
+        size=found.size,
+        time=found.time,
+        links=found.links,
+        target=os.fsdecode(found.target),
+    )

@@ -12,10 +12,10 @@ from qmpbackup import documents
 from qmpbackup.errors import ConnectError
 from qmpbackup.machine import booting
 from qmpbackup.plan.booting import Launch
-from qmpbackup.service import drill
 from qmpbackup.service.boot import Prepared
 from qmpbackup.service.boot_folder import Boot, BootFolder
 from qmpbackup.service.booted import Seen
+from qmpbackup.service.throwaway import throwaway_folder
 
 TARGET = "restic:rest:http://user:Sesame@host/r"
 
@@ -55,14 +55,14 @@ def test_a_vm_that_ends_as_it_is_reached_runs_no_more(tmp_path: Path) -> None:
     assert len(seen) == 2
 
 
-def test_drills_leave_the_folders_of_each_other_alone() -> None:
+def test_runs_leave_the_folders_of_each_other_alone() -> None:
     failed: list[BaseException] = []
 
     def use_folders() -> None:
         try:
             for _ in range(40):
-                with drill._folder() as path:
-                    (path / "file").touch()
+                with throwaway_folder("drill") as folder:
+                    (folder.path / "file").touch()
         except BaseException as error:  # noqa: BLE001
             failed.append(error)
 

@@ -249,6 +249,7 @@ COMMANDS = {
     "restore": "restore",
     "serve": "serve",
     "mount": "mount",
+    "files": "files",
     "boot": "boot",
     "settle": "settle",
     "drill": "drill",

@@ -3,7 +3,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qmpbackup.errors import StorageError
@@ -16,10 +17,17 @@ def say(*lines: str) -> None:
         StorageError: they could not be written.
         BrokenPipeError: whoever read them has gone.
     """
-    try:
+    with output_errors():
         for line in lines:
             print(line)
         sys.stdout.flush()
+
+
+@contextmanager
+def output_errors() -> Iterator[None]:
+    """Turn what goes wrong with standard output in the block into what `say` raises."""
+    try:
+        yield
     except BrokenPipeError:
         drop_output()
         raise

@@ -75,7 +75,7 @@ def images_open(images: Sequence[OfflineImage], program: str = "") -> Iterator[M
                 f"Name the one that is: --image {image.id}=PATH,format=FORMAT.",
             )
     ours, theirs = socket.socketpair()
-    with _qemu(_found(program), images, theirs) as child:
+    with _qemu(found_program(program), images, theirs) as child:
         try:
             monitor = Monitor.over(ours, "the images", _START_SECONDS)
         except ConnectError:
@@ -98,7 +98,12 @@ def images_open(images: Sequence[OfflineImage], program: str = "") -> Iterator[M
             _end(child)
 
 
-def _found(program: str) -> str:
+def found_program(program: str) -> str:
+    """This QEMU, or the first that is installed.
+
+    Raises:
+        VmError: none is.
+    """
     import shutil
 
     for candidate in (program, *_CANDIDATES):

@@ -128,8 +128,15 @@ def _finish_for_another(folder: BootFolder, monitor: Monitor) -> None:
 class PointServer:
     """The process that serves the point, for as long as an overlay stands on it."""
 
-    def __init__(self, folder: BootFolder, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: BootFolder,
+        environment: Mapping[str, str] | None = None,
+        *,
+        dies_with_us: bool = False,
+    ) -> None:
         self._folder = folder
+        self._begun_by = ("setpriv", "--pdeathsig", "TERM", "--") if dies_with_us else ()
         self._environment = environment
         self._child: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
@@ -191,7 +198,7 @@ class PointServer:
     def _start(self, boot: Boot, first: bool) -> None:
         told, said = opening.entrance(opening.place(boot.target)).handed_on()
         environment = {**os.environ, **(self._environment or {}), **said}
-        command = serve_command(self._folder, replace(boot, target=told))
+        command = [*self._begun_by, *serve_command(self._folder, replace(boot, target=told))]
         self._child = booting.detached(command, self._log, environment=environment)
         line = booting.first_line(self._child, _SERVE_SECONDS)
         if line:

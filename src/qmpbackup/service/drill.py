@@ -10,9 +10,7 @@ namespace of its own and without new privileges; QEMU confines itself besides (s
 
 import logging
 import os
-import pwd
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,8 +21,8 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, MonitorBusy, VmError
-from qmpbackup.filelock import named_lock
 from qmpbackup.machine import booting
+from qmpbackup.machine.confining import SANDBOX, confined, hand_over
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.qemu_options import memory_of
@@ -37,6 +35,7 @@ from qmpbackup.service.boot_folder import BootFolder
 from qmpbackup.service.boot_keeper import PointServer
 from qmpbackup.service.drill_history import Drilled, note
 from qmpbackup.service.drill_looks import Looks
+from qmpbackup.service.throwaway import throwaway_folder
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address
 
@@ -45,17 +44,12 @@ log = logging.getLogger(__name__)
 ROOM = 8 * 1024**3
 """Bytes that a machine under drill may write."""
 
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _LOOK_SECONDS = 0.5
 _NICE = 10
 _OWN_MEMORY = 8 * 1024**3
 """Address space of QEMU's own, of which it takes little: a gibibyte for translated code, stacks, libraries."""
 
 _LARGEST_BROUGHT = 512 * 1024 * 1024
-
-_FOLDER_SECONDS = 60.0
-_PLACE = Path("/var/tmp")  # noqa: S108 - folders there are made for us alone
-_PREFIX = "qmpb-drill-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +67,6 @@ class Request:
     room: int = ROOM
 
 
-class DrillFolder(BootFolder):
-    """A folder for one drill, which has its sockets as well."""
-
-    @property
-    def sockets(self) -> Path:
-        """Where the user may go whom QEMU runs as."""
-        return self.path
-
-
 def drill(request: Request) -> Drilled:
     """Boot a point, judge it, and note the verdict.
 
@@ -91,7 +76,7 @@ def drill(request: Request) -> Drilled:
     """
     with interrupt.held(), ExitStack() as stack:
         request = replace(request, target=opening.entrance(request.target).asked())
-        folder = DrillFolder(stack.enter_context(_folder()))
+        folder = stack.enter_context(throwaway_folder("drill"))
         found = planned(
             Boot(
                 target=request.target,
@@ -131,34 +116,6 @@ def drill(request: Request) -> Drilled:
     return note(drilled, picture)
 
 
-def _remove_old() -> None:
-    """Remove folders of ours that no drill has any more."""
-    users = {os.geteuid()}
-    if os.geteuid() == 0:
-        users.add(pwd.getpwnam("nobody").pw_uid)
-    for path in _PLACE.glob(f"{_PREFIX}*"):
-        with suppress(OSError):
-            lock = path / "drill.lock"
-            if lock.lstat().st_uid in users and not BootFolder(path).is_claimed("drill"):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder with a short path, gone after the block, as are those of drills that were killed.
-
-    One drill at a time makes its folder or removes those of others, which would else take a folder that
-    is not claimed yet for one whose drill was killed."""
-    with ExitStack() as stack:
-        with named_lock("drill folders", "the folders of drills", _FOLDER_SECONDS):
-            _remove_old()
-            with storage_errors(f"make a folder in {_PLACE}"):
-                path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PLACE))
-            stack.callback(shutil.rmtree, path, ignore_errors=True)
-            stack.enter_context(BootFolder(path).claimed("drill"))
-        yield path
-
-
 def _judged(
     request: Request,
     folder: BootFolder,
@@ -168,10 +125,10 @@ def _judged(
     require_whole: Callable[[], None],
 ) -> tuple[Drilled, bytes]:
     """Start the VM, look at it until there is a verdict or no time, and end it; also the last picture."""
-    argv = [*_brought(folder, launch), "-sandbox", _SANDBOX]
-    _hand_over(folder.path)
+    argv = [*_brought(folder, launch), "-sandbox", SANDBOX]
+    hand_over(folder.path)
     with (
-        Child([*_confined(launch), *argv]) as child,
+        Child([*confined(_bounds(launch)), *argv]) as child,
         _running(folder, child, require_whole) as monitor,
     ):
         looks = Looks(launch, child, monitor, folder.path)
@@ -229,23 +186,10 @@ def _running(
         yield monitor
 
 
-def _confined(launch: Launch) -> Sequence[str]:
-    """What QEMU is started by: it knows none of our secrets, lets others go first, has no more memory than
-    its machine needs, and as root it gives up all that root may."""
+def _bounds(launch: Launch) -> Sequence[str]:
+    """QEMU lets others go first, and has no more memory than its machine needs."""
     most = memory_of(launch.argv)[1] + _OWN_MEMORY
-    told = (
-        *("env", "-i", *(f"{name}={said}" for name, said in booting.guest_environment().items())),
-        *("nice", "-n", str(_NICE), "prlimit", f"--as={most}", "--core=0", "--"),
-    )
-    if os.geteuid() != 0:
-        return told
-    account = pwd.getpwnam("nobody")
-    return (
-        *told,
-        *("unshare", "--net", "--"),
-        *("setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"),
-        *("--no-new-privs", "--bounding-set=-all", "--pdeathsig=KILL", "--"),
-    )
+    return ("nice", "-n", str(_NICE), "prlimit", f"--as={most}", "--core=0", "--")
 
 
 def _require_memory(launch: Launch) -> None:
@@ -274,12 +218,3 @@ def _brought(folder: BootFolder, launch: Launch) -> list[str]:
                 shutil.copyfile(source, copy)
                 argv = [word.replace(name, str(copy)) for word in argv]
     return argv
-
-
-def _hand_over(folder: Path) -> None:
-    """Give the folder to the user whom QEMU runs as."""
-    if os.geteuid() == 0:
-        account = pwd.getpwnam("nobody")
-        with storage_errors(f"hand {folder} over"):
-            for each in (folder, *folder.iterdir()):
-                os.chown(each, account.pw_uid, account.pw_gid, follow_symlinks=False)

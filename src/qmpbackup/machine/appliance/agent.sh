@@ -1,0 +1,223 @@
+#!/bin/busybox sh
+# SPDX-License-Identifier: Apache-2.0
+#
+# First process of the appliance. It takes one line after the other from the port that QEMU gives it:
+# `answer MARK FUNCTION WORD…`, each word quoted for this shell by the host. The answer is what the
+# function prints, MARK, the function's status and what it complained of, up to a line feed. So the
+# host sees the end of an answer whatever it holds: MARK is new and unknown to any disk.
+#
+# Programs that busybox has as well are named by their path: its shell takes its own first.
+export PATH=/bin LC_ALL=C.UTF-8
+readonly FORM='%y\0%m\0%U\0%G\0%s\0%T@\0%n\0%P\0%l\0'
+readonly NOT_THERE=44 NOT_MOUNTED=45 NO_FILE=46
+
+mount -t devtmpfs dev /dev
+prepare() {
+    mount -t proc proc /proc
+    mount -t sysfs sys /sys
+    mount -t devtmpfs dev /dev
+    echo /bin/modprobe >/proc/sys/kernel/modprobe
+    for each in virtio_pci virtio_console virtio_blk; do
+        modprobe $each
+    done
+    mkdir -p /etc/lvm /run/lvm /run/lock/lvm /dev/mapper
+    cat >/etc/lvm/lvm.conf <<END
+devices { external_device_info_source="none" obtain_device_list_from_udev=0 use_devicesfile=0 }
+activation { udev_sync=0 udev_rules=0 monitoring=0 }
+global { thin_check_executable="" cache_check_executable="" event_activation=0 }
+backup { backup=0 archive=0 }
+END
+    ln -s /proc/mounts /etc/mtab
+}
+
+# The one port there is, which comes a moment after its driver.
+port() {
+    tries=0
+    while [ $tries -lt 1000 ]; do
+        for each in /dev/vport*; do
+            [ -e "$each" ] && echo "$each" && return
+        done
+        usleep 5000
+        tries=$((tries + 1))
+    done
+}
+
+answer() {
+    mark=$1
+    shift
+    "$@" >&3 2>/tmp/said </dev/null
+    printf '%s%s ' "$mark" $? >&3
+    tail -c 2000 /tmp/said | tr '\n\0' '  ' >&3
+    echo >&3
+}
+
+# Disks and what they are made of
+
+devices() {
+    for each in /sys/class/block/*; do
+        case ${each##*/} in
+            vd* | dm-* | md*) echo "${each##*/}" ;;
+        esac
+    done
+}
+
+types() {
+    for each in $(devices); do
+        /bin/blkid -p -s TYPE -o value "/dev/$each"
+    done
+}
+
+# Mirrors are written to, but only what is asked for: they are not made whole again, which would read them.
+assemble() {
+    case $(types) in *raid_member*)
+        modprobe -a md_mod raid0 raid1 raid10 raid456 linear
+        echo 0 >/proc/sys/dev/raid/speed_limit_min
+        echo 1 >/proc/sys/dev/raid/speed_limit_max
+        echo 'AUTO +all' >/etc/mdadm.conf
+        mdadm --assemble --scan --no-degraded --config=/etc/mdadm.conf
+        ;;
+    esac
+    case $(types) in *LVM2_member*)
+        modprobe -a dm_mod dm_snapshot dm_mirror dm_raid
+        lvm vgchange -q -ay --sysinit
+        lvm vgmknodes -q
+        ;;
+    esac
+}
+
+# NAME, WHAT IT IS, SECTORS, WHAT BLKID SAYS, each ended by a zero byte.
+scan() {
+    assemble >/tmp/assembled 2>&1
+    for name in $(devices); do
+        printf '%s\0%s\0%s\0' "$name" "$(identity "$name")" "$(cat "/sys/class/block/$name/size")"
+        /bin/blkid -p -o export "/dev/$name" 2>/dev/null
+        printf '\0'
+    done
+    :
+}
+
+identity() {
+    sys=/sys/class/block/$1
+    if [ -e "$sys/partition" ]; then
+        parent=$(readlink -f "$sys/..")
+        echo "part $(cat "$sys/partition") $(identity "${parent##*/}")"
+    elif [ -e "$sys/dm/name" ]; then
+        echo "dm $(cat "$sys/dm/uuid") $(cat "$sys/dm/name")"
+    elif [ -e "$sys/md" ]; then
+        echo "md $(mdadm --detail --export "/dev/$1" | sed -n 's/^MD_NAME=//p')"
+    else
+        echo "disk $(cat "$sys/serial")"
+    fi
+}
+
+# unlock DEVICE PASSPHRASE
+unlock() {
+    modprobe -a dm_mod dm_crypt algif_skcipher algif_hash
+    printf %s "$2" | cryptsetup open --type luks --key-file=- "/dev/$1" "luks-$1"
+}
+
+# File systems
+
+# opened DEVICE TYPE: mounted as `$root`. Journals are replayed, into the overlay.
+opened() {
+    root=/m/$1
+    [ -d "$root" ] && return
+    mkdir "$root"
+    mounted "$1" "$2" || {
+        rmdir "$root"
+        return $NOT_MOUNTED
+    }
+}
+
+mounted() {
+    safe=ro,nodev,nosuid,noexec
+    case $2 in
+        ext2 | ext3 | ext4) mount -t ext4 -o $safe,errors=remount-ro "/dev/$1" "$root" ;;
+        xfs) mount -t xfs -o $safe,nouuid "/dev/$1" "$root" ;;
+        btrfs)
+            modprobe btrfs
+            btrfs device scan >/dev/null
+            mount -t btrfs -o $safe,subvolid=5 "/dev/$1" "$root"
+            ;;
+        vfat) mount -t vfat -o $safe,utf8,shortname=mixed "/dev/$1" "$root" ;;
+        exfat) mount -t exfat -o $safe,iocharset=utf8 "/dev/$1" "$root" ;;
+        ntfs) modprobe fuse && ntfs-3g -o ro "/dev/$1" "$root" ;;
+        iso9660 | udf | squashfs | erofs) mount -t "$2" -o $safe "/dev/$1" "$root" ;;
+        *) echo "nothing here reads file systems of this kind" >&2 && false ;;
+    esac
+}
+
+# place DEVICE TYPE PATH: `$at` is the path below the mounted file system. Links lead to where they lead
+# for the guest: never out of its file system.
+place() {
+    opened "$1" "$2" || return
+    rest=$3 at=$root links=0
+    while [ -n "$rest" ]; do
+        head=${rest%%/*}
+        case $rest in */*) rest=${rest#*/} ;; *) rest= ;; esac
+        case $head in
+            '' | .) continue ;;
+            ..)
+                [ "$at" = "$root" ] || at=${at%/*}
+                continue
+                ;;
+        esac
+        if [ -L "$at/$head" ]; then
+            links=$((links + 1))
+            [ $links -gt 40 ] && echo "too many links" >&2 && return $NOT_THERE
+            link=$(readlink -n "$at/$head" && echo .)
+            case $link in /*) at=$root ;; esac
+            rest=${link%.}/$rest
+        elif [ -e "$at/$head" ]; then
+            at=$at/$head
+        else
+            return $NOT_THERE
+        fi
+    done
+}
+
+subvolumes() {
+    opened "$1" btrfs && btrfs subvolume list "$root"
+}
+
+is_there() {
+    place "$@"
+}
+
+list() {
+    place "$1" "$2" "$3" || return
+    if [ -d "$at" ]; then
+        /bin/find "$at/" -mindepth 1 -maxdepth 1 -printf "$FORM"
+    else
+        /bin/find "$at" -maxdepth 0 -printf "$FORM"
+    fi
+}
+
+search() {
+    place "$1" "$2" "$3" || return
+    shift 3
+    /bin/find "$at/" -mindepth 1 -xdev "$@" -printf "$FORM"
+}
+
+send() {
+    place "$1" "$2" "$3" || return
+    [ -f "$at" ] || return $NO_FILE
+    cat "$at"
+}
+
+archive() {
+    place "$1" "$2" "$3" || return
+    name=.
+    [ -d "$at" ] || name=./${at##*/} at=${at%/*}
+    /bin/tar --create --directory "$at" --format=pax --pax-option=delete=atime,delete=ctime \
+        --numeric-owner --sparse --hole-detection=seek --xattrs '--xattrs-include=*' \
+        --blocking-factor=64 "$name"
+}
+
+prepare 2>/dev/null
+exec 3<>"$(port)"
+echo ready >&3
+while IFS= read -r line <&3; do
+    eval "$line"
+done
+poweroff -f

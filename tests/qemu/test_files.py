@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files out of points: their file systems are read in the appliance, and never on this host."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.disks import MIB
+from lab.patience import wait_until
+from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.service.files.reading import Place, Reading, Request, reading
+from stock import guest_disks
+from stock.repositories import repository
+
+HOSTILE = [b"new\nline", b"$(reboot)", b"'\"\\", b"-rf", b"\xff\xfe", b"...", b" ", b"*"]
+
+
+def fill(tree: Path) -> None:
+    """A tree with all that file systems can hold, but for what only root can make."""
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/hostname").write_text("guest\n")
+    (tree / "etc/link").symlink_to("/etc/hostname")
+    (tree / "etc/loop").symlink_to("loop")
+    (tree / "absolute").symlink_to("/etc")
+    (tree / "out").symlink_to("../../../etc/passwd")
+    (tree / "same").hardlink_to(tree / "etc/hostname")
+    (tree / "suid").write_text("#!")
+    (tree / "suid").chmod(0o4755)
+    os.mkfifo(tree / "pipe")
+    with (tree / "sparse").open("wb") as file:
+        file.seek(6 * MIB)
+        file.write(b"end")
+        file.truncate(500 * MIB)
+    (tree / "large").write_bytes(os.urandom(3 * MIB))
+    os.setxattr(tree / "large", "user.origin", b"here")
+    os.utime(tree / "large", (1_000_000_000, 1_000_000_000))
+    for name in HOSTILE:
+        (tree / os.fsdecode(name)).mkdir()
+        (tree / os.fsdecode(name) / "in").write_bytes(name)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tree, and a point in `target` of a disk with it and a FAT, and of an empty disk."""
+    folder = tmp_path_factory.mktemp("files")
+    fill(folder / "tree")
+    system = guest_disks.ext4(folder / "system", folder / "tree")
+    boot = guest_disks.vfat(folder / "boot", {"Start Me.txt": b"boot\n"})
+    disk = guest_disks.partitioned(folder / "vda", system, boot)
+    empty = guest_disks.blank(folder / "vdb", MIB)
+    guest_disks.backed_up(folder / "target", {"vda": disk, "data": empty})
+    return folder
+
+
+def files(stored: Path, command: str, *words: cli.Argument) -> cli.Result:
+    """Run a command on the point in a folder."""
+    return cli.run("files", command, "--target", stored / "target", *words)
+
+
+def digest(data: bytes) -> str:
+    """What tells contents apart."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def opened(stored: Path) -> Iterator[Reading]:
+    """The point, which answers several questions."""
+    with reading(Request(stored / "target", "latest")) as found:
+        yield found
+
+
+def test_file_systems_are_named_by_disk_and_partition(stored: Path) -> None:
+    shown = files(stored, "ls", "--json").check().objects
+    assert [(each["name"], each["kind"], each["label"]) for each in shown] == [
+        ("vda:part1", "ext4", "sys"),
+        ("vda:part2", "vfat", "EFI"),
+    ]
+    assert shown[0]["size"] == 24 * MIB
+
+
+def test_every_name_is_found_and_read(stored: Path, opened: Reading) -> None:
+    entries = {each.path: each for each in opened.entries(opened.place("vda:part1:/"))}
+    assert set(entries) == {os.fsencode(each.name) for each in (stored / "tree").iterdir()} | {
+        b"lost+found"
+    }
+    assert (entries[b"suid"].mode, entries[b"sparse"].size) == (0o4755, 500 * MIB)
+    assert entries[b"out"].target == b"../../../etc/passwd"
+    for name in HOSTILE:
+        place = opened.place(f"vda:part1:/{os.fsdecode(name)}/in")
+        assert b"".join(opened.contents(place)) == name
+
+
+def test_paths_lead_where_they_lead_for_the_guest(opened: Reading) -> None:
+    for path in ("/etc/link", "/absolute/link", "/etc/../../../etc//./hostname", "/out/../same"):
+        if path.startswith("/out"):
+            with pytest.raises(NoSuchTarget):
+                b"".join(opened.contents(opened.place(f"vda:part1:{path}")))
+            continue
+        assert b"".join(opened.contents(opened.place(f"vda:part1:{path}"))) == b"guest\n"
+    with pytest.raises(NoSuchTarget):
+        list(opened.entries(opened.place("vda:part1:/etc/loop")))
+    with pytest.raises(UsageError, match="no file"):
+        b"".join(opened.contents(opened.place("vda:part1:/etc")))
+
+
+def test_a_path_alone_is_looked_for_everywhere(opened: Reading) -> None:
+    assert opened.place("/etc/hostname").system.name == "vda:part1"
+    assert opened.place("/start me.TXT").system.name == "vda:part2"
+    with pytest.raises(NoSuchTarget):
+        opened.place("/nowhere")
+    with pytest.raises(UsageError, match="several"):
+        opened.place("/")
+
+
+def test_files_are_found_by_name(opened: Reading) -> None:
+    system = opened.place("vda:part1")
+    found = {each.path for each in opened.search(system, ["-name", "h*", "-type", "f"])}
+    assert found == {b"etc/hostname"}
+    fat = Place(opened.place("/Start Me.txt").system, "/")
+    assert {each.path for each in opened.search(fat, [])} == {b"Start Me.txt"}
+
+
+def test_a_tree_is_copied_and_what_could_harm_is_left_out(stored: Path, tmp_path: Path) -> None:
+    done = files(stored, "cp", "-r", "vda:part1:/", tmp_path / "out").check(3)
+    assert "pipe is left out" in done.err
+    left_out = {"pipe", "out", "absolute"}
+    tree, out = stored / "tree", tmp_path / "out"
+    assert {each.name for each in out.iterdir()} == (
+        {each.name for each in tree.iterdir()} | {"lost+found"}
+    ) - left_out
+    for name in ("large", "etc/hostname", "suid"):
+        assert digest((out / name).read_bytes()) == digest((tree / name).read_bytes())
+    assert (out / "sparse").stat().st_size == 500 * MIB
+    assert (out / "sparse").stat().st_blocks * 512 < 8 * MIB
+    assert (out / "large").stat().st_mtime == 1_000_000_000
+    assert (out / "suid").stat().st_mode & 0o7777 == 0o755
+    assert (out / "same").stat().st_ino == (out / "etc/hostname").stat().st_ino
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_archive_keeps_all(stored: Path, tmp_path: Path) -> None:
+    files(stored, "tar", "-f", tmp_path / "all.tar", "vda:part1:/").check()
+    with tarfile.open(tmp_path / "all.tar") as tar:
+        found = {member.name: member for member in tar.getmembers()}
+        large = found["./large"]
+        assert large.pax_headers["SCHILY.xattr.user.origin"] == "here"
+        assert (large.mtime, found["./suid"].mode) == (1_000_000_000, 0o4755)
+        assert found["./out"].linkname == "../../../etc/passwd"
+        assert found["./pipe"].isfifo()
+        data = tar.extractfile(large)
+        assert data
+        assert digest(data.read()) == digest((stored / "tree/large").read_bytes())
+    again = files(stored, "tar", "-f", tmp_path / "all.tar", "vda:part1:/").check(2)
+    assert "is there" in again.err
+
+
+def test_journals_are_replayed_out_of_a_repository(tmp_path: Path) -> None:
+    fill(tmp_path / "tree")
+    disk = guest_disks.ext4(tmp_path / "disk", tmp_path / "tree")
+    block = subprocess.run(
+        ["debugfs", "-R", "blocks /etc/hostname", disk], check=True, capture_output=True
+    ).stdout.split()[0]
+    (tmp_path / "new").write_bytes(b"after".ljust(4096, b"\n"))
+    journal = f"jo\njw -b {int(block)} {tmp_path / 'new'}\njc\n".encode()
+    guest_disks.run("debugfs", "-w", "-f", "-", disk, given=journal)
+    which = repository(tmp_path)
+    guest_disks.backed_up(str(which), {"vda": disk}, **which.environment)
+    before = disk.read_bytes()
+    found = cli.run("files", "cat", "--target", str(which), "/etc/hostname", env=which.environment)
+    assert found.check().out == "after\n"
+    assert disk.read_bytes() == before
+
+
+MAKE = """
+exec 2>&1
+lvm pvcreate -q -y /dev/vda
+lvm vgcreate -q vg /dev/vda
+modprobe -a dm_thin_pool raid1
+lvm lvcreate -q -y -Wn -Zn -L 32M -n ro-ot vg
+lvm lvcreate -q -y -T -L 64M -V 200M -n thin vg/pool
+mdadm --create /dev/md/data --level=1 --raid-devices=2 --metadata=1.2 --run /dev/vdb /dev/vdc
+modprobe -a dm_crypt algif_skcipher
+printf 'open sesame' | cryptsetup luksFormat -q --key-file=- --pbkdf pbkdf2 \\
+    --pbkdf-force-iterations 1000 /dev/vdd
+printf 'open sesame' | cryptsetup open --key-file=- /dev/vdd luks
+lvm vgmknodes -q
+for each in vg/ro-ot vg/thin md/data mapper/luks; do
+    cat /dev/vde >/dev/$each
+done
+mkdir /b
+modprobe btrfs
+mount -t btrfs /dev/vdf /b
+btrfs subvolume create /b/@home
+echo mine >/b/@home/file
+busybox umount /b
+busybox sync
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to nobody")
+def test_volumes_raid_encryption_and_other_file_systems(open_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    hostname = tmp_path / "tree/hostname"
+    hostname.write_text("guest\n")
+    system = guest_disks.ext4(open_folder / "system", tmp_path / "tree", 16 * MIB)
+    sizes = {"lvm": 300 * MIB, "one": 24 * MIB, "two": 24 * MIB, "locked": 40 * MIB}
+    disks = {name: guest_disks.blank(open_folder / name, size) for name, size in sizes.items()}
+    disks["tree"] = guest_disks.btrfs(open_folder / "btrfs", tmp_path / "tree")
+    guest_disks.worked_on(open_folder, MAKE, *list(disks.values())[:4], system, disks["tree"])
+    disks["xfs"] = guest_disks.xfs(tmp_path / "xfs", {"hostname": hostname})
+    disks["win"] = guest_disks.ntfs(tmp_path / "ntfs", {"hostname": hostname})
+    guest_disks.backed_up(tmp_path / "target", disks)
+    (tmp_path / "phrase").write_text("open sesame\n")
+
+    shown = {each["name"]: each for each in files(tmp_path, "ls", "--json").check().objects}
+    assert {name: each["kind"] for name, each in shown.items()} == {
+        "vg/ro-ot": "ext4",
+        "vg/thin": "ext4",
+        "md/data": "ext4",
+        "locked": "crypto_LUKS",
+        "tree": "btrfs",
+        "xfs": "xfs",
+        "win": "ntfs",
+    }
+    assert shown["tree"]["subvolumes"] == ["@home"]
+    with reading(Request(tmp_path / "target", "latest", passphrase=tmp_path / "phrase")) as found:
+        for name in shown:
+            place = found.place(f"{name}:/hostname")
+            assert b"".join(found.contents(place)) == b"guest\n", name
+        assert b"".join(found.contents(found.place("tree:/@home/file"))) == b"mine\n"
+    (tmp_path / "phrase").write_text("open barley\n")
+    wrong = files(tmp_path, "ls", "--passphrase-file", tmp_path / "phrase").check(2)
+    assert "unlocks nothing" in wrong.err
+
+
+def processes(folder: Path) -> list[int]:
+    """What runs for a folder."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if process.name.isdigit() and os.fsencode(folder) in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def folder_of(running: cli.Running) -> Path | None:
+    """The folder of a run, once its machine runs."""
+    for each in children_of(running.pid):
+        words = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
+        if b"-sandbox" in words and words[0] not in {b"env", b"prlimit", b"unshare", b"setpriv"}:
+            return Path(os.fsdecode(words[words.index(b"-initrd") + 1])).parent
+    return None
+
+
+def children_of(parent: int) -> list[int]:
+    """The children of a process."""
+    found = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(word) for each in found for word in each.read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_leaves_nothing(stored: Path, number: signal.Signals) -> None:
+    with cli.start("files", "ls", "--target", stored / "target") as running:
+        wait_until(running.unless_over(lambda: folder_of(running)), "its machine")
+        folder = folder_of(running)
+        assert folder
+        running.signal(number)
+        code = running.wait().code
+    assert code == (143 if number is signal.SIGTERM else -number)
+    wait_until(lambda: not processes(folder), "the end of all that it started")
+    if number is signal.SIGKILL:
+        files(stored, "ls").check()
+    assert not folder.exists()
+
+
+def test_a_damaged_point_gives_nothing_wrong(stored: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", stored / "target", tmp_path / "target"], check=True)
+    (file,) = (tmp_path / "target/vda").glob("FULL-*")
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size - 1000)
+        opened.write(b"damage")
+    done = files(tmp_path, "cp", "vda:part1:/large", tmp_path / "large").check(8)
+    assert "damaged" in done.err
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_wrecked_file_system_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    disk = guest_disks.ext4(tmp_path / "disk", tmp_path / "tree")
+    with disk.open("r+b") as file:
+        file.seek(1024 + 24)  # how large blocks are
+        file.write(b"\x77")
+    guest_disks.backed_up(tmp_path / "target", {"vda": disk})
+    assert "vda" in files(tmp_path, "ls", "/").check(8).err
