@@ -30,7 +30,7 @@ Parts = tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     """One file of an archive. `parts` is where it is; of a hard link, `linked` is where its file is, of a
     symbolic link, `target` is what it says.
 
@@ -62,7 +62,7 @@ class Archive:
         self._left = 0
         self._padding = 0
 
-    def members(self) -> Iterator[Member]:
+    def members(self) -> Iterator[ArchiveMember]:
         """One member after the other; what of its data is not read is passed over.
 
         Raises:
@@ -87,7 +87,7 @@ class Archive:
                 self._exactly(self._padding)
             yield piece
 
-    def _member(self, head: bytes) -> Member:
+    def _member(self, head: bytes) -> ArchiveMember:
         records: dict[bytes, bytes] = {}
         whole = head
         while head[156:157] in {b"x", b"g"}:
@@ -101,7 +101,9 @@ class Archive:
             whole += said + head
         return self._described(head, records, whole)
 
-    def _described(self, head: bytes, records: Mapping[bytes, bytes], whole: bytes) -> Member:
+    def _described(
+        self, head: bytes, records: Mapping[bytes, bytes], whole: bytes
+    ) -> ArchiveMember:
         kind = head[156:157] if head[156:157] != b"\0" else FILE
         if kind not in _KINDS or _number(head[148:156]) != _sum(head):
             raise _strange()
@@ -119,7 +121,7 @@ class Archive:
             extents, said = self._extents(size)
             whole += said
             stored = self._left
-        return Member(
+        return ArchiveMember(
             kind=kind,
             parts=_parts(name),
             mode=_number(head[100:108]) & 0o7777,

@@ -31,7 +31,7 @@ from qmpbackup.service.files.archives import (
     HARD_LINK,
     SYMBOLIC_LINK,
     Archive,
-    Member,
+    ArchiveMember,
     Parts,
 )
 from qmpbackup.service.files.reading import Place
@@ -192,7 +192,7 @@ class _Open:
     """A folder that is being filled: its attributes come last, as writing changes them."""
 
     parts: Parts
-    member: Member
+    member: ArchiveMember
 
 
 class _Writer:
@@ -221,12 +221,12 @@ class _Writer:
                 self._one(archive, member, parts)
         self._close_but(())
 
-    def _begin(self, member: Member) -> None:
+    def _begin(self, member: ArchiveMember) -> None:
         self._is_tree = member.kind == FOLDER and not member.parts
         if self._is_tree and not self._wishes.recursive:
             raise UsageError("It is a folder.", "Copy it with -r.")
 
-    def _one(self, archive: Archive, member: Member, parts: Parts) -> None:
+    def _one(self, archive: Archive, member: ArchiveMember, parts: Parts) -> None:
         if member.kind == FOLDER:
             with self._folder(parts[:-1]) as above:
                 os.mkdir(parts[-1], 0o700, dir_fd=above)
@@ -241,7 +241,7 @@ class _Writer:
         else:
             self._leave_out(parts, "it is a device or a pipe")
 
-    def _file(self, archive: Archive, member: Member, name: bytes, above: int) -> None:
+    def _file(self, archive: Archive, member: ArchiveMember, name: bytes, above: int) -> None:
         fd = os.open(name, _NEW_FILE, 0o600, dir_fd=above)
         try:
             if member.extents is None:
@@ -254,7 +254,7 @@ class _Writer:
         finally:
             os.close(fd)
 
-    def _with_holes(self, fd: int, archive: Archive, member: Member) -> None:
+    def _with_holes(self, fd: int, archive: Archive, member: ArchiveMember) -> None:
         extents = iter(member.extents or ())
         at, left = 0, 0
         for piece in archive.data():
@@ -269,7 +269,7 @@ class _Writer:
                 piece = piece[len(now) :]  # noqa: PLW2901 - what is left of it
         os.ftruncate(fd, member.size)
 
-    def _hard_link(self, member: Member, parts: Parts) -> None:
+    def _hard_link(self, member: ArchiveMember, parts: Parts) -> None:
         first = (_COPY.encode(), *member.linked)
         with self._folder(first[:-1]) as there, self._folder(parts[:-1]) as above:
             if not stat.S_ISREG(os.lstat(first[-1], dir_fd=there).st_mode):
@@ -277,7 +277,7 @@ class _Writer:
                 return
             os.link(first[-1], parts[-1], src_dir_fd=there, dst_dir_fd=above, follow_symlinks=False)
 
-    def _symbolic_link(self, member: Member, parts: Parts) -> None:
+    def _symbolic_link(self, member: ArchiveMember, parts: Parts) -> None:
         if not (self._wishes.links or stays_inside(member.target, len(parts) - 2)):
             self._leave_out(parts, f"it is a link to {os.fsdecode(member.target)!a}")
             return
@@ -309,7 +309,7 @@ class _Writer:
             with storage_errors("give a folder its attributes"), self._folder(done.parts) as fd:
                 self._attributes(fd, done.member)
 
-    def _attributes(self, fd: int, member: Member) -> None:
+    def _attributes(self, fd: int, member: ArchiveMember) -> None:
         mode = member.mode & 0o777 & ~self._mask
         if self._wishes.preserve:
             os.fchown(fd, member.user, member.group)
@@ -319,7 +319,7 @@ class _Writer:
         with suppress(OverflowError, ValueError, OSError):  # a time that this host cannot have
             os.utime(fd, (member.time, member.time))
 
-    def _xattrs(self, fd: int, member: Member) -> None:
+    def _xattrs(self, fd: int, member: ArchiveMember) -> None:
         for name, value in member.xattrs.items():
             try:
                 os.setxattr(fd, name, value)
