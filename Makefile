@@ -11,6 +11,9 @@
 #   make test-versions  the QEMU tests on QEMU 10.0
 #   make test-all       everything, the slow tests too; EXAMPLES=n documents for each parser
 #   make test-fresh     demo and test as a newcomer's, on a minimal Debian 12 and 13 of their own
+#   make deb            one package for Debian 12 and 13 and Ubuntu 24.04, in build/deb
+#   make test-deb       it is installed, makes a backup, is upgraded, removed and purged, on fresh Debians
+#   make dist           wheel and sdist, in build/dist
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
 #   make guest          the small Linux that tests and demo boot
 #   make clean          forgets what the tools cached in this folder
@@ -30,7 +33,7 @@ COVERAGE := $(BIN)/coverage
 MEASURED := $(COVERAGE) run -m $(PYTEST_PARALLEL:$(BIN)/%=%)
 REAL := $(wildcard tests/lab tests/images tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
 
-.PHONY: setup guest check lint unit test test-all test-versions test-fresh soak demo bench format clean coverage
+.PHONY: setup guest check lint unit test test-all test-versions test-fresh deb test-deb dist soak demo bench format clean coverage
 
 setup:
 	@scripts/setup.sh
@@ -76,6 +79,12 @@ test-versions: setup
 
 test-fresh:
 	@scripts/test-fresh.sh
+
+deb dist:
+	@scripts/package.sh $@
+
+test-deb: deb
+	@scripts/test-deb.sh
 
 soak: setup
 	@QMPBACKUP_SOAK_MINUTES=$(or $(MINUTES),10) QMPBACKUP_SOAK_SEED=$(SEED) \

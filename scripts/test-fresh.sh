@@ -9,6 +9,7 @@
 #   scripts/test-fresh.sh                      Debian 12, then 13: `make demo`, then `make test`
 #   scripts/test-fresh.sh SUITE [COMMAND…]     one of them, and perhaps another command
 #
+# $FRESH_FILE names a file that git does not know and the command needs; it gets the same place there.
 # The roots get packages from where this system gets its own, with the settings of its apt and pip.
 # They need 4 GiB below ${TMPDIR:-/var/tmp}, and root's rights.
 set -euo pipefail
@@ -58,6 +59,7 @@ make_root() {
         [ ! -e "$setting" ] || copy_into_root "$setting"
     done
     git clone --quiet . "$root$CHECKOUT"
+    [ -z "${FRESH_FILE:-}" ] || install -D "$FRESH_FILE" "$root$CHECKOUT/$FRESH_FILE"
 }
 
 # To the same place, but that the home of whoever runs this is root's there.
