@@ -26,6 +26,7 @@ readonly PACKAGES=(
     libvirt-daemon  # VMs as libvirt keeps them; the tests start a daemon of their own
     libvirt-daemon-driver-qemu
     libvirt-clients # virsh
+    systemd         # systemd-analyze judges the units
     kmod            # modprobe --show-depends and depmod for the test guest
     xz-utils        # unpacks its modules
     zstd            # or these, depending on the kernel

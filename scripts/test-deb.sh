@@ -25,7 +25,7 @@ start_vm() {
     qemu-io -c 'write -P 0x5a 1M 3M' "$VM/disk.qcow2" >/dev/null
     chown -R nobody: "$VM"
     chmod 700 "$VM"
-    setpriv --reuid nobody --regid nogroup --clear-groups qemu-system-x86_64 -accel tcg -display none -S \
+    setpriv --reuid nobody --regid nogroup --clear-groups qemu-system-x86_64 -accel tcg -display none \
         -name vm -drive "file=$VM/disk.qcow2,format=qcow2,if=none,id=drive" \
         -device virtio-blk-pci,drive=drive,id=disk -qmp "unix:$VM/qmp,server=on,wait=off" &
     until [ -S "$VM/qmp" ]; do kill -0 $! && sleep 0.1; done
