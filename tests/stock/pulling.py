@@ -19,6 +19,7 @@ from typing import Self
 from lab.patience import PATIENCE
 from lab.qemu import Qemu
 from qmpbackup.machine import inventory, scratch
+from qmpbackup.machine.bystander import standing_by
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
 from qmpbackup.machine.scratch import Scratch
@@ -118,7 +119,10 @@ class Puller:
         staged = self.seats if self.pull.way is Method.STAGED else []
         self.pull.prepare(scratches, samples, [self._scratch(seat, "stage") for seat in staged])
         running = self.vm.running
-        with Watchdog.start(self.monitor.fileno() if running else None, None) as watchdog:
+        with (
+            standing_by(self.monitor, self.vm, self.names, self.pull.server),
+            Watchdog.start(self.monitor.fileno() if running else None, None) as watchdog,
+        ):
             instant = self.view.take(watchdog, running)
         self.pull.serve()
         return instant

@@ -143,7 +143,8 @@ class Pull:
         self._seats = seats
         self._names = names
         self._undo = teardown
-        self._server: NbdServer | None = None
+        self.server: NbdServer | None = None
+        """QEMU's, where it is ours."""
         self._known: dict[int, tuple[bytes | bytearray, bytes | bytearray]] = {}
         self._staging: Staging | None = None
 
@@ -156,7 +157,7 @@ class Pull:
         """
         libnbd()
         try:
-            self._server = NbdServer(self._monitor, self._names, self._undo)
+            self.server = NbdServer(self._monitor, self._names, self._undo)
         except nbd_server.ServerTaken:
             self.way = Method.STAGED
 
@@ -195,8 +196,8 @@ class Pull:
         """
         if self._staging:
             self._staging.fill(speed, watch, self._undo)
-        elif self._server:
-            self._server.export(list(self._exports()))
+        elif self.server:
+            self.server.export(list(self._exports()))
 
     def _exports(self) -> Iterator[Command]:
         for seat in self._seats:
@@ -282,8 +283,8 @@ class Pull:
     def _mark(self, seat: Seat, samples: Sequence[int]) -> None:
         """Mark chunks in the ledger by writing to each; without a server by the human monitor."""
         ledger, offsets = self._names.of(LEDGER, seat.number), [at * seat.chunk for at in samples]
-        if self._server:
-            self._write(self._server, seat, ledger, offsets)
+        if self.server:
+            self._write(self.server, seat, ledger, offsets)
         else:
             lines = [f'qemu-io {ledger} "write -q -z {at} {_SECTOR}"' for at in offsets]
             for start in range(0, len(lines), _LINES):
@@ -328,7 +329,7 @@ class Pull:
 
     @property
     def _path(self) -> str:
-        return self._server.path if self._server else ""
+        return self.server.path if self.server else ""
 
     def _marks(self, seat: Seat) -> str:
         return self._names.of("marks", seat.number)

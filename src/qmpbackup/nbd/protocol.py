@@ -96,6 +96,10 @@ see the same."""
 _HOLE_THAT_IS_ZERO = 0b11
 
 
+EXPORT_BYTES: Final = 8 + 2
+"""Size and flags, which end the handshake of a client that has asked in the old way."""
+
+
 class ProtocolError(Exception):
     """What a client sent is not NBD."""
 
@@ -109,6 +113,13 @@ class ClientRequest:
     cookie: int
     offset: int
     length: int
+
+
+def asking_for(export: str) -> bytes:
+    """What a client says to the greeting that wants an export and no more."""
+    name = export.encode()
+    flags = (0b11).to_bytes(4)
+    return flags + OPTION.pack(_OPTION_MAGIC, Option.EXPORT_NAME, len(name)) + name
 
 
 def parse_request(data: bytes | memoryview) -> ClientRequest:

@@ -29,6 +29,9 @@ LIVING = "living"
 GUARD = "guard"
 """What a run calls the node that keeps the VM from being migrated or saved while jobs copy."""
 
+BYSTANDER = "aside"
+"""What a run calls the export of a disk that somebody listens at while the VM is stopped."""
+
 STOPPED_MARKER = "qmpbackup-stopped"
 FROZEN_MARKER = "qmpbackup-frozen"
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 
 from qmpbackup.errors import VmError
 from qmpbackup.machine import kept_descriptors, push, scratch, starved
+from qmpbackup.machine.bystander import standing_by
 from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
@@ -145,7 +146,9 @@ class LiveViews:
         running = self._plan.vm.running
         still = self._request.pause or not running
         guest = Guest(self._monitor, self._request.agent_address, self._request.quiesce)
+        server = self._pull.server if self._pull else None
         with (
+            standing_by(self._monitor, self._plan.vm, self._plan.names, server),
             guest.connected() as agent,
             Watchdog.start(self._monitor.fileno() if running else None, agent) as watchdog,
             guest.frozen(watchdog),
