@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from lab.patience import PATIENCE
+
 FLUSH = b"\xff"
 _DESCRIPTORS = 16
 
@@ -76,7 +78,7 @@ class Proxy:
         trace: TracebackType | None,
     ) -> None:
         self._wake.close()
-        self._thread.join(60)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the proxy does not end"
         self._listener.close()
         self._over.close()
@@ -148,7 +150,8 @@ class _Session:
 
     def serve(self) -> None:
         try:
-            while ready := self._proxy._readable(self._client, self._server):
+            # To the end of its last client, which is the watchdog of a run that failed.
+            while ready := select.select([self._client, self._server], [], [])[0]:
                 if self._server in ready and not self._from_server():
                     return
                 if self._client in ready and not self._from_client():

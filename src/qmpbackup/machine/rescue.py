@@ -85,6 +85,11 @@ class Rescue:
             self._next = now + RETRY_SECONDS
             self._send()
 
+    def register(self, poll: "select.poll") -> None:
+        """Have it end when something came; not where it stays there unread."""
+        if self._orphaned:
+            poll.register(self._connection, select.POLLIN)
+
     def _send(self) -> None:
         flush = FLUSH if self._flush or self._attempts > 1 else b""
         lines = b"".join(json.dumps(request).encode() + b"\n" for request in self._requests())
@@ -187,8 +192,15 @@ class RescueLoop:
         while self._rescues:
             if self._vm and not self._at_work(STOP):
                 self._vm.close()  # the next run must not wait for a guest that hangs
-            time.sleep(_TICK_SECONDS)
+            self._wait_for_more()
             self._tick()
+
+    def _wait_for_more(self) -> None:
+        """Until there is something to read in a dead run's place, or to try again."""
+        poll = select.poll()
+        for rescue in self._rescues:
+            rescue.register(poll)
+        poll.poll(1000 * _TICK_SECONDS)
 
     def _obey(self) -> bool:
         """Wait for an order or for the time to do something; `False` when the run has ended."""
