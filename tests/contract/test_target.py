@@ -4,6 +4,7 @@
 What each kind does besides is tested beside this: `test_directory.py`, `test_restic_format.py`.
 """
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lab.backups import leftovers
 from lab.disks import Disk, create, first_difference, pattern
 from lab.qemu import StartQemu
 from qmpbackup.errors import DamagedError, Locked, NoSuchTarget, UsageError
-from qmpbackup.model import Level, Point
+from qmpbackup.model import Level, Location, Point
 from qmpbackup.plan.finding import Health
 from qmpbackup.plan.retention import Policy
 from qmpbackup.service import show
@@ -27,7 +28,7 @@ from qmpbackup.service.verify import verify
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Target, Wish
 from stock import stored
-from stock.any_target import KINDS, OTHER, SIZES, VM, Place
+from stock.any_target import KINDS, OTHER, SIZES, START, VM, Place
 from stock.stored import MIB, Write
 
 FIRST = {"hd0": [Write(1, 0, 100_000), Write(2, 3 * MIB, 65536)], "hd1": [Write(3, 2 * MIB, 512)]}
@@ -103,6 +104,31 @@ class TestPoints:
 
 class TestOpening:
     """Nothing is made before it is needed, and nobody gets what belongs to another."""
+
+    def test_an_overview_tells_the_newest_point_and_how_many_there_are(
+        self, place: Place, points: list[Point]
+    ) -> None:
+        for _ in range(2):  # from a cache, too, where there is one
+            seen = opening.entrance(place.address).overview(points[-1].time)
+            (found,) = seen.vms
+            assert (found.identity, found.points, found.newest) == (VM, 3, points[-1])
+            assert (found.damaged, found.ahead, seen.damaged) == (0, 0, ())
+
+    def test_a_point_from_the_future_protects_nobody(
+        self, place: Place, points: list[Point]
+    ) -> None:
+        now = points[1].time + timedelta(minutes=1)
+        (found,) = opening.entrance(place.address).overview(now).vms
+        assert (found.points, found.newest, found.ahead) == (3, points[1], 1)
+        (found,) = opening.entrance(place.address).overview(now - timedelta(days=1)).vms
+        assert (found.points, found.newest, found.ahead) == (3, None, 3)
+
+    def test_an_overview_of_what_is_not_there_says_so(self, place: Place) -> None:
+        if isinstance(place.address, Location):
+            assert opening.entrance(place.address).overview(START).vms == ()
+        else:
+            with pytest.raises(NoSuchTarget):
+                opening.entrance(place.address).overview(START)
 
     def test_looking_makes_nothing(self, place: Place) -> None:
         for look_only in (False, True):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from hashlib import blake2b
 from typing import Final, Self
 
@@ -19,6 +20,7 @@ from qmpbackup.plan.retention import Verdict
 from qmpbackup.targets import pouring
 from qmpbackup.targets.interface import Found, Made, Target, Wish
 from qmpbackup.targets.inventory import Inventory, same_vm
+from qmpbackup.targets.overview import Overview, held
 from qmpbackup.targets.receiver import Arrival, Buffer, ChunkReceiver, Sealed
 from qmpbackup.targets.removal import Removed, Sweep
 from qmpbackup.targets.report import Proved, Report
@@ -281,6 +283,12 @@ class Memory:
     def newest(self, vm: str) -> Point | None:
         del vm
         return self.target.points[-1] if self.target and self.target.points else None
+
+    def overview(self, now: datetime) -> Overview:
+        if self.target is None:
+            raise NoSuchTarget("Nothing is remembered.")
+        summed = held(self.target.load(), now)
+        return Overview((summed,) if summed else ())
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool

@@ -39,9 +39,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def run(arguments: argparse.Namespace) -> int:
     """Print the points."""
     from qmpbackup.service import show
+    from qmpbackup.targets.inventory import known_damage
 
     inventory = show.inventory(arguments.target, arguments.lock_wait, arguments.vm)
-    broken = {each.id: show.known_damage(inventory, each) for each in inventory.points}
+    broken = {each.id: known_damage(inventory, each) for each in inventory.points}
     if arguments.json:
         from qmpbackup import documents
 

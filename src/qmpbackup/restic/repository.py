@@ -208,14 +208,14 @@ class Repository:
         """
         return read_all(listed(self._ahead, Kind.SNAPSHOT), self.snapshot, damaged, wanted)
 
-    def snapshot(self, name: str, size: int | None = None) -> Snapshot:
-        """One snapshot, by its whole name.
+    def snapshot(self, name: str, size: int | None = None, *, keep: bool = True) -> Snapshot:
+        """One snapshot, by its whole name, from the cache; unless it is not to be kept there.
 
         Raises:
             DamagedError: it is damaged.
             Missing: there is no such snapshot.
         """
-        cached = self.cached(f"snapshot-{name}")
+        cached = self.cached(f"snapshot-{name}") if keep else None
         if cached is not None:
             with suppress(DamagedError):
                 return snapshot.parse(cached, name)
@@ -223,7 +223,8 @@ class Repository:
         with self._one_large if size > _UNNOTICED else nullcontext():
             data = self.load_unpacked(Kind.SNAPSHOT, name, size)
             found = snapshot.parse(data, name)
-        self.cache(f"snapshot-{name}", data)
+        if keep:
+            self.cache(f"snapshot-{name}", data)
         return found
 
     def save_snapshot(self, new: Snapshot) -> str:

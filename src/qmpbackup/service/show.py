@@ -3,11 +3,10 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
 from qmpbackup.errors import DamagedError, NoSuchTarget, UsageError
 from qmpbackup.model import Point, StoredDisk
-from qmpbackup.plan.chain import LATEST, chain, find
+from qmpbackup.plan.chain import LATEST, find
 from qmpbackup.plan.missing import NotInPoint, missing
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Address, Target
@@ -31,18 +30,6 @@ def inventory(place: Address, lock_wait: float = 0.0, vm: str = "") -> Inventory
                 log.warning("%s", sentence)
         _require_own_points(target, found)
         return found
-
-
-def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
-    """The disks of a point that need files which are known to be damaged, and those files."""
-    bad = {each.path for each in found.marked}
-    needed: dict[str, tuple[str, ...]] = {}
-    for disk in point.disks if bad else ():
-        with suppress(DamagedError):  # what is wrong with a manifest is said elsewhere
-            files = [link.disk.file for link in chain(found.points, point, disk.id)]
-            if bad.intersection(files):
-                needed[disk.id] = tuple(file for file in files if file in bad)
-    return needed
 
 
 def point(

@@ -14,12 +14,14 @@ Knows points; must not know where they lie, nor the VM that they are of.
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from qmpbackup.model import Location, Point, StoredDisk, VmIdentity
 from qmpbackup.plan.finding import Finding
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.overview import Overview
 from qmpbackup.targets.receiver import Arrival, Receiver
 from qmpbackup.targets.removal import Clearing, Sweep
 from qmpbackup.targets.report import Report
@@ -251,6 +253,15 @@ class Entrance(Protocol):
 
         Raises:
             UsageError, WrongPassword: as `opened`, or the newest point is of another VM.
+        """
+
+    def overview(self, now: datetime) -> Overview:
+        """What it holds of all VMs, at one cheap look that locks nothing.
+
+        Raises:
+            NoSuchTarget: there is none.
+            WrongPassword: it does not open.
+            StorageError: it cannot be read.
         """
 
     def advice(

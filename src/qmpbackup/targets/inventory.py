@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What any target holds: points, damage, and whose VM's they are. Pure."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
+from qmpbackup.errors import DamagedError
 from qmpbackup.model import Point, VmIdentity
+from qmpbackup.plan.chain import chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,18 @@ class Inventory:
     points: tuple[Point, ...] = ()
     damaged: tuple[Damage, ...] = ()
     marked: tuple[Damage, ...] = ()
+
+
+def known_damage(found: Inventory, point: Point) -> dict[str, tuple[str, ...]]:
+    """The disks of a point that need files which are known to be damaged, and those files."""
+    bad = {each.path for each in found.marked}
+    needed: dict[str, tuple[str, ...]] = {}
+    for disk in point.disks if bad else ():
+        with suppress(DamagedError):  # what is wrong with a manifest is said elsewhere
+            files = [link.disk.file for link in chain(found.points, point, disk.id)]
+            if bad.intersection(files):
+                needed[disk.id] = tuple(file for file in files if file in bad)
+    return needed
 
 
 def same_vm(one: VmIdentity, other: VmIdentity) -> bool:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +19,7 @@ from qmpbackup.targets.folder.target import DirectoryTarget
 from qmpbackup.targets.folder.vacant import Vacant, tag_of
 from qmpbackup.targets.interface import Found, Made, Opening, Wish
 from qmpbackup.targets.inventory import Inventory
+from qmpbackup.targets.overview import Overview
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,12 @@ class FolderEntrance:
                 "Leave --vm out, or use the target of this VM.",
             )
         return points[-1]
+
+    def overview(self, now: datetime) -> Overview:
+        """What it holds of its VM, by the newest manifest."""
+        from qmpbackup.targets.folder import overview
+
+        return overview.overview(DirectoryTarget.open(self.path), now)
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool

@@ -30,14 +30,20 @@ def load(path: Path, known: Sequence[Damage]) -> Inventory:
             for name in folder.names():
                 if name.endswith(MANIFEST):
                     try:
-                        points.append(_read_point(folder, name))
+                        points.append(read_point(folder, name))
                     except QmpBackupError as error:
                         damaged.append(Damage(f"{POINTS}/{name}", error.message))
         marked = _marked(top, points)
     return Inventory(ordered(points), tuple(damaged), marked)
 
 
-def _read_point(folder: Folder, name: str) -> Point:
+def read_point(folder: Folder, name: str) -> Point:
+    """The point of a manifest.
+
+    Raises:
+        DamagedError: it is none.
+        StorageError: it cannot be read.
+    """
     point_id = name.removesuffix(MANIFEST)
     if not is_point_id(point_id):
         raise DamagedError(f"{name} is not called like a manifest.")

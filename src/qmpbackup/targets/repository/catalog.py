@@ -128,9 +128,9 @@ class _Reader:
             DamagedError: it looks like a point and is none.
             StorageError: the storage fails.
         """
-        hint = _hint(snapshot)
-        if hint is not None and key_of(hint) != self._key:
-            return Entry(snapshot, hint)
+        hinted = hint(snapshot)
+        if hinted is not None and key_of(hinted) != self._key:
+            return Entry(snapshot, hinted)
         point = find_point(self._repository, snapshot)
         if point is None:
             return None
@@ -192,12 +192,18 @@ def _place(snapshot: Snapshot) -> tuple[str, str]:
     return snapshot.hostname, _folder_of(snapshot)
 
 
-def _hint(snapshot: Snapshot) -> VmIdentity | None:
-    """The VM by the tags of a snapshot; None where they do not tell."""
+def hint(snapshot: Snapshot, *, by_name: bool = False) -> VmIdentity | None:
+    """The VM by the tags of a snapshot; None where they do not tell. One that has no UUID is told
+    `by_name` only for who does not mind that anybody may have changed the name of its host."""
     tags = [tag.removeprefix(UUID_TAG) for tag in snapshot.tags if tag.startswith(UUID_TAG)]
-    if TAG not in snapshot.tags or len(tags) != 1 or not tags[0] or not _folder_of(snapshot):
+    folder = _folder_of(snapshot)
+    if TAG not in snapshot.tags or not folder:
         return None
-    name = unquote(_folder_of(snapshot), errors="surrogateescape")
+    name = unquote(folder, errors="surrogateescape")
+    if by_name and not tags and VM_TAG + folder in snapshot.tags:
+        return VmIdentity("", folder, "", snapshot.hostname)
+    if len(tags) != 1 or not tags[0]:
+        return None
     return VmIdentity(tags[0], "" if name == tags[0] else name, "", snapshot.hostname)
 
 
@@ -207,6 +213,11 @@ def tags_of(identity: VmIdentity, point_id: str) -> tuple[str, ...]:
     return (TAG, VM_TAG + vm_name(identity), *uuid, f"point={point_id}")
 
 
+def cache_name(snapshot: Snapshot) -> str:
+    """What a point's manifest is called in the cache."""
+    return f"point-{snapshot.tree.hex()}"
+
+
 def find_point(repository: Repository, snapshot: Snapshot) -> Point | None:
     """The point that a snapshot holds, if it is one; kept in the cache, as its tree can be large.
 
@@ -214,7 +225,7 @@ def find_point(repository: Repository, snapshot: Snapshot) -> Point | None:
         DamagedError: it looks like one and is none.
         StorageError: the storage fails.
     """
-    name = f"point-{snapshot.tree.hex()}"
+    name = cache_name(snapshot)
     what = f"The manifest in snapshot {snapshot.id[:8]}"
     cached = repository.cached(name)
     if cached == _FOREIGN and not _claims(snapshot):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,7 @@ from qmpbackup.restic import password
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.storage.location import connect
 from qmpbackup.targets.interface import Found, Made, Wish
+from qmpbackup.targets.overview import Overview
 from qmpbackup.targets.repository.access import Access
 from qmpbackup.targets.repository.chunk_list import CHUNK
 from qmpbackup.targets.repository.opening import RepositoryOpening, refuse_what_makes_no_sense
@@ -94,6 +96,13 @@ class RepositoryEntrance:
         except NoSuchTarget:
             return None
         return points[-1] if points else None
+
+    def overview(self, now: datetime) -> Overview:
+        """What it holds of all VMs of all hosts."""
+        from qmpbackup.targets.repository import overview
+
+        with self._repository() as (found, _):
+            return overview.overview(found, now)
 
     def advice(
         self, vm: VmIdentity, wait: float, *, strict: bool
