@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from lab import cli
 from lab.repositories import Repository
 from lab.restic import PASSWORD, Restic
+from qmpbackup.errors import DamagedError
 from qmpbackup.model import Location
 from qmpbackup.restic.repository import Repository as Opened
 from qmpbackup.restic.storage.location import connect
 from qmpbackup.targets import opening
-from qmpbackup.targets.overview import Held, Overview
+from qmpbackup.targets.overview import HeldVm, Overview
 from stock.data_centre import DataCentre
 
 NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
@@ -33,7 +35,7 @@ def look(centre: DataCentre, now: datetime = NOW) -> Overview:
     return opening.entrance(Location(centre.location)).overview(now)
 
 
-def of(overview: Overview, name: str) -> Held:
+def of(overview: Overview, name: str) -> HeldVm:
     (found,) = [each for each in overview.vms if each.identity.name == name]
     return found
 
@@ -119,3 +121,23 @@ def test_a_cache_that_is_no_good_is_as_none(centre: DataCentre) -> None:
     for path in (each for each in cache.rglob("*") if each.is_file()):
         path.write_bytes(b"[]\n" + path.read_bytes()[:50])
     assert set(look(centre).vms) == set(seen.vms)
+
+
+def test_status_of_a_target_needs_no_configuration(centre: DataCentre) -> None:
+    target = ("--target", f"restic:{centre.location}")
+    shown = cli.run("status", *target).check()
+    assert "5 VMs of 5 hosts, 15 points" in shown.out
+    lines = [line.split() for line in shown.out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["vm4", "vm3", "vm2", "vm1", "vm0"]
+    first = cli.run("status", *target, "--json").check().objects[0]
+    assert (first["vm"], first["host"], first["points"]) == ("vm4", "kvm4", 3)
+
+
+def test_status_of_a_damaged_target_says_so_and_shows_the_rest(centre: DataCentre) -> None:
+    path = Path(centre.location) / "snapshots" / snapshots(centre, "vm3")[-1]
+    path.chmod(0o600)
+    path.write_bytes(b"x")
+    shown = cli.run("status", "--target", f"restic:{centre.location}")
+    assert shown.code == DamagedError.exit_code
+    assert "5 VMs of 5 hosts, 14 points" in shown.out
+    assert path.name in shown.err

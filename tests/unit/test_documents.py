@@ -2,12 +2,13 @@
 """What `--json` prints: members that are there for good."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from qmpbackup import documents
 from qmpbackup.model import Consistency, Level, Merged, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan.retention import Verdict
 from qmpbackup.service.init import Made
+from qmpbackup.targets.overview import HeldVm
 from qmpbackup.targets.removal import Removed
 
 DISK = StoredDisk(
@@ -48,6 +49,26 @@ def test_a_point_of_a_list() -> None:
         "merged": [{"id": "hd1", "into": "20261103T030405Z-ab12cd"}],
         "damaged": ["hd0"],
     }
+
+
+def test_what_a_target_holds_of_a_vm() -> None:
+    now = POINT.time + timedelta(hours=1)
+    found = json.loads(json.dumps(documents.held(HeldVm(POINT.vm.identity, 3, POINT, 1, 0), now)))
+    assert found == {
+        "schema": 1,
+        "type": "held",
+        "vm": "web",
+        "host": "h",
+        "uuid": "u",
+        "newest": POINT.id,
+        "time": "2026-11-02T03:04:05.000678Z",
+        "age": 3600.0,
+        "consistency": "crash",
+        "points": 3,
+        "damaged": 1,
+        "ahead": 0,
+    }
+    assert documents.held(HeldVm(POINT.vm.identity), now)["newest"] is None
 
 
 def test_a_point_in_full_is_its_manifest_and_its_size() -> None:

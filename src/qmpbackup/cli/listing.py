@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qmpbackup.cli import printing
 from qmpbackup.cli.arguments import add_lock_wait, add_target, add_vm
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.plan.sizes import human
@@ -80,16 +81,7 @@ def warn(damaged: "Sequence[Damage]") -> int:
 
 def table(points: "Sequence[Point]") -> Iterable[str]:
     """The points for people, below a line of heads; nothing at all where there is none."""
-    rows = [_row(point) for point in points]
-    if not rows:
-        return
-    widths = [max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)]
-    for row in (_HEAD, *rows):
-        cells = (
-            cell.rjust(width) if head in _RIGHT else cell.ljust(width)
-            for head, cell, width in zip(_HEAD, row, widths, strict=True)
-        )
-        yield "  ".join(cells).rstrip()
+    return printing.table(_HEAD, [_row(point) for point in points], _RIGHT)
 
 
 def _row(point: "Point") -> tuple[str, ...]:

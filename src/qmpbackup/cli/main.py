@@ -255,6 +255,7 @@ COMMANDS = {
     "drill": "drill",
     "prune": "prune",
     "sweep": "sweep",
+    "status": "status",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""
 

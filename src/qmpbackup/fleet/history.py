@@ -31,6 +31,8 @@ PASSED_OVER: Final = frozenset({13, 129, 130, 143})
 """Exit codes that say nothing: the VM was off, or somebody ended the command in order."""
 
 _RUNS: Final = "runs"
+_ALIVE: Final = " alive"
+"""The name under which it is kept when a run was alive; no message has such a one."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _ATTEMPT: Final = tuple(each.name for each in fields(Attempt))
@@ -105,6 +107,14 @@ class History:
             return os.open(self._runs / run, flags, 0o640)
         except OSError:
             return None
+
+    def alive(self, now: datetime) -> None:
+        """Note that some run is at work, or has found that nothing is due."""
+        self.tell(_ALIVE, now)
+
+    def last_alive(self) -> datetime | None:
+        """When a run last was."""
+        return self.told(_ALIVE)
 
     def lives(self, run: str) -> bool:
         """Whether the run of this id goes on, as far as we may know."""
@@ -201,10 +211,12 @@ class History:
     # Names
 
     def know(self, group: str, vms: Iterable[str], when: datetime) -> None:
-        """Remember VMs that were found for a group, so that they are known while they are off."""
+        """Remember VMs that were found for a group (empty: that have a table alone), so that they are
+        known while they are off, and since when."""
         for vm in vms:
             self._file.do(
-                "INSERT OR REPLACE INTO known_vm VALUES (:group, :vm, :seen)",
+                "INSERT INTO known_vm VALUES (:group, :vm, :seen, :seen) "
+                "ON CONFLICT DO UPDATE SET seen = :seen",
                 {"group": _stored(group), "vm": _stored(vm), "seen": _stored(when)},
             )
 
@@ -215,6 +227,13 @@ class History:
             found.setdefault(str(group), []).append(str(vm))
         return {group: tuple(vms) for group, vms in found.items()}
 
+    def first_seen(self, vm: str) -> datetime | None:
+        """When a VM was first remembered, in whichever group."""
+        rows = self._file.do(
+            "SELECT min(first_seen) FROM known_vm WHERE vm = :vm", {"vm": _stored(vm)}
+        )
+        return _time(rows[0][0]) if rows[0][0] is not None else None
+
     # Messages
 
     def told(self, key: str) -> datetime | None:
@@ -224,7 +243,7 @@ class History:
 
     def all_told(self) -> dict[str, datetime]:
         """All that people were told of, and when."""
-        rows = self._file.do("SELECT key, at FROM told ORDER BY key")
+        rows = self._file.do("SELECT key, at FROM told WHERE key <> :alive", {"alive": _ALIVE})
         return {str(key): _time(at) for key, at in rows}
 
     def tell(self, key: str, when: datetime | None) -> None:

@@ -37,9 +37,11 @@ CREATE INDEX IF NOT EXISTS attempt_unended ON attempt (run) WHERE ended IS NULL;
 CREATE TABLE IF NOT EXISTS holding (
   vm TEXT NOT NULL, target TEXT NOT NULL, looked INTEGER NOT NULL, newest INTEGER,
   newest_id TEXT NOT NULL, consistency TEXT NOT NULL, points INTEGER NOT NULL, damaged INTEGER NOT NULL,
-  host TEXT NOT NULL, uuid TEXT NOT NULL, problem TEXT NOT NULL, PRIMARY KEY (vm, target));
+  host TEXT NOT NULL, uuid TEXT NOT NULL, problem TEXT NOT NULL, ahead INTEGER
+  NOT NULL, PRIMARY KEY (vm, target));
 CREATE TABLE IF NOT EXISTS known_vm (
-  group_name TEXT NOT NULL, vm TEXT NOT NULL, seen INTEGER NOT NULL, PRIMARY KEY (group_name, vm));
+  group_name TEXT NOT NULL, vm TEXT NOT NULL, first_seen INTEGER NOT NULL, seen INTEGER NOT NULL,
+  PRIMARY KEY (group_name, vm));
 CREATE TABLE IF NOT EXISTS told (key TEXT PRIMARY KEY, at INTEGER NOT NULL);
 PRAGMA user_version = 1;
 COMMIT;

@@ -47,7 +47,8 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What a target held of a VM when it was looked at. `newest` is the newest point that is not known
-    to be damaged. `problem`: why nobody could look (then the rest is from the last look, if any)."""
+    to be damaged, nor from the future, as `ahead` points are. `problem`: why nobody could look (then the
+    rest is from the last look, if any)."""
 
     vm: str
     target: str
@@ -60,3 +61,4 @@ class Holding:
     host: str = ""
     uuid: str = ""
     problem: str = ""
+    ahead: int = 0

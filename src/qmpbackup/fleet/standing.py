@@ -180,9 +180,9 @@ def _state(
     return (
         _damaged(facts)
         or (_late(facts, deadline, now) if is_late and not _is_running(facts, now) else None)
+        or _running(facts, now)
         or _unknown(facts)
         or _off(facts)
-        or _running(facts, now)
         or _failed(facts)
         or _degraded(facts)
         or _due(facts, schedule, now)

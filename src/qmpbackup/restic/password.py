@@ -17,8 +17,9 @@ _SPACE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".j
 """What Go takes for space; Python knows four more."""
 
 
-def read(environment: Mapping[str, str], *, confirm: bool = False) -> str:
-    """`RESTIC_PASSWORD_FILE`, `RESTIC_PASSWORD_COMMAND`, `RESTIC_PASSWORD`, or from a terminal.
+def read(environment: Mapping[str, str], *, confirm: bool = False, ask: bool = True) -> str:
+    """`RESTIC_PASSWORD_FILE`, `RESTIC_PASSWORD_COMMAND`, `RESTIC_PASSWORD`, or, if somebody may be asked,
+    from a terminal.
 
     What a file holds or a command prints may have space around it, which is no part of it. Bytes
     that are no UTF-8 are kept as surrogates.
@@ -38,7 +39,7 @@ def read(environment: Mapping[str, str], *, confirm: bool = False) -> str:
         return _some(_from_file(file), f"The password file {file}")
     if environment.get("RESTIC_PASSWORD"):
         return environment["RESTIC_PASSWORD"]
-    return _some(_asked_for(confirm), "The password")
+    return _some(_asked_for(confirm, ask=ask), "The password")
 
 
 def _some(password: str, source: str) -> str:
@@ -106,8 +107,8 @@ def split(command: str) -> list[str]:
     return arguments
 
 
-def _asked_for(confirm: bool) -> str:
-    if not sys.stdin.isatty():
+def _asked_for(confirm: bool, *, ask: bool) -> str:
+    if not (ask and sys.stdin.isatty()):
         raise UsageError(
             "There is no password for the repository.",
             "Set RESTIC_PASSWORD_FILE (or RESTIC_PASSWORD, or RESTIC_PASSWORD_COMMAND).",

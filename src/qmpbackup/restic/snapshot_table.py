@@ -28,7 +28,7 @@ _AT_ONCE: Final = 8
 _BATCH: Final = 128
 
 
-class Row(NamedTuple):
+class Tabled(NamedTuple):
     """A snapshot: its name, its time in microseconds since 1970, and the number of its note."""
 
     name: bytes
@@ -45,7 +45,7 @@ class SnapshotTable:
     """All snapshots that are there, in no order, and the notes on them."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Tabled] = []
         self.notes: list[str] = []
         self._numbers: dict[str, int] = {}
 
@@ -54,7 +54,7 @@ class SnapshotTable:
         number = self._numbers.setdefault(note, len(self.notes))
         if number == len(self.notes):
             self.notes.append(note)
-        self.rows.append(Row(name, micros, number))
+        self.rows.append(Tabled(name, micros, number))
 
     def encode(self) -> bytes:
         """As it is kept."""
@@ -68,7 +68,7 @@ class SnapshotTable:
         table = cls()
         try:
             notes = json.loads(head)
-            rows = [Row(*each) for each in _ROW.iter_unpack(body)]
+            rows = [Tabled(*each) for each in _ROW.iter_unpack(body)]
         except (ValueError, struct.error):
             return table
         is_ours = isinstance(notes, list) and all(isinstance(each, str) for each in notes)

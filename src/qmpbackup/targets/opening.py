@@ -5,7 +5,7 @@ Each kind is imported only where it is meant. To add one: a package beside `fold
 implements `targets.interface`, a case here, and a maker in `tests/contract/test_target.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qmpbackup.errors import UsageError
@@ -34,8 +34,9 @@ def place(text: str) -> Location | Path:
     return Path(text)
 
 
-def entrance(where: Address) -> Entrance:
-    """How the target at a place is opened."""
+def entrance(where: Address, variables: Mapping[str, str] | None = None) -> Entrance:
+    """How the target at a place is opened: by what this process' environment says, or by `variables` in
+    its place, where one process opens several."""
     match where:
         case Path():
             from qmpbackup.targets.folder.entrance import FolderEntrance
@@ -44,7 +45,7 @@ def entrance(where: Address) -> Entrance:
         case Location():
             from qmpbackup.targets.repository.entrance import RepositoryEntrance
 
-            return RepositoryEntrance(where)
+            return RepositoryEntrance(where, variables=variables)
         case _:
             return where
 

@@ -19,7 +19,7 @@ SKEW: Final = timedelta(minutes=15)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldVm:
     """What there is of one VM. `newest` is its newest point that is not known to be damaged, nor from
     the future; `damaged` points are counted in `points`, too, as are those that are `ahead`."""
 
@@ -35,7 +35,7 @@ class Overview:
     """What there is of all VMs; what is damaged, of whichever VM; and the folder that it lies in, if
     that is a file system of this machine."""
 
-    vms: tuple[Held, ...] = ()
+    vms: tuple[HeldVm, ...] = ()
     damaged: tuple[Damage, ...] = ()
     folder: Path | None = None
 
@@ -45,12 +45,12 @@ def is_ahead(time: datetime, now: datetime) -> bool:
     return time > now + SKEW
 
 
-def held(found: Inventory, now: datetime) -> Held | None:
+def held(found: Inventory, now: datetime) -> HeldVm | None:
     """What an inventory of one VM's points comes to; None where it has none."""
     if not found.points:
         return None
     good = [each for each in found.points if not known_damage(found, each)]
-    return Held(
+    return HeldVm(
         found.points[-1].vm.identity,
         len(found.points) + len(found.damaged),
         newest(good, now),

@@ -151,7 +151,7 @@ def test_holdings_names_and_messages_are_kept(tmp_path: Path) -> None:
         history.note(holding)
         history.note(Holding("web", "main", NOW, problem="It does not open."))
         history.know("all", ["web", "db1"], NOW)
-        history.know("all", ["db1"], NOW)
+        history.know("all", ["db1"], NOW + timedelta(days=1))
         history.tell("late:db1", NOW)
         history.tell("late:web", NOW)
         history.tell("late:web", None)
@@ -159,6 +159,8 @@ def test_holdings_names_and_messages_are_kept(tmp_path: Path) -> None:
         assert history.holdings()[0] == holding
         assert history.holdings()[1].problem == "It does not open."
         assert history.known_vms() == {"all": ("db1", "web")}
+        assert history.first_seen("db1") == NOW
+        assert history.first_seen("nobody") is None
         assert history.told("late:db1") == NOW
         assert history.told("late:web") is None
         assert history.all_told() == {"late:db1": NOW}

@@ -16,7 +16,7 @@ from qmpbackup.folder import Folder
 from qmpbackup.targets.folder import manifests, marks
 from qmpbackup.targets.folder.target import DirectoryTarget
 from qmpbackup.targets.names import MANIFEST, POINTS, is_point_id
-from qmpbackup.targets.overview import Held, Overview, held, is_ahead
+from qmpbackup.targets.overview import HeldVm, Overview, held, is_ahead
 
 _TIME: Final = re.compile(r"(\d{8}T\d{6}Z)-", re.ASCII)
 
@@ -65,7 +65,7 @@ def _time_of(point_id: str) -> datetime | None:
         return None
 
 
-def _quick(top: Folder, dated: Sequence[tuple[datetime, str]], now: datetime) -> Held | None:
+def _quick(top: Folder, dated: Sequence[tuple[datetime, str]], now: datetime) -> HeldVm | None:
     """What there is, if the newest manifest is whole; None otherwise."""
     ahead = sum(is_ahead(time, now) for time, _ in dated)
     if ahead == len(dated):
@@ -75,4 +75,4 @@ def _quick(top: Folder, dated: Sequence[tuple[datetime, str]], now: datetime) ->
             point = manifests.read_point(folder, dated[ahead][1])
         except QmpBackupError:
             return None
-    return Held(point.vm.identity, len(dated), point, 0, ahead)
+    return HeldVm(point.vm.identity, len(dated), point, 0, ahead)

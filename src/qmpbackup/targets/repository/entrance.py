@@ -30,10 +30,12 @@ from qmpbackup.targets.repository.target import RepositoryTarget
 
 @dataclass(frozen=True, slots=True)
 class RepositoryEntrance:
-    """See `Entrance`. `typed` is the password, where somebody has been asked for it."""
+    """See `Entrance`. `typed` is the password, where somebody has been asked for it; `variables` are
+    what is known in place of this process' environment, and then nobody is asked."""
 
     location: Location
     typed: str = field(default="", repr=False)
+    variables: Mapping[str, str] | None = field(default=None, repr=False)
 
     @property
     def chunk(self) -> int:
@@ -64,7 +66,11 @@ class RepositoryEntrance:
 
     @property
     def _password(self) -> str:
-        return self.typed or password.read(os.environ)
+        return self.typed or password.read(self._variables, ask=self.variables is None)
+
+    @property
+    def _variables(self) -> Mapping[str, str]:
+        return os.environ if self.variables is None else self.variables
 
     def handed_on(self) -> tuple[str, Mapping[str, str]]:
         """The location is in the environment, where restic's own variables are."""
@@ -151,10 +157,12 @@ class RepositoryEntrance:
 
     @contextmanager
     def _repository(self, *, to_read: bool = False) -> Iterator[tuple[Repository, Access]]:
-        with connect(self.location.text, os.environ) as storage:
+        variables = self._variables
+        with connect(self.location.text, variables) as storage:
             # Once: what was typed is not in the environment that restic inherits.
             access = Access(self.location, self._password)
-            with Repository.open(storage, access.secret, to_read=to_read) as found:
+            opened = Repository.open(storage, access.secret, environment=variables, to_read=to_read)
+            with opened as found:
                 yield found, access
 
     @contextmanager

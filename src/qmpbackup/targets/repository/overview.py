@@ -19,11 +19,11 @@ from qmpbackup.model import Point, VmIdentity
 from qmpbackup.restic import snapshot_table
 from qmpbackup.restic.repository import Repository
 from qmpbackup.restic.snapshot import Snapshot
-from qmpbackup.restic.snapshot_table import Row
+from qmpbackup.restic.snapshot_table import Tabled
 from qmpbackup.restic.storage.interface import Missing
 from qmpbackup.restic.storage.location import is_remote
 from qmpbackup.targets.inventory import Damage
-from qmpbackup.targets.overview import Held, Overview, is_ahead
+from qmpbackup.targets.overview import HeldVm, Overview, is_ahead
 from qmpbackup.targets.repository import catalog
 from qmpbackup.targets.repository.whose import Key, key_of, vm_name
 
@@ -39,7 +39,7 @@ def overview(repository: Repository, now: datetime) -> Overview:
     """
     reader = _Reader(repository)
     table = snapshot_table.read(repository, _TABLE, reader.note, reader.damaged)
-    vms: dict[Key, list[Row]] = {}
+    vms: dict[Key, list[Tabled]] = {}
     identities = [_identity(note) for note in table.notes]
     for row in table.rows:
         identity = identities[row.note]
@@ -87,7 +87,7 @@ class _Reader:
         name = identity.name if identity.uuid else vm_name(identity)
         return json.dumps([identity.uuid, name, "", identity.host])
 
-    def held(self, identity: VmIdentity, rows: Sequence[Row], now: datetime) -> Held:
+    def held(self, identity: VmIdentity, rows: Sequence[Tabled], now: datetime) -> HeldVm:
         """What there is of a VM, whose snapshots come newest first."""
         ahead = sum(is_ahead(row.time, now) for row in rows)
         damaged = 0
@@ -99,10 +99,10 @@ class _Reader:
                 damaged += 1
                 continue
             if point is not None:
-                return Held(point.vm.identity, len(rows), point, damaged, ahead)
-        return Held(identity, len(rows), None, damaged, ahead)
+                return HeldVm(point.vm.identity, len(rows), point, damaged, ahead)
+        return HeldVm(identity, len(rows), None, damaged, ahead)
 
-    def _snapshots(self, rows: Sequence[Row]) -> Iterator[Snapshot]:
+    def _snapshots(self, rows: Sequence[Tabled]) -> Iterator[Snapshot]:
         for row in rows:
             try:
                 yield self._repository.snapshot(row.name.hex())

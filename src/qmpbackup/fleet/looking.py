@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What targets hold of our VMs, looked at in the targets themselves: the truth about backups.
+
+Each place is looked at once, several at a time, by threads that nobody waits for longer than a bound:
+storage that hangs holds up no judgement. Whose points are whose is told by what was seen before, by the
+newest point that was made, and by the VM's socket; a VM's name need not be the one that QEMU knows.
+"""
+
+import logging
+import queue
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
+
+from qmpbackup.errors import Exhausted, NoSuchTarget, QmpBackupError
+from qmpbackup.fleet.history import History
+from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
+from qmpbackup.plan.room import Space
+from qmpbackup.service import room
+from qmpbackup.targets import opening
+from qmpbackup.targets.overview import HeldVm, Overview
+
+log = logging.getLogger(__name__)
+
+PATIENCE: Final = 90.0
+"""Seconds after which a place is given up that neither answers nor fails."""
+_AT_ONCE: Final = 8
+
+Variables = Callable[[TargetSettings], Mapping[str, str]]
+"""Gives the environment with which a target opens; may fail with a `QmpBackupError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A target as it was found: its file system, if it is one of this machine; what is damaged there, as
+    sentences, that is of no certain VM; and why nobody could look."""
+
+    name: str
+    space: Space | None = None
+    damaged: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found: of each VM in each of its targets, and of each target."""
+
+    holdings: tuple[Holding, ...] = ()
+    sights: tuple[Sight, ...] = ()
+
+
+Seen = Overview | QmpBackupError
+"""What a look at one place came to."""
+
+
+def look(
+    configuration: Configuration,
+    history: History,
+    now: datetime,
+    variables: Variables,
+    patience: float = PATIENCE,
+) -> Looked:
+    """Look at all targets, and keep what was seen in the history."""
+    host = socket.gethostname()
+    wanted = [
+        (vm, configuration.target(name))
+        for vm in configuration.vms
+        if vm.enabled
+        for name in vm.targets
+    ]
+    places = {_place(target, vm, host): target for vm, target in wanted}
+    seen = _seen(places, now, variables, patience)
+    before = {(each.vm, each.target): each for each in history.holdings()}
+    holdings = []
+    for vm, target in wanted:
+        known = before.get((vm.name, target.name), Holding(vm.name, target.name, now))
+        last = history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
+        found = seen[_place(target, vm, host)]
+        holdings.append(_holding(vm, target, found, Clues(host, known, last), now))
+        history.note(holdings[-1])
+    return Looked(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
+
+
+@dataclass(frozen=True, slots=True)
+class Clues:
+    """By what a VM's points are known: its host, what was seen of it before, its last good backup."""
+
+    host: str
+    known: Holding
+    last: Attempt | None
+
+
+def _holding(
+    vm: VmSettings, target: TargetSettings, found: Seen, clues: Clues, now: datetime
+) -> Holding:
+    """What a look at its place says of a VM."""
+    if isinstance(found, QmpBackupError):
+        if target.when_gone is WhenGone.SKIP:
+            return replace(clues.known, problem="")
+        if clues.known.points or not isinstance(found, NoSuchTarget):
+            return replace(clues.known, problem=str(found))
+        found = Overview()  # the first backup makes it
+    held = whose(vm, found.vms, clues)
+    if held is None:
+        return Holding(vm.name, target.name, now, host=clues.known.host, uuid=clues.known.uuid)
+    identity, newest = held.identity, held.newest
+    return Holding(
+        vm.name,
+        target.name,
+        now,
+        newest.time if newest else None,
+        newest.id if newest else "",
+        newest.consistency if newest else "",
+        held.points,
+        held.damaged,
+        identity.host,
+        identity.uuid,
+        ahead=held.ahead,
+    )
+
+
+def whose(vm: VmSettings, vms: Sequence[HeldVm], clues: Clues) -> HeldVm | None:
+    """What there is of a VM among several; where several could be it, the one with the newest point."""
+    for is_it in (_for_certain, _by_its_name):
+        found = [each for each in vms if is_it(vm, each, clues)]
+        if found:
+            return max(found, key=lambda each: each.newest.time.timestamp() if each.newest else 0)
+    return None
+
+
+def _for_certain(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
+    """Whether they were made over its socket, or are those that were its before."""
+    identity, known, last = held.identity, clues.known, clues.last
+    if identity.address == vm.socket and identity.host in {"", clues.host}:
+        return True
+    if held.newest and last and last.point == held.newest.id:
+        return True
+    return bool(known.uuid) and known.uuid.lower() == identity.uuid.lower()
+
+
+def _by_its_name(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
+    identity = held.identity
+    return identity.name == vm.name and identity.host in {"", clues.host, clues.known.host}
+
+
+def _sights(
+    targets: Iterable[TargetSettings],
+    places: Mapping[str, TargetSettings],
+    seen: Mapping[str, Seen],
+) -> Iterator[Sight]:
+    """What was found of each target, at all of its places."""
+    for target in targets:
+        found = [seen[place] for place, of in places.items() if of is target]
+        overviews = [each for each in found if isinstance(each, Overview)]
+        problems = [each for each in found if isinstance(each, QmpBackupError)]
+        is_alarm = target.when_gone is WhenGone.FAIL and not overviews
+        damaged = (damage for each in overviews for damage in each.damaged)
+        yield Sight(
+            target.name,
+            _space(overviews),
+            tuple(f"{each.path}: {each.reason}" for each in damaged),
+            str(problems[0]) if problems and is_alarm else "",
+        )
+
+
+def _space(overviews: Iterable[Overview]) -> Space | None:
+    """The file system of a target; that with the least free, where it has several."""
+    spaces = []
+    for each in overviews:
+        if each.folder is not None:
+            with suppress(OSError):
+                spaces.append(room.space(each.folder))
+    return min(filter(None, spaces), key=lambda each: each.free, default=None)
+
+
+# Looking
+
+
+def _place(target: TargetSettings, vm: VmSettings, host: str) -> str:
+    names = {"vm": vm.name, "group": vm.group, "host": host}
+    return re.sub(r"\{(vm|group|host)\}", lambda found: names[found[1]], target.location)
+
+
+def _seen(
+    places: Mapping[str, TargetSettings], now: datetime, variables: Variables, patience: float
+) -> dict[str, Seen]:
+    """What is at each place, or why nobody knows."""
+    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, Seen]] = queue.SimpleQueue()
+    for place in places:
+        todo.put(place)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                place = todo.get_nowait()
+                done.put((place, _look_at(place, places[place], now, variables)))
+
+    for _ in range(min(_AT_ONCE, len(places))):
+        threading.Thread(target=work, name="looking", daemon=True).start()
+    seen: dict[str, Seen] = {}
+    with suppress(queue.Empty):
+        while len(seen) < len(places):
+            place, found = done.get(timeout=patience)
+            seen[place] = found
+    late = QmpBackupError(
+        f"It has not answered within {patience:.0f} s.", "See that it can be reached."
+    )
+    return {place: seen.get(place, late) for place in places}
+
+
+def _look_at(place: str, target: TargetSettings, now: datetime, variables: Variables) -> Seen:
+    try:
+        return opening.entrance(opening.place(place), variables(target)).overview(now)
+    except QmpBackupError as error:
+        return error
+    except Exhausted as error:
+        return QmpBackupError(error.message, error.hint)
+    except Exception as error:  # whatever it is, the others are judged
+        log.debug("Looking at %s failed:", place, exc_info=error)
+        return QmpBackupError(f"Looking at it failed: {type(error).__name__}: {error}.")
