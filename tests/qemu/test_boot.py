@@ -228,6 +228,28 @@ def test_a_vm_that_is_off_is_settled_too(in_folder: Scene) -> None:
         assert vm.processes() == []
 
 
+def test_a_disk_that_only_its_node_names_is_known_again(tmp_path: Path) -> None:
+    # As the variables of UEFI firmware are, which the machine has and no device.
+    contents = {"vars": pattern(SIZE, 5)}
+    image = create(tmp_path / "vars.img", SIZE, contents=contents["vars"])
+    (tmp_path / "rom").write_bytes(HALT)
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    node = f"qcow2,node-name=vars,file.driver=file,file.filename={image}"
+    words = ("-blockdev", node, "-device", "virtio-blk-pci,drive=vars", "-name", "x")
+    target = tmp_path / "target"
+    with Qemu(args=(*words, "-bios", str(tmp_path / "rom")), firmware=None) as vm:
+        back_up(vm, target)
+    for number in range(2):  # the second time out of a point of the VM that had been settled
+        folder = ("--target", str(target), "--to", tmp_path / f"vm{number}")
+        with booted(*folder, "--settle", env=environment) as again:
+            assert levels(back_up(again, target)) == {"vars": "inc"}
+            again.quit()
+            cli.run("boot", "--to", again.folder, env=environment).check()
+            point = back_up(again, target)
+            assert levels(point) == {"vars": "inc"}
+            assert_restores(target, point["id"], contents, tmp_path)
+
+
 SCRIPT = """
 import os, sys
 from pathlib import Path

@@ -118,6 +118,21 @@ def test_a_disk_of_a_drive_is_known_by_its_file(words: list[str], kept: dict[str
     assert not values(found, "blockdev")
 
 
+@pytest.mark.parametrize(
+    ("recorded", "placed"),
+    [("/v/vars.overlay.qcow2", True), ("/v/vars.qcow2", True), ("/v/vars", False)],
+)
+def test_the_line_of_a_settled_vm_names_an_overlay_that_is_no_more(
+    recorded: str, placed: bool
+) -> None:
+    node = f"qcow2,node-name=boot0,file.driver=file,file.filename={recorded}"
+    found = launched(
+        *("-machine", "q35,pflash1=boot0", "-blockdev", node),
+        disks=[attached("vars", "/v/vars.qcow2")],
+    )
+    assert (found.obstacles == ()) == placed
+
+
 def test_variables_of_firmware() -> None:
     found = launched(
         *("-machine", "q35,accel=kvm,smm=on,pflash0=code,pflash1=vars"),

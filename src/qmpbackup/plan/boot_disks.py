@@ -10,6 +10,9 @@ from typing import Any
 
 from qmpbackup.plan.qemu_options import Parameters, QemuOption
 
+OVERLAY = ".overlay.qcow2"
+"""How the file ends that a booted VM writes to; the disk without it, once it is settled, in `.qcow2`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attached:
@@ -99,7 +102,11 @@ class RecordedDisks:
             if each.id in {device, drive} - {""}:
                 return each
         file = file or self.file_of(drive)
-        return next((each for each in self._disks if file and each.source_file == file), None)
+        # Of a VM that was booted and settled, the command line names the overlay that is no more.
+        settled = file.removesuffix(OVERLAY) + ".qcow2" if file.endswith(OVERLAY) else file
+        return next(
+            (each for each in self._disks if file and each.source_file in {file, settled}), None
+        )
 
 
 _FIRMWARE = ("pflash0", "pflash1")

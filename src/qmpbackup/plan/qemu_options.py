@@ -158,6 +158,12 @@ def parse(words: Sequence[str]) -> Iterator[QemuOption]:
         yield option(name, None if name in FLAGS else next(left, ""))
 
 
+def node_names(words: Sequence[str]) -> frozenset[str]:
+    """The names of the nodes that a command line makes; no drive has one of these."""
+    options = parse(words[program_of(words) :])
+    return frozenset(each.members.text("node-name") for each in options if each.name == "blockdev")
+
+
 _UNITS = {"": 20, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
 

@@ -41,7 +41,7 @@ from qmpbackup.machine.reply import Reply
 from qmpbackup.model import Point, VmIdentity
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.commands import Command
-from qmpbackup.plan.qemu_options import program_of
+from qmpbackup.plan.qemu_options import node_names, program_of
 from qmpbackup.process import run
 from qmpbackup.service.boot_folder import (
     JOURNAL,
@@ -123,6 +123,8 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
     ):
         point = find_point(target, target.load(), request.point)
     folder = sandbox or BootFolder(_folder(request, point))
+    recorded = point.vm.command_line
+    named = node_names(recorded)
     disks = tuple(
         BootedDisk(
             disk.id,
@@ -131,10 +133,10 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
             number,
             bitmap=disk.bitmap,
             end_mark=disk.end_mark,
+            own_node=disk.id if disk.id in named else "",
         )
         for number, disk in enumerate(chosen_disks(point, ()))
     )
-    recorded = point.vm.command_line
     boot = Boot(
         target=opening.entrance(request.target).spelled,
         vm=request.vm,

@@ -33,7 +33,7 @@ from qmpbackup.filelock import is_locked, locked, runtime_folder
 from qmpbackup.machine.booting import NODE
 from qmpbackup.machine.command_line import masked
 from qmpbackup.model import VmConfig, VmIdentity
-from qmpbackup.plan.boot_disks import Attached
+from qmpbackup.plan.boot_disks import OVERLAY, Attached
 from qmpbackup.state import state_folder
 from qmpbackup.targets.names import folder_name
 
@@ -56,7 +56,8 @@ class BootPhase(StrEnum):
 @dataclass(frozen=True, slots=True)
 class BootedDisk:
     """A disk of a booted VM; `number` names its nodes. `settled`: it has no overlay any more. `bitmap` and
-    `end_mark` are those that count from the point."""
+    `end_mark` are those that count from the point. `own_node` is the name that its node had (empty: it is
+    known by something else), by which the next backup knows it again."""
 
     id: str
     source_file: str
@@ -65,10 +66,11 @@ class BootedDisk:
     settled: bool = False
     bitmap: str = ""
     end_mark: str = ""
+    own_node: str = ""
 
     @property
     def node(self) -> str:
-        """The node that the guest's device is put on: the overlay; once settled, the disk."""
+        """The node of the overlay, that the guest's device is put on until the disk is settled."""
         return f"{NODE}{self.number}"
 
     @property
@@ -79,7 +81,7 @@ class BootedDisk:
     @property
     def base_node(self) -> str:
         """The node of the disk that has been restored beside."""
-        return f"{NODE}{self.number}-base"
+        return self.own_node or f"{NODE}{self.number}-base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class BootFolder:
 
     def overlay(self, disk: BootedDisk) -> Path:
         """The file with what the guest has written."""
-        return self.path / f"{folder_name(disk.id)}.overlay.qcow2"
+        return self.path / f"{folder_name(disk.id)}{OVERLAY}"
 
     def base(self, disk: BootedDisk) -> Path:
         """The file that the disk is restored to, which `restore --output` names so."""
@@ -273,7 +275,7 @@ def nodes_of(folder: BootFolder, boot: Boot) -> list[Attached]:
 
 def _attached(folder: BootFolder, disk: BootedDisk, phase: BootPhase) -> Attached:
     if disk.settled:
-        return Attached(disk.id, disk.source_file, _image(disk.node, folder.base(disk)))
+        return Attached(disk.id, disk.source_file, _image(disk.base_node, folder.base(disk)))
     served = phase is BootPhase.POINT
     below = point_of(folder, disk) if served else base_of(folder, disk)
     overlay = overlay_of(folder, disk) | {"backing": below["node-name"]}
