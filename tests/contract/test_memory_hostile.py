@@ -121,10 +121,19 @@ OF_LISTS: tuple[How, ...] = (
 OF_PAGES: tuple[How, ...] = (*OF_LISTS, "endless pages")
 COMBINATIONS = [
     *(("rest", kind, how) for kind in KINDS for how in OF_FILES),
-    *(("rest", kind, how) for kind in KINDS[1:] for how in OF_LISTS),
     *(("s3", kind, how) for kind in KINDS for how in OF_FILES if "chunks" not in how),
-    *(("s3", kind, how) for kind in KINDS[1:] for how in OF_PAGES),
+    *((protocol, kind, "endless lists") for protocol in ("rest", "s3") for kind in KINDS[1:]),
+    *((protocol, "locks", how) for protocol in ("rest", "s3") for how in OF_LISTS[1:]),
+    ("s3", "locks", "endless pages"),
 ]
+OTHERS = [
+    combination
+    for protocol, hows in (("rest", OF_LISTS), ("s3", OF_PAGES))
+    for kind in KINDS[1:]
+    for how in hows
+    if (combination := (protocol, kind, how)) not in COMBINATIONS
+]
+"""Listings are parsed and bounded in one place: what differs is who takes them in."""
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +145,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return made.made
 
 
-@pytest.mark.parametrize(("protocol", "kind", "how"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("protocol", "kind", "how"),
+    [*COMBINATIONS, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
+)
 def test_a_server_that_knows_no_measure(
     protocol: str, kind: str, how: How, stored: Repository, tmp_path: Path
 ) -> None:

@@ -122,7 +122,7 @@ def roll_forward(path: Path) -> list[str]:
         return journal.roll_forward(path)
 
 
-STRIDES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+STRIDES = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @STRIDES

@@ -356,6 +356,14 @@ class TestDevice:
             assert device.read_bytes() == expected + b"\xff" * MIB
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """A point that takes long enough to be interrupted."""
+    stored = Stored(tmp_path_factory.mktemp("large") / "target", size=512 * MIB)
+    stored.add(Level.FULL, {"hd0": [Write(1, 0, 512 * MIB)]})
+    return stored
+
+
 class TestInterrupted:
     """A restore that is ended by a signal leaves nothing; one that is killed is in nobody's way."""
 
@@ -376,12 +384,6 @@ class TestInterrupted:
         while process.poll() is None and not (partial.exists() and partial.stat().st_size):
             pass
         return process
-
-    @pytest.fixture
-    def large(self, tmp_path: Path) -> Stored:
-        stored = Stored(tmp_path / "large", size=512 * MIB)
-        stored.add(Level.FULL, {"hd0": [Write(1, 0, 512 * MIB)]})
-        return stored
 
     def test_terminated(self, large: Stored, out: Path) -> None:
         process = self.start(large, out)
