@@ -191,7 +191,6 @@ modprobe -a dm_crypt algif_skcipher
 printf 'open sesame' | cryptsetup luksFormat -q --key-file=- --pbkdf pbkdf2 \\
     --pbkdf-force-iterations 1000 /dev/vdd
 printf 'open sesame' | cryptsetup open --key-file=- /dev/vdd luks
-lvm vgmknodes -q
 for each in vg/ro-ot vg/thin md/data mapper/luks; do
     cat /dev/vde >/dev/$each
 done

@@ -73,7 +73,7 @@ def test_what_was_unlocked_stands_for_what_holds_it() -> None:
     assert not found.is_readable
     assert "--passphrase-file" in found.note
     opened = record("dm-0", "dm CRYPT-LUKS2-1-luks-vda1 luks-vda1", TYPE="ext4")
-    (found,) = guest_files.file_systems(locked + opened, ["vda"])
+    (found,) = guest_files.file_systems(opened + locked, ["vda"])
     assert (found.name, found.device, found.is_readable) == ("vda:part1", "dm-0", True)
 
 

@@ -25,6 +25,7 @@ _FIELDS = 9
 _LONGEST_RECORD = 16 * 1024
 _SECTOR = 512
 _LVM_ID = 64
+_UNLOCKED = "dm CRYPT-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,15 @@ def file_systems(answer: bytes, disks: Sequence[str]) -> list[GuestFileSystem]:
     fields = answer.split(b"\0")
     if len(fields) % 4 != 1 or fields[-1]:
         raise _strange()
+    told_of = [
+        tuple(each.decode("utf-8", "replace") for each in fields[at : at + 4])
+        for at in range(0, len(fields) - 1, 4)
+    ]
+    told_of.sort(key=lambda each: each[1].startswith(_UNLOCKED))  # after what they are in
     names: dict[str, str] = {}
     found = []
     try:
-        for at in range(0, len(fields) - 1, 4):
-            device, identity, sectors, said = (
-                each.decode("utf-8", "replace") for each in fields[at : at + 4]
-            )
+        for device, identity, sectors, said in told_of:
             name = _name(identity, disks, names)
             names[device] = name
             told = _told(said)
@@ -124,7 +127,7 @@ def _name(identity: str, disks: Sequence[str], names: Mapping[str, str]) -> str:
     if kind == "md":
         return f"md/{rest.rpartition(':')[2]}" if rest else ""
     uuid, _, name = rest.partition(" ")
-    if uuid.startswith("CRYPT-"):
+    if identity.startswith(_UNLOCKED):
         return names.get(name.removeprefix("luks-"), "")
     if uuid.startswith("LVM-") and len(uuid) == len("LVM-") + _LVM_ID:  # else a part of one
         group, _, volume = re.sub(r"(?<!-)-(?!-)", "\0", name).partition("\0")

@@ -45,7 +45,7 @@ port() {
 answer() {
     mark=$1
     shift
-    "$@" >&3 2>/tmp/said </dev/null
+    "$@" >&3 3>&- 2>/tmp/said </dev/null
     printf '%s%s ' "$mark" $? >&3
     tail -c 2000 /tmp/said | tr '\n\0' '  ' >&3
     echo >&3
@@ -78,10 +78,25 @@ assemble() {
         ;;
     esac
     case $(types) in *LVM2_member*)
-        modprobe -a dm_mod dm_snapshot dm_mirror dm_raid
+        modprobe dm_mod
+        for each in $(lvm lvs -a --noheadings -o segtype); do
+            volumes_of "$each"
+        done
         lvm vgchange -q -ay --sysinit
-        lvm vgmknodes -q
         ;;
+    esac
+}
+
+# Not all of them at once: some measure the processor first, which takes a second.
+volumes_of() {
+    case $1 in
+        thin*) modprobe dm_thin_pool ;;
+        raid*) modprobe dm_raid ;;
+        mirror) modprobe dm_mirror ;;
+        snapshot) modprobe dm_snapshot ;;
+        cache*) modprobe -a dm_cache dm_cache_smq ;;
+        writecache) modprobe dm_writecache ;;
+        integrity) modprobe dm_integrity ;;
     esac
 }
 
