@@ -292,6 +292,21 @@ def test_a_damaged_point_gives_nothing_wrong(stored: Path, tmp_path: Path) -> No
     assert not (tmp_path / "large").exists()
 
 
+def test_a_damaged_chunk_of_a_repository_is_named(stored: Path, tmp_path: Path) -> None:
+    which = repository(tmp_path)
+    guest_disks.backed_up(str(which), {"vda": stored / "system"}, **which.environment)
+    packs = (tmp_path / "repository/data").glob("*/*")
+    largest = max(packs, key=lambda each: each.stat().st_size)
+    largest.chmod(0o600)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)  # in `large`, all of which is incompressible
+        file.write(b"damage")
+    words = ("--target", str(which), "vda:/large", tmp_path / "large")
+    done = cli.run("files", "cp", *words, env=which.environment).check(8)
+    assert "vda: " in done.err
+    assert not (tmp_path / "large").exists()
+
+
 def test_a_wrecked_file_system_is_named(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     disk = guest_disks.ext4(tmp_path / "disk", tmp_path / "tree")

@@ -103,8 +103,9 @@ class GuestAgent:
             elif time.monotonic() > deadline:
                 raise VmError("The appliance takes no question any more.")
 
-    def _more(self, seconds: float = _SILENCE_SECONDS) -> bytes:
+    def _more(self, seconds: float | None = None) -> bytes:
         """What comes next, at least a byte."""
+        seconds = _SILENCE_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while True:
             interrupt.check()

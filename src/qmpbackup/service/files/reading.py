@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,8 @@ from qmpbackup.targets.interface import Address
 log = logging.getLogger(__name__)
 
 _LARGEST_OVERLAY = 4 * 1024**3
+_LARGEST_LOG = 1024 * 1024
+_MOST_UNREAD = 5
 _LONGEST_PASSPHRASE = 64 * 1024
 
 
@@ -253,11 +255,26 @@ def reading(request: Request) -> Iterator[Reading]:
             found = Reading(point, boot.disks, agent)
             found.look(passphrase)
             yield found
-        except QmpBackupError:
+        except QmpBackupError as error:
             server.require_whole()  # which says more than what became of it
+            for each in _unread(folder)[:1]:
+                raise DamagedError(
+                    f"Not all of point {point.id} can be read: {each}", f"So: {error.message}"
+                ) from error
             raise
         server.end()
         server.require_whole()
+        for each in _unread(folder):
+            log.warning("Not all of point %s can be read: %s", point.id, each)
+
+
+def _unread(folder: BootFolder) -> list[str]:
+    """What the server of the point has said of what it could not read: some of its sentences, each once."""
+    with suppress(OSError), (folder.path / "serve.log").open(errors="replace") as file:
+        lines = file.read(_LARGEST_LOG).splitlines()
+        said = dict.fromkeys(line for line in lines if line.startswith("warning: "))
+        return [each.removeprefix("warning: ") for each in said][:_MOST_UNREAD]
+    return []
 
 
 def _point(request: Request) -> Point:
