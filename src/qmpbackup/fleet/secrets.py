@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets, from where the configuration says that they are, as late as can be.
+
+Children are told where a password is, or else by their environment, which only root and their own user
+can see: never in arguments, logs, or what `config show` prints.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from qmpbackup.errors import QmpBackupError, UsageError
+from qmpbackup.fleet.settings import Secret, TargetSettings
+
+FOLDER: Final = Path("/etc/qmpbackup/secrets")
+"""Where credentials are that systemd does not hand over."""
+
+_PASSWORDS: Final = ("RESTIC_PASSWORD", "RESTIC_PASSWORD_FILE", "RESTIC_PASSWORD_COMMAND")
+_LARGEST: Final = 64 * 1024
+_SECONDS: Final = 60.0
+"""How long a command may take to print a secret."""
+
+
+def file_of(secret: Secret, folder: Path = FOLDER) -> Path | None:
+    """The file that holds a secret; None where a command prints it."""
+    if secret.command:
+        return None
+    if secret.file:
+        return Path(secret.file)
+    handed_over = os.environ.get("CREDENTIALS_DIRECTORY")
+    if handed_over and (Path(handed_over) / secret.credential).exists():
+        return Path(handed_over) / secret.credential
+    return folder / secret.credential
+
+
+def reveal(secret: Secret, folder: Path = FOLDER) -> str:
+    """What the secret is, without the end of its line.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    path = file_of(secret, folder)
+    data = _printed(secret.command) if path is None else _read(secret, path)
+    text = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if not text or "\0" in text or len(data) > _LARGEST:
+        raise UsageError(
+            f"{_named(secret)} is empty, too long, or no text.", "It holds the secret alone."
+        )
+    return text
+
+
+def environment(target: TargetSettings, folder: Path = FOLDER) -> dict[str, str]:
+    """The variables by which a child opens a target.
+
+    A password that is in a file stays there: the variable says where. So children of the child find it
+    as well, and it is in no environment.
+
+    Raises:
+        UsageError: a secret cannot be had.
+    """
+    told = {
+        name: reveal(value, folder) if isinstance(value, Secret) else value
+        for name, value in target.environment.items()
+    }
+    if target.password is None:
+        return told
+    password, path = reveal(target.password, folder), file_of(target.password, folder)
+    none = dict.fromkeys(_PASSWORDS, "")
+    if path is None:
+        return {**told, **none, "RESTIC_PASSWORD": password}
+    return {**told, **none, "RESTIC_PASSWORD_FILE": str(path)}
+
+
+def _read(secret: Secret, path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_LARGEST + 1)
+    except OSError as error:
+        hint = "Check that this user may read it."
+        if secret.credential:
+            hint = f"Write it to {FOLDER / secret.credential} (mode 0600), or have systemd load it (LoadCredential=)."  # fmt: skip
+        raise UsageError(
+            f"{_named(secret)} cannot be read from {path}: {error.strerror}.", hint
+        ) from error
+
+
+def _printed(command: tuple[str, ...]) -> bytes:
+    from qmpbackup import process
+
+    try:
+        done = process.run(command, timeout=_SECONDS)
+    except QmpBackupError as error:
+        raise UsageError(
+            f"The command {command[0]} for a secret failed: {error.message}", error.hint
+        ) from None
+    if done.code:
+        raise UsageError(
+            f"The command {command[0]} for a secret failed.", "Run it by hand to see why."
+        )
+    return done.output
+
+
+def _named(secret: Secret) -> str:
+    if secret.credential:
+        return f"The credential {secret.credential}"
+    return f"The secret in {secret.file}" if secret.file else f"What {secret.command[0]} prints"
