@@ -16,6 +16,9 @@ from qmpbackup.model import Disk, Point, Skipped, StoredDisk
 from qmpbackup.targets.manifest import point_to_json, time_to_json
 
 if TYPE_CHECKING:
+    from qmpbackup.fleet.config.looking import Looked
+    from qmpbackup.fleet.config.showing import ShownValue
+    from qmpbackup.fleet.settings import Fault
     from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
     from qmpbackup.plan.missing import NotInPoint
     from qmpbackup.service import backup, restore, verify
@@ -45,6 +48,29 @@ def backed_up(outcome: "backup.Outcome") -> Document:
         point=point_to_json(outcome.point),
         degraded=list(outcome.degraded),
         alarm=outcome.alarm,
+    )
+
+
+def fault(what: "Fault") -> Document:
+    """Something that is wrong with the configuration."""
+    return _document("fault", **asdict(what))
+
+
+def configured(what: "ShownValue") -> Document:
+    """A value of the configuration."""
+    return _document("value", **asdict(what))
+
+
+def looked(what: "Looked") -> Document:
+    """What was found of a VM and a target of the configuration."""
+    return _document(
+        "looked",
+        vm=what.vm,
+        target=what.target,
+        off=what.is_off,
+        well=what.is_well,
+        problem=what.problem,
+        findings=list(what.findings),
     )
 
 

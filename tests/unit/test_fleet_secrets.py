@@ -44,7 +44,7 @@ def test_what_systemd_hands_over_goes_before_our_folder(
 
 def test_a_child_is_told_where_the_password_is(folder: Path) -> None:
     key = Secret(command=("cat", str(folder / "offsite")))
-    variables = {"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": key}
+    variables: dict[str, str | Secret] = {"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": key}
     target = TargetSettings("x", "restic:/r", Secret(credential="offsite"), variables)
     told = environment(target, folder)
     assert told == {

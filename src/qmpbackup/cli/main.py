@@ -238,6 +238,7 @@ def _syslog_handler() -> logging.Handler:
 
 COMMANDS = {
     "init": "init",
+    "config": "config",
     "backup": "backup",
     "info": "info",
     "cleanup": "info",

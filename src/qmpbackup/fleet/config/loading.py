@@ -20,6 +20,7 @@ from qmpbackup.fleet.config.sockets import SocketPattern, named_like, watched
 from qmpbackup.fleet.settings import (
     Configuration,
     Fault,
+    Freezing,
     GroupSettings,
     NotifySettings,
     RunSettings,
@@ -28,6 +29,10 @@ from qmpbackup.fleet.settings import (
     in_place,
 )
 from qmpbackup.plan.guessing import or_did_you_mean
+
+_NO_AGENT: Final = (
+    "quiesce is require, and no agent is named by which file systems could be frozen."
+)
 
 NOTHING: Final[Mapping[str, Collection[str]]] = {}
 
@@ -43,7 +48,21 @@ def load(path: Path, found: Mapping[str, Collection[str]] = NOTHING) -> Configur
     `found` are names of VMs that each group found before, which may be off now. Never fails: what is
     wrong is in `faults`.
     """
-    return _Loading(gathered(path), found).configuration()
+    return load_all(path, found).configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration, and the tables that it was made from."""
+
+    configuration: Configuration
+    tables: Tables
+
+
+def load_all(path: Path, found: Mapping[str, Collection[str]] = NOTHING) -> Loaded:
+    """The same as `load`, with what is needed to say where each value is from."""
+    tables = gathered(path)
+    return Loaded(_Loading(tables, found).configuration(), tables)
 
 
 @dataclass(slots=True)
@@ -112,7 +131,9 @@ class _Loading:
             needed = table.NEEDED[values["type"]]
             if not values[needed]:
                 kind = values["type"]
-                self._note(each, [(f"{each.name}.{needed}", f"{kind} needs this.")], each.name)
+                self._note(
+                    each, [(f"{each.name}.{needed}", f"The type {kind} needs this.")], each.name
+                )
             if not self._is_off(each.name):
                 yield NotifySettings(name=each.own, **{**values, "on": frozenset(values["on"])})
 
@@ -138,7 +159,9 @@ class _Loading:
 
     def _vm(self, member: Member, targets: list[str]) -> VmSettings | None:
         """A VM with all its values; none where `defaults` are wrong."""
-        merged = merge(table.VM, *(each.keys for each in inherited(self.tables, member)))
+        merged = merge(
+            table.VM, *(each.keys for each in inherited(self.tables, member.name, member.group))
+        )
         wrongs: Wrongs = []
         values = read_keys(table.VM, merged, "", wrongs)
         if wrongs:
@@ -146,10 +169,18 @@ class _Loading:
         values["schedule"] = tuple(filter(None, values["schedule"]))
         values["targets"] = values["targets"] or tuple(targets)
         vm = VmSettings(name=member.name, group=member.group, socket=member.socket, **values)
+        if vm.quiesce is Freezing.REQUIRE and not vm.agent:
+            self._note(self._own(vm), [(f"vm.{vm.name}.agent", _NO_AGENT)], f"vm.{vm.name}")
+            return None
         host = host_name()
         return replace(
             vm, agent=in_place(vm.agent, vm, host), scratch=in_place(vm.scratch, vm, host)
         )
+
+    def _own(self, vm: VmSettings) -> Written:
+        """The table that a VM is in: its own, else its group's."""
+        own, group = f"vm.{vm.name}", f"group.{vm.group}"
+        return self.tables.tables.get(own) or self.tables.tables[group]
 
     def _led_apart(
         self, targets: tuple[TargetSettings, ...], vms: tuple[VmSettings, ...]
@@ -202,13 +233,13 @@ def _group(written: Written) -> Iterator[GroupSettings]:
         yield GroupSettings(written.own, values["sockets"], values["excepted"])
 
 
-def inherited(tables: Tables, member: Member) -> Iterator[Written]:
+def inherited(tables: Tables, vm: str, group: str) -> Iterator[Written]:
     """The tables that a VM has its values from, the last first in what it says."""
     yield tables.single("defaults")
-    if member.group:
-        yield tables.tables[f"group.{member.group}"]
-    if f"vm.{member.name}" in tables.tables:
-        yield tables.tables[f"vm.{member.name}"]
+    if group:
+        yield tables.tables[f"group.{group}"]
+    if f"vm.{vm}" in tables.tables:
+        yield tables.tables[f"vm.{vm}"]
 
 
 def merge(keys: tuple[Row, ...], *written: Mapping[str, Any]) -> dict[str, Any]:

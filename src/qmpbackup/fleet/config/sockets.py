@@ -67,7 +67,7 @@ class SocketPattern:
 
     def name(self, socket: str) -> str:
         """The VM that a socket of this path would be of; empty: of none."""
-        found = re.fullmatch(f"{re.escape(self.before)}([^/]+){re.escape(self.end)}", socket)
+        found = re.fullmatch(f"{re.escape(self.before)}([^/]*){re.escape(self.end)}", socket)
         return f"{self.start}{found[1]}" if found else ""
 
     def socket(self, vm: str) -> str:

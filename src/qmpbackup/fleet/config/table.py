@@ -5,6 +5,7 @@ What reads files, prints an example, writes the reference page and the schema fo
 To add a key: a row here, and a member in `fleet.settings`.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from qmpbackup.fleet.config import addresses, kinds
@@ -344,3 +345,50 @@ NEEDED: Final = {
     NotifyType.APPRISE: "url",
 }
 """The key without which each way of telling people is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A kind of table: its name, what it is for, its keys, and those that it takes from `[defaults]`."""
+
+    name: str
+    sentence: str
+    rows: tuple[Row, ...]
+    inherited: tuple[Row, ...] = ()
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """All keys that may stand in it."""
+        return (*self.rows, *self.inherited)
+
+
+SECTIONS: Final = (
+    Section("run", "How runs go.", RUN),
+    Section(
+        "defaults",
+        "What counts for each VM, unless its group or its own table says otherwise: `[group.NAME]` and "
+        "`[vm.NAME]` take the same keys.",
+        VM,
+    ),
+    Section(
+        "group.NAME",
+        "VMs that are found by their sockets. All keys of `[defaults]` may follow.",
+        GROUP,
+        VM,
+    ),
+    Section(
+        "vm.NAME",
+        "One VM: alone with its own socket, or one of a group with other values. All keys of `[defaults]` may "
+        "follow.",
+        OWN,
+        VM,
+    ),
+    Section("target.NAME", "A place for backups.", TARGET),
+    Section(
+        "notify.NAME",
+        "A way in which people are told what is wrong, and when it is well again.",
+        NOTIFY,
+    ),
+    Section("metrics", "Numbers for Prometheus.", METRICS),
+)
+"""All kinds of tables, in the order in which a file has them best."""
