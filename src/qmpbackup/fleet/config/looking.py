@@ -10,15 +10,16 @@ from functools import partial
 from typing import Any, Final
 
 from qmpbackup import process
-from qmpbackup.errors import QmpBackupError
+from qmpbackup.errors import NobodyThere, QmpBackupError
 from qmpbackup.fleet import secrets
 from qmpbackup.fleet.config.loading import host_name
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenOff
 from qmpbackup.plan.finding import Health
 
-OFF: Final = 13
-"""Exit code of a command whose VM is off."""
-_NOTHING_YET: Final = 10
+_LOCK_WAIT: Final = "60"
+"""Seconds that a VM may be busy with a backup."""
+_OPENED: Final = ("holds no restore point", "--vm")
+"""What `list` says of a repository that it has opened, when it lists nothing."""
 _AT_ONCE: Final = 4
 _SECONDS: Final = 600.0
 
@@ -54,44 +55,56 @@ class Looked:
 
 
 def look(configuration: Configuration) -> Iterator[Looked]:
-    """What is found of all VMs in each of their targets, and of repositories that are for all of them."""
-    work = [
-        partial(_vm, vm, configuration.target(name))
-        for vm in configuration.vms
-        if vm.enabled
-        for name in vm.targets
-    ]
-    work += [
-        partial(_repository, target)
-        for target in configuration.targets
-        if target.location.startswith("restic:") and "{" not in target.location
-    ]
+    """What is found of all VMs in each of their targets, and of repositories that no VM was looked at in."""
+    vms = [each for each in configuration.vms if each.enabled]
+    seen: set[str] = set()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(lambda each: each(), work)
+        for found in pool.map(partial(_vm, configuration), vms):
+            seen |= {each.target for each in found if each.findings}
+            yield from found
+        left = (each for each in configuration.targets if each.name not in seen)
+        yield from pool.map(_repository, (each for each in left if _is_of_all(each)))
 
 
-def _vm(vm: VmSettings, target: TargetSettings) -> Looked:
+def _is_of_all(target: TargetSettings) -> bool:
+    return target.location.startswith("restic:") and "{" not in target.location
+
+
+def _vm(configuration: Configuration, vm: VmSettings) -> list[Looked]:
+    """One target after the other: a VM has one lock."""
+    return [_in_target(vm, configuration.target(name)) for name in vm.targets]
+
+
+def _in_target(vm: VmSettings, target: TargetSettings) -> Looked:
     words = ["--socket", vm.socket, *(["--agent-socket", vm.agent] if vm.agent else [])]
-    words += ["doctor", "--json", "--target", target.place(vm, host_name())]
+    words += ["doctor", "--json", "--lock-wait", _LOCK_WAIT]
+    words += ["--target", target.place(vm, host_name())]
     words += ["--scratch", vm.scratch] if vm.scratch else []
     try:
         done = _run(words, target)
         findings = tuple(json.loads(line) for line in done.output.splitlines())
     except (QmpBackupError, ValueError) as error:
         return Looked(vm.name, target.name, problem=str(error))
-    is_off = done.code == OFF and vm.when_off is not WhenOff.FAIL
+    is_off = done.code == NobodyThere.exit_code and vm.when_off is not WhenOff.FAIL
     failed = done.code not in {0, 1} or not findings
-    problem = done.messages.strip() if failed and not is_off else ""
-    return Looked(vm.name, target.name, findings, problem, is_off)
+    return Looked(
+        vm.name, target.name, findings, _said(done) if failed and not is_off else "", is_off
+    )
 
 
 def _repository(target: TargetSettings) -> Looked:
+    """Whether it opens: `list` then names a VM, or says that it has none, or several to choose from."""
     try:
         done = _run(["list", "--json", "--target", target.location], target)
     except QmpBackupError as error:
         return Looked("", target.name, problem=str(error))
-    problem = done.messages.strip() or done.reason if done.code else ""
-    return Looked("", target.name, problem=problem)
+    opens = not done.code or any(each in done.messages for each in _OPENED)
+    return Looked("", target.name, problem="" if opens else _said(done))
+
+
+def _said(done: process.Result) -> str:
+    lines = (line.removeprefix("error: ") for line in done.messages.splitlines())
+    return " ".join(lines) or done.reason
 
 
 def _run(words: list[str], target: TargetSettings) -> process.Result:
