@@ -16,7 +16,7 @@ from qmpbackup.model import Disk, Point, Skipped, StoredDisk
 from qmpbackup.targets.manifest import point_to_json, time_to_json
 
 if TYPE_CHECKING:
-    from qmpbackup.fleet.config.looking import Looked
+    from qmpbackup.fleet.config.looking import Examined
     from qmpbackup.fleet.config.showing import ShownValue
     from qmpbackup.fleet.settings import Fault
     from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
@@ -61,7 +61,7 @@ def configured(what: "ShownValue") -> Document:
     return _document("value", **asdict(what))
 
 
-def looked(what: "Looked") -> Document:
+def looked(what: "Examined") -> Document:
     """What was found of a VM and a target of the configuration."""
     return _document(
         "looked",

@@ -25,7 +25,7 @@ _SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class Examined:
     """What was found of a VM and a target (or of a target alone): findings as `doctor --json` prints them,
     and why nobody could look, if so."""
 
@@ -54,7 +54,7 @@ class Looked:
             yield f"{name}: {'off' if self.is_off else 'nothing would keep a backup from working'}"
 
 
-def look(configuration: Configuration) -> Iterator[Looked]:
+def look(configuration: Configuration) -> Iterator[Examined]:
     """What is found of all VMs in each of their targets, and of repositories that no VM was looked at in."""
     vms = [each for each in configuration.vms if each.enabled]
     seen: set[str] = set()
@@ -70,12 +70,12 @@ def _is_of_all(target: TargetSettings) -> bool:
     return target.location.startswith("restic:") and "{" not in target.location
 
 
-def _vm(configuration: Configuration, vm: VmSettings) -> list[Looked]:
+def _vm(configuration: Configuration, vm: VmSettings) -> list[Examined]:
     """One target after the other: a VM has one lock."""
     return [_in_target(vm, configuration.target(name)) for name in vm.targets]
 
 
-def _in_target(vm: VmSettings, target: TargetSettings) -> Looked:
+def _in_target(vm: VmSettings, target: TargetSettings) -> Examined:
     words = ["--socket", vm.socket, *(["--agent-socket", vm.agent] if vm.agent else [])]
     words += ["doctor", "--json", "--lock-wait", _LOCK_WAIT]
     words += ["--target", target.place(vm, host_name())]
@@ -84,22 +84,22 @@ def _in_target(vm: VmSettings, target: TargetSettings) -> Looked:
         done = _run(words, target)
         findings = tuple(json.loads(line) for line in done.output.splitlines())
     except (QmpBackupError, ValueError) as error:
-        return Looked(vm.name, target.name, problem=str(error))
+        return Examined(vm.name, target.name, problem=str(error))
     is_off = done.code == NobodyThere.exit_code and vm.when_off is not WhenOff.FAIL
     failed = done.code not in {0, 1} or not findings
-    return Looked(
+    return Examined(
         vm.name, target.name, findings, _said(done) if failed and not is_off else "", is_off
     )
 
 
-def _repository(target: TargetSettings) -> Looked:
+def _repository(target: TargetSettings) -> Examined:
     """Whether it opens: `list` then names a VM, or says that it has none, or several to choose from."""
     try:
         done = _run(["list", "--json", "--target", target.location], target)
     except QmpBackupError as error:
-        return Looked("", target.name, problem=str(error))
+        return Examined("", target.name, problem=str(error))
     opens = not done.code or any(each in done.messages for each in _OPENED)
-    return Looked("", target.name, problem="" if opens else _said(done))
+    return Examined("", target.name, problem="" if opens else _said(done))
 
 
 def _said(done: process.Result) -> str:
