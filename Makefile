@@ -63,6 +63,8 @@ test: check guest
 	@$(PYTEST_PARALLEL) -m "not slow" $(REAL)
 
 test-all: check guest
+	@scripts/setup.sh prometheus prometheus-node-exporter
+	@$(PYTEST) tests/unit/fleet/test_metrics.py
 	@echo "test: everything"
 	@QMPBACKUP_FUZZ=$(or $(EXAMPLES),500) $(PYTEST_PARALLEL) $(REAL)
 	@$(MAKE) test-versions

@@ -8,7 +8,6 @@ Each has `schema` and `type`; members are added, and none is taken away or given
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from qmpbackup.service.init import Made
     from qmpbackup.service.serve import Served
     from qmpbackup.service.settle import Settled
-    from qmpbackup.targets.overview import HeldVm
     from qmpbackup.targets.removal import Removed
 
 SCHEMA = 1
@@ -116,24 +114,6 @@ def listed(point: Point, damaged: Iterable[str]) -> Document:
         size=point.size,
         merged=[{"id": each.id, "into": each.into} for each in point.merged],
         damaged=list(damaged),
-    )
-
-
-def held(what: "HeldVm", now: datetime) -> Document:
-    """What a target holds of a VM; `age` is that of its newest good point, in seconds."""
-    identity, newest = what.identity, what.newest
-    return _document(
-        "held",
-        vm=identity.name,
-        host=identity.host,
-        uuid=identity.uuid,
-        newest=newest.id if newest else None,
-        time=time_to_json(newest.time) if newest else None,
-        age=round((now - newest.time).total_seconds(), 3) if newest else None,
-        consistency=newest.consistency if newest else None,
-        points=what.points,
-        damaged=what.damaged,
-        ahead=what.ahead,
     )
 
 

@@ -140,8 +140,8 @@ def syncing(fd: int) -> Iterator[None]:
         raise failures[0]
 
 
-def write_file(folder: int, name: str, data: bytes) -> None:
-    """Put a file with these contents into an open folder, durably, mode 0600, replacing any other.
+def write_file(folder: int, name: str, data: bytes, *, mode: int = 0o600) -> None:
+    """Put a file with these contents into an open folder, durably, replacing any other.
 
     Raises:
         OSError: nothing of the new file is left, unless the very last step (the fsync of the
@@ -151,7 +151,7 @@ def write_file(folder: int, name: str, data: bytes) -> None:
     with suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=folder)
     try:
-        _write_new(folder, temporary, data)
+        _write_new(folder, temporary, data, mode)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with suppress(OSError):
@@ -160,10 +160,11 @@ def write_file(folder: int, name: str, data: bytes) -> None:
     sync_folder(folder)
 
 
-def _write_new(folder: int, name: str, data: bytes) -> None:
+def _write_new(folder: int, name: str, data: bytes, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=folder)
     try:
+        os.fchmod(fd, mode)
         write_all(fd, [data])
         os.fsync(fd)
     finally:

@@ -69,8 +69,9 @@ class Child:
         environment: Mapping[str, str] = NOTHING,
         at_our_death: signal.Signals = signal.SIGKILL,
         writable: Sequence[int] | None = None,
+        given: int | None = None,
     ) -> None:
-        """Start it, without input, its output captured and its messages in English.
+        """Start it, with the open file that is `given` as its input, if any, its output captured and its messages in English.
 
         `environment` is what it is told beside what we were told, `at_our_death` the signal that the
         kernel sends it when we die. With `writable`, it can open nothing for writing but these files,
@@ -87,7 +88,7 @@ class Child:
             with _confinement(writable) as confine:
                 self._process = subprocess.Popen(
                     arguments,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL if given is None else given,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     pass_fds=pass_fds,
@@ -248,14 +249,17 @@ def run(
     environment: Mapping[str, str] = NOTHING,
     timeout: float | None = None,
     writable: Sequence[int] | None = None,
+    given: int | None = None,
 ) -> Result:
-    """Run a program to its end; its failure is in the result. `writable` is as for `Child`.
+    """Run a program to its end; its failure is in the result. `writable` and `given` are as for `Child`.
 
     Raises:
         QmpBackupError: it is not installed, or took longer than `timeout` seconds.
         Interrupted: a signal is waiting; the program was killed.
     """
-    with Child(arguments, pass_fds=pass_fds, environment=environment, writable=writable) as child:
+    with Child(
+        arguments, pass_fds=pass_fds, environment=environment, writable=writable, given=given
+    ) as child:
         return child.wait(timeout)
 
 

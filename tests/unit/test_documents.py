@@ -4,7 +4,7 @@
 import json
 from datetime import UTC, datetime, timedelta
 
-from qmpbackup import documents
+from qmpbackup import documents, fleet_documents
 from qmpbackup.model import Consistency, Level, Merged, Point, StoredDisk, VmConfig, VmIdentity
 from qmpbackup.plan.retention import Verdict
 from qmpbackup.service.init import Made
@@ -53,7 +53,9 @@ def test_a_point_of_a_list() -> None:
 
 def test_what_a_target_holds_of_a_vm() -> None:
     now = POINT.time + timedelta(hours=1)
-    found = json.loads(json.dumps(documents.held(HeldVm(POINT.vm.identity, 3, POINT, 1, 0), now)))
+    found = json.loads(
+        json.dumps(fleet_documents.held(HeldVm(POINT.vm.identity, 3, POINT, 1, 0), now))
+    )
     assert found == {
         "schema": 1,
         "type": "held",
@@ -68,7 +70,7 @@ def test_what_a_target_holds_of_a_vm() -> None:
         "damaged": 1,
         "ahead": 0,
     }
-    assert documents.held(HeldVm(POINT.vm.identity), now)["newest"] is None
+    assert fleet_documents.held(HeldVm(POINT.vm.identity), now)["newest"] is None
 
 
 def test_a_point_in_full_is_its_manifest_and_its_size() -> None:

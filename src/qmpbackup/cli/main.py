@@ -257,6 +257,8 @@ COMMANDS = {
     "prune": "prune",
     "sweep": "sweep",
     "status": "status",
+    "history": "history",
+    "notify": "notify",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""
 

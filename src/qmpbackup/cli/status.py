@@ -2,18 +2,36 @@
 """`qmpbackup status`: how all VMs are protected, or what a target holds of whichever VMs."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from qmpbackup.cli.arguments import add_target
+from qmpbackup.cli.arguments import add_config, add_target
 from qmpbackup.cli.printing import printable, say, say_json, table
+from qmpbackup.errors import NoSuchTarget, UsageError
 from qmpbackup.plan.ages import age
 
 if TYPE_CHECKING:
+    from qmpbackup.fleet.standing import Standing
+    from qmpbackup.fleet.survey import Survey
     from qmpbackup.targets.overview import HeldVm
 
-_DAMAGED = 8
+_HEAD = (
+    "VM",
+    "TARGET",
+    "STATE",
+    "NEWEST POINT",
+    "NEXT",
+    "POINTS",
+    "LAST RUN",
+    "VERIFIED",
+    "BOOTED",
+)
+_UNKNOWN = 3
+_LONGEST_UNREACHED = 3600.0
+_CHECKED = 10
+"""VMs that one line for Nagios names."""
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,17 +39,213 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "status",
         help="show how VMs are protected: by the age of the newest point of each",
-        description="With --target: every VM of every host in it, the one with the oldest newest point "
-        "first; no configuration is needed. Exit code 8 if something is known to be damaged.",
+        description="Show how the VMs of the configuration are protected, the worst first; those that are "
+        "well are only counted. With --target: every VM of every host in it, the one whose newest point is "
+        "the oldest first; no configuration is needed. Exit code 8 if something in it is known to be damaged.",
     )
-    add_target(parser, "look at this target alone", required=True)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a VM")
+    parser.add_argument("vms", nargs="*", metavar="VM", help="only these VMs, well or not")
+    add_config(parser)
+    add_target(parser, "look at this target alone", required=False)
+    parser.add_argument("--all", action="store_true", help="show those that are well, too")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print one line and leave with the exit code that Nagios and its like want: 0 OK, 1 WARNING, "
+        "2 CRITICAL, 3 UNKNOWN",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a VM and target")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print how VMs stand."""
-    return _of_target(arguments)
+    if arguments.target is not None:
+        if arguments.check or arguments.vms:
+            raise UsageError("--target shows all that is there.", "Leave out --check and names.")
+        return _of_target(arguments)
+    if not arguments.check:
+        return _of_configuration(arguments)
+    try:
+        found = _chosen(_surveyed(arguments), arguments.vms)
+    except Exception as error:  # noqa: BLE001 - whatever it is, nobody knows how the VMs stand
+        say(f"QMPBACKUP UNKNOWN - {printable(str(error))}")
+        return _UNKNOWN
+    say(_checked(found))
+    return found.severity.exit_code
+
+
+def _of_configuration(arguments: argparse.Namespace) -> int:
+    found = _surveyed(arguments)
+    shown = _chosen(found, arguments.vms)
+    if arguments.json:
+        from qmpbackup import fleet_documents
+
+        say_json(*(fleet_documents.stands(each) for each in shown.standings))
+    else:
+        say(*_lines(shown, everything=arguments.all or bool(arguments.vms)))
+    return UsageError.exit_code if found.wrong and not found.standings else 0
+
+
+def _surveyed(arguments: argparse.Namespace) -> "Survey":
+    import os
+
+    from qmpbackup.fleet import secrets
+    from qmpbackup.fleet.config import load
+    from qmpbackup.fleet.history import History
+    from qmpbackup.fleet.survey import survey
+    from qmpbackup.state import state_folder
+
+    with History.opened(state_folder(), read_only=True) as history:
+        configuration = load(arguments.config, history.known_vms())
+        if not configuration.is_usable:
+            wrong = [each for each in configuration.faults if not each.is_warning]
+            raise UsageError(str(wrong[0]), "`qmpbackup config check` names all that is wrong.")
+        return survey(
+            configuration,
+            history,
+            datetime.now(UTC),
+            lambda target: {**os.environ, **secrets.environment(target)},
+        )
+
+
+def _chosen(found: "Survey", names: Sequence[str]) -> "Survey":
+    """Only the VMs that are named.
+
+    Raises:
+        NoSuchTarget: one is not known.
+    """
+    if not names:
+        return found
+    for name in names:
+        if not any(each.vm == name for each in found.standings):
+            raise NoSuchTarget(
+                f"No VM {name!r} is known.", "`qmpbackup status --all` shows those that are."
+            )
+    kept = tuple(each for each in found.standings if each.vm in names)
+    targets = {each.target for each in kept}
+    sights = tuple(each for each in found.sights if each.name in targets)
+    return replace(found, standings=kept, sights=sights)
+
+
+# For people
+
+
+def _lines(found: "Survey", *, everything: bool) -> Iterator[str]:
+    shown = [each for each in found.standings if everything or not each.is_well]
+    yield _summary(found)
+    rows = [_row(each, found.now) for each in shown]
+    lines = table(_HEAD, rows, right={"POINTS"})
+    yield from (line for line in (next(lines, ""),) if line)
+    for each, line in zip(shown, lines, strict=True):
+        yield line
+        if each.why:
+            since = f" Since {_local(each.since)}." if each.since else ""
+            yield f"  └ {printable(each.why)}{since}"
+    well = len(found.standings) - len(shown)
+    if well:
+        yield f"… {well} well (--all shows them)"
+    yield from _remarks(found)
+
+
+def _summary(found: "Survey") -> str:
+    import socket
+
+    from qmpbackup.fleet.metrics import by_state
+
+    counted = [f"{count} {state}" for state, count in reversed(by_state(found).items()) if count]
+    vms = len({each.vm for each in found.standings})
+    due = [each for each in found.standings if each.next_time is not None]
+    following = min(due, key=lambda each: each.next_time or found.now, default=None)
+    said = f"{vms} VM{'s' * (vms != 1)} on {socket.gethostname()}: {' · '.join(counted) or 'none'}"
+    if following is None or following.next_time is None:
+        return said
+    left = age(following.next_time - found.now)
+    return f"{said}       next: {printable(following.vm)} {_local(following.next_time)} (in {left})"
+
+
+def _row(standing: "Standing", now: datetime) -> tuple[str, ...]:
+    facts = standing.facts
+    holding = facts.holding if facts else None
+    newest = holding.newest if holding else None
+    loud = standing.state.value if standing.is_well else standing.state.value.upper()
+    verified = facts.verified.started if facts and facts.verified else None
+    booted = facts.drilled.started if facts and facts.drilled else None
+    kind = f" ({holding.consistency})" if holding and holding.consistency else ""
+    return (
+        printable(standing.vm),
+        standing.target or "-",
+        loud,
+        f"{age(now - newest)}{kind}" if newest else "-",
+        _local(standing.next_time) if standing.next_time else "-",
+        str(holding.points) if holding else "-",
+        _last_run(standing),
+        age(now - verified) if verified else "-",
+        age(now - booted) if booted else "-",
+    )
+
+
+def _last_run(standing: "Standing") -> str:
+    facts = standing.facts
+    if facts is None or facts.last is None:
+        return "-"
+    code = facts.last.exit_code
+    if code is None:
+        return "goes on"
+    if code == 13:
+        return "was off"
+    said = "ok" if code == 0 else f"exit {code}" if code > 0 else f"killed ({-code})"
+    return f"{facts.failures} × {said}" if facts.failures > 1 else said
+
+
+def _remarks(found: "Survey") -> Iterator[str]:
+    for sight in found.sights:
+        if sight.problem:
+            yield f"target {sight.name}: {printable(sight.problem)}"
+        for said in sight.damaged[:3]:
+            yield f"target {sight.name}: damaged: {printable(said)}"
+    if found.wrong:
+        yield f"{len(found.wrong)} × wrong in the configuration: `qmpbackup config check`"
+    if found.trouble:
+        yield printable(found.trouble)
+    if found.last_run is None:
+        yield "No run has been seen here yet: is qmpbackup.timer enabled?"
+    elif (found.now - found.last_run).total_seconds() > _LONGEST_UNREACHED:
+        yield f"The last run was {age(found.now - found.last_run)} ago: is qmpbackup.timer enabled?"
+
+
+def _local(time: datetime | None) -> str:
+    return f"{time.astimezone():%a %d %H:%M}" if time else "-"
+
+
+# For Nagios
+
+
+def _checked(found: "Survey") -> str:
+    """One line, with numbers behind it."""
+    from qmpbackup.fleet.metrics import by_state
+
+    bad = [each for each in found.standings if not each.is_well]
+    named = [f"{each.vm} {each.state.value}" for each in bad[:_CHECKED]]
+    named += [f"and {len(bad) - _CHECKED} more"] if len(bad) > _CHECKED else []
+    named += [f"target {each.name} damaged" for each in found.sights if each.damaged]
+    named += ["configuration wrong"] if found.wrong else []
+    named += ["history cannot be kept"] if found.trouble else []
+    vms = len({each.vm for each in found.standings})
+    numbers = " ".join(f"{state.value}={count}" for state, count in by_state(found).items())
+    oldest = _oldest(found)
+    numbers += f" oldest={oldest:.0f}s" if oldest is not None else ""
+    said = printable(", ".join(named) or f"{vms} VMs are well").replace("|", "/")
+    return f"QMPBACKUP {found.severity} - {said} | {numbers}"
+
+
+def _oldest(found: "Survey") -> float | None:
+    """The age of the newest point of the VM that has the oldest."""
+    holdings = (each.facts.holding for each in found.standings if each.facts)
+    times = [each.newest for each in holdings if each and each.newest]
+    return (found.now - min(times)).total_seconds() if times else None
+
+
+# One target, whatever is configured
 
 
 def _of_target(arguments: argparse.Namespace) -> int:
@@ -42,9 +256,9 @@ def _of_target(arguments: argparse.Namespace) -> int:
     found = opening.entrance(arguments.target).overview(now)
     oldest_first = sorted(found.vms, key=_by_age)
     if arguments.json:
-        from qmpbackup import documents
+        from qmpbackup import fleet_documents
 
-        say_json(*(documents.held(each, now) for each in oldest_first))
+        say_json(*(fleet_documents.held(each, now) for each in oldest_first))
     else:
         say(*_overview(oldest_first, now))
     return warn(found.damaged)
@@ -64,13 +278,13 @@ def _overview(vms: "list[HeldVm]", now: datetime) -> Iterator[str]:
         f"{points} points"
     )
     head = ("VM", "HOST", "NEWEST POINT", "AGE", "POINTS")
-    yield from table(head, [_row(each, now) for each in vms], right={"AGE", "POINTS"})
+    yield from table(head, [_held_row(each, now) for each in vms], right={"AGE", "POINTS"})
     for each in vms:
-        for said in _remarks(each):
+        for said in _held_remarks(each):
             yield f"{printable(each.identity.name)}: {said}"
 
 
-def _row(held: "HeldVm", now: datetime) -> tuple[str, ...]:
+def _held_row(held: "HeldVm", now: datetime) -> tuple[str, ...]:
     identity, newest = held.identity, held.newest
     return (
         printable(identity.name or identity.address or identity.uuid),
@@ -81,7 +295,7 @@ def _row(held: "HeldVm", now: datetime) -> tuple[str, ...]:
     )
 
 
-def _remarks(held: "HeldVm") -> Iterator[str]:
+def _held_remarks(held: "HeldVm") -> Iterator[str]:
     if held.damaged:
         yield f"damaged points: {held.damaged}"
     if held.ahead:

@@ -58,7 +58,8 @@ _SELECT_HOLDING: Final = f"SELECT {', '.join(_HOLDING)} FROM holding ORDER BY vm
 class History:
     """What was done. No method fails for what becomes of its file: then `trouble` says so."""
 
-    def __init__(self, folder: Path, file: HistoryFile) -> None:
+    def __init__(self, folder: Path, file: HistoryFile, *, read_only: bool) -> None:
+        self.read_only = read_only
         self._runs = folder / _RUNS
         self._file = file
         self._mine: set[str] = set()
@@ -69,7 +70,7 @@ class History:
         """The history in a folder, which is made unless it is to be `read_only`."""
         file = HistoryFile(folder, read_only=read_only)
         try:
-            yield cls(folder, file)
+            yield cls(folder, file, read_only=read_only)
         finally:
             file.close()
 

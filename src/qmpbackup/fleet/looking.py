@@ -8,7 +8,6 @@ newest point that was made, and by the VM's socket; a VM's name need not be the 
 
 import logging
 import queue
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class Sightings:
     """What was found: of each VM in each of its targets, and of each target."""
 
     holdings: tuple[Holding, ...] = ()
@@ -65,8 +64,8 @@ def look(
     now: datetime,
     variables: Variables,
     patience: float = PATIENCE,
-) -> Looked:
-    """Look at all targets, and keep what was seen in the history."""
+) -> Sightings:
+    """Look at all targets, and keep what was seen in the history, if that is open to be written."""
     host = socket.gethostname()
     wanted = [
         (vm, configuration.target(name))
@@ -74,17 +73,18 @@ def look(
         if vm.enabled
         for name in vm.targets
     ]
-    places = {_place(target, vm, host): target for vm, target in wanted}
+    places = {target.place(vm, host): target for vm, target in wanted}
     seen = _seen(places, now, variables, patience)
     before = {(each.vm, each.target): each for each in history.holdings()}
     holdings = []
     for vm, target in wanted:
         known = before.get((vm.name, target.name), Holding(vm.name, target.name, now))
         last = history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
-        found = seen[_place(target, vm, host)]
+        found = seen[target.place(vm, host)]
         holdings.append(_holding(vm, target, found, Clues(host, known, last), now))
-        history.note(holdings[-1])
-    return Looked(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
+        if not history.read_only:
+            history.note(holdings[-1])
+    return Sightings(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +180,6 @@ def _space(overviews: Iterable[Overview]) -> Space | None:
 
 
 # Looking
-
-
-def _place(target: TargetSettings, vm: VmSettings, host: str) -> str:
-    names = {"vm": vm.name, "group": vm.group, "host": host}
-    return re.sub(r"\{(vm|group|host)\}", lambda found: names[found[1]], target.location)
 
 
 def _seen(

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from qmpbackup.fleet.history import PASSED_OVER, SUCCEEDED, History
-from qmpbackup.fleet.looking import Looked, Sight, Variables, look
+from qmpbackup.fleet.looking import Sight, Sightings, Variables, look
 from qmpbackup.fleet.records import Attempt, Holding, Work
 from qmpbackup.fleet.settings import Configuration, Fault, VmSettings
 from qmpbackup.fleet.standing import WORST_FIRST, Facts, Severity, Standing, State, judged, worst
@@ -54,7 +54,9 @@ def survey(
     return judge(configuration, history, looked, now)
 
 
-def judge(configuration: Configuration, history: History, looked: Looked, now: datetime) -> Survey:
+def judge(
+    configuration: Configuration, history: History, looked: Sightings, now: datetime
+) -> Survey:
     """Judge all VMs by what was seen."""
     holdings = {(each.vm, each.target): each for each in looked.holdings}
     standings = [judged(facts, now) for facts in _facts(configuration.vms, history, holdings)]

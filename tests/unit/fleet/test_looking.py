@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What targets hold is looked at in them: whose points are whose, and what becomes of those that hang."""
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from qmpbackup.errors import StorageError, UsageError
+from qmpbackup.fleet import looking
+from qmpbackup.fleet.history import History
+from qmpbackup.fleet.looking import Clues, look, whose
+from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
+from qmpbackup.model import Consistency, Level, Point, VmConfig, VmIdentity
+from qmpbackup.targets.overview import HeldVm
+
+NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
+VM = VmSettings("db1", "/run/qemu/db1.qmp", targets=("main",))
+HOST = socket.gethostname()
+KNOWN = Holding("db1", "main", NOW)
+TARGET = TargetSettings("main", "/nowhere/{vm}")
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Iterator[History]:
+    with History.opened(tmp_path) as opened:
+        yield opened
+
+
+def held(name: str, host: str = HOST, uuid: str = "", address: str = "", hours: int = 0) -> HeldVm:
+    identity = VmIdentity(uuid, name, address, host)
+    time = NOW - timedelta(hours=hours)
+    config = VmConfig(identity, "7.2")
+    point = Point(f"p-{name}-{hours}", 1, time, Level.FULL, None, Consistency.CRASH, config, ())
+    return HeldVm(identity, 1, point)
+
+
+@pytest.mark.parametrize(
+    ("vms", "clues", "expected"),
+    [
+        ((held("db1"), held("web")), Clues(HOST, KNOWN, None), 0),
+        ((held("db1", host="kvm9"), held("web")), Clues(HOST, KNOWN, None), None),
+        ((held("qemu-17", address=VM.socket), held("db1")), Clues(HOST, KNOWN, None), 0),
+        ((held("a", address=VM.socket, host="kvm9"), held("db1")), Clues(HOST, KNOWN, None), 1),
+        (
+            (held("db1"), held("moved", "kvm9", "U-1")),
+            Clues(HOST, replace(KNOWN, uuid="u-1"), None),
+            1,
+        ),
+        (
+            (held("db1", hours=9), held("anew", hours=1)),
+            Clues(HOST, KNOWN, Attempt(Work.BACKUP, "db1", "main", "r", NOW, point="p-anew-1")),
+            1,
+        ),
+        (
+            (held("a", address=VM.socket, hours=99), held("b", address=VM.socket, hours=1)),
+            Clues(HOST, KNOWN, None),
+            1,
+        ),
+    ],
+)
+def test_points_are_known_by_what_they_were_made_of(
+    vms: tuple[HeldVm, ...], clues: Clues, expected: int | None
+) -> None:
+    assert whose(VM, vms, clues) is (None if expected is None else vms[expected])
+
+
+def nothing(_target: TargetSettings) -> Mapping[str, str]:
+    return {}
+
+
+def test_a_target_that_is_not_there_yet_holds_nothing(history: History) -> None:
+    found = look(Configuration(vms=(VM,), targets=(TARGET,)), history, NOW, nothing)
+    assert found.holdings == (Holding("db1", "main", NOW),)
+    assert history.holdings() == [*found.holdings]
+
+
+@pytest.mark.parametrize("when_gone", list(WhenGone))
+def test_a_target_that_is_gone_leaves_what_was_seen_last(
+    history: History, when_gone: WhenGone
+) -> None:
+    before = Holding("db1", "main", NOW - timedelta(days=1), NOW - timedelta(days=1), "p", points=3)
+    history.note(before)
+    target = replace(TARGET, when_gone=when_gone)
+    (found,) = look(Configuration(vms=(VM,), targets=(target,)), history, NOW, nothing).holdings
+    assert replace(found, problem="") == before
+    assert bool(found.problem) == (when_gone is WhenGone.FAIL)
+
+
+def test_a_secret_that_cannot_be_had_is_a_problem_of_its_target_alone(history: History) -> None:
+    def fails(target: TargetSettings) -> Mapping[str, str]:
+        if target.name == "main":
+            raise UsageError("There is no credential offsite.")
+        raise RuntimeError("a fault of ours")
+
+    other = TargetSettings("other", "/elsewhere/{vm}")
+    vm = replace(VM, targets=("main", "other"))
+    found = look(Configuration(vms=(vm,), targets=(TARGET, other)), history, NOW, fails)
+    assert [each.problem for each in found.holdings] == [
+        "There is no credential offsite.",
+        "Looking at it failed: RuntimeError: a fault of ours.",
+    ]
+    assert [bool(each.problem) for each in found.sights] == [True, True]
+
+
+def test_storage_that_hangs_holds_up_nobody(history: History) -> None:
+    ends = threading.Event()
+
+    def hangs(target: TargetSettings) -> Mapping[str, str]:
+        if target.name == "main":
+            ends.wait()
+        raise StorageError("It is broken.")
+
+    other = TargetSettings("other", "/elsewhere/{vm}")
+    vm = replace(VM, targets=("main", "other"))
+    configuration = Configuration(vms=(vm,), targets=(TARGET, other))
+    try:
+        found = look(configuration, history, NOW, hangs, patience=0.5)
+    finally:
+        ends.set()
+    assert "not answered" in found.holdings[0].problem
+    assert looking.PATIENCE > 45  # a storage's own patience with one that is not there
