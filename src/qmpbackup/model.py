@@ -167,10 +167,21 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
+class NeededFile:
+    """A file of the host that a VM was started with and no point holds, such as its firmware. `digest` is
+    empty where it is too large to be read each time."""
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class VmConfig:
     """What a restore on a bare machine wants to know besides the disks.
 
-    `process` tells one process of QEMU from every other that ever was (empty: it cannot be seen).
+    `process` tells one process of QEMU from every other that ever was (empty: it cannot be seen). `files`
+    are those that it needs besides, as far as they could be read.
     """
 
     identity: VmIdentity
@@ -178,6 +189,7 @@ class VmConfig:
     machine: str = ""
     command_line: tuple[str, ...] = ()
     process: str = ""
+    files: tuple[NeededFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

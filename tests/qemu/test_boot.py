@@ -373,7 +373,11 @@ def test_a_boot_that_cannot_be_leaves_nothing(in_folder: Scene) -> None:
         return result.err
 
     assert "does not start" in refused(6, "--accel", "nonsense")
-    (in_folder.folder / "rom").unlink()
+    rom = in_folder.folder / "rom"
+    assert "Left out" not in in_folder.boot("--print").check().out
+    rom.write_bytes(HALT + HALT)
+    assert f"{rom} is another file than when" in in_folder.boot("--print").check().out
+    rom.unlink()
     assert "is not here" in refused(6)
     shown = in_folder.boot("--print").check().out
     assert "In the way" in shown

@@ -16,6 +16,7 @@ from qmpbackup.model import (
     Consistency,
     Level,
     Merged,
+    NeededFile,
     Point,
     Skipped,
     StoredDisk,
@@ -74,6 +75,9 @@ points = st.builds(
         machine=texts,
         command_line=st.lists(texts, max_size=5).map(tuple),
         process=texts,
+        files=st.lists(st.builds(NeededFile, path=texts, size=sizes, digest=texts), max_size=2).map(
+            tuple
+        ),
     ),
     disks=st.lists(stored_disks(), max_size=3, unique_by=lambda disk: disk.id).map(tuple),
     skipped=st.lists(skipped, max_size=3).map(tuple),

@@ -35,7 +35,7 @@ from qmpbackup.errors import (
     WrongPassword,
 )
 from qmpbackup.images import qemu_img
-from qmpbackup.machine import booting
+from qmpbackup.machine import booting, needed_files
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply
 from qmpbackup.model import Point, VmIdentity
@@ -149,6 +149,12 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
         accelerators=request.accelerators,
     )
     launch = launch_of(folder, boot, sandbox=sandbox is not None)
+    others = tuple(
+        f"{each} is another file than when the point was made"
+        for each in needed_files.changed(point.vm.files)
+        if each in launch.needs
+    )
+    launch = replace(launch, left_out=(*launch.left_out, *others))
     return Prepared(folder, boot, launch, _lacking(launch)), point
 
 

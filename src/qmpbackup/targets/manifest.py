@@ -19,6 +19,7 @@ from qmpbackup.model import (
     Consistency,
     Level,
     Merged,
+    NeededFile,
     Point,
     Skipped,
     StoredDisk,
@@ -65,6 +66,7 @@ def point_to_json(point: Point) -> Json:
             "machine": point.vm.machine,
             "command_line": list(point.vm.command_line),
             **({"process": point.vm.process} if point.vm.process else {}),
+            **({"files": [asdict(each) for each in point.vm.files]} if point.vm.files else {}),
         },
         "disks": [_disk_to_json(disk) for disk in point.disks],
         "skipped": [_skipped_to_json(each) for each in point.skipped],
@@ -187,6 +189,13 @@ def _vm(reader: ObjectReader) -> VmConfig:
         machine=reader.text("machine"),
         command_line=reader.texts("command_line"),
         process=reader.text("process") if reader.given("process") else "",
+        files=reader.objects("files", _needed_file) if reader.given("files") else (),
+    )
+
+
+def _needed_file(reader: ObjectReader) -> NeededFile:
+    return NeededFile(
+        path=reader.text("path"), size=reader.integer("size"), digest=reader.text("digest")
     )
 
 

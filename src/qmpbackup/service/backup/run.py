@@ -3,14 +3,15 @@
 
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.errors import CommandError, JobError, QmpBackupError, StorageError, VmError
-from qmpbackup.machine import scratch
+from qmpbackup.machine import needed_files, scratch
 from qmpbackup.machine.view import Instant, require_present
-from qmpbackup.model import Consistency, Disk, Point, StoredDisk
+from qmpbackup.model import Consistency, Disk, Point, StoredDisk, VmConfig
 from qmpbackup.plan.levels import DiskPlan, rubbish
 from qmpbackup.service.backup.destination import Destination
 from qmpbackup.service.backup.request import Outcome, Plan, Request
@@ -108,12 +109,16 @@ class Run:
             level=self._plan.level,
             parent=self._plan.parent,
             consistency=consistency,
-            vm=self._plan.vm.config,
+            vm=self._config(),
             disks=tuple(_stored_disk(plan, way.seal(plan)) for plan in self._plan.disks),
             skipped=self._plan.skipped,
             pause=round(instant.pause, 6),
             notes=tuple(self._degraded),
         )
+
+    def _config(self) -> VmConfig:
+        vm = self._plan.vm
+        return replace(vm.config, files=needed_files.of(vm.config, vm.disks, vm.pid))
 
     def _retire_bitmaps(self, point: Point) -> None:
         """Remove change bitmaps that no point needs any more; the next run retries what fails."""
