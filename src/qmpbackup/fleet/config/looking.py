@@ -18,8 +18,6 @@ from qmpbackup.plan.finding import Health
 
 _LOCK_WAIT: Final = "60"
 """Seconds that a VM may be busy with a backup."""
-_OPENED: Final = ("holds no restore point", "--vm")
-"""What `list` says of a repository that it has opened, when it lists nothing."""
 _AT_ONCE: Final = 4
 _SECONDS: Final = 600.0
 
@@ -93,13 +91,12 @@ def _in_target(vm: VmSettings, target: TargetSettings) -> Examined:
 
 
 def _repository(target: TargetSettings) -> Examined:
-    """Whether it opens: `list` then names a VM, or says that it has none, or several to choose from."""
+    """Whether it opens."""
     try:
-        done = _run(["list", "--json", "--target", target.location], target)
+        done = _run(["status", "--json", "--target", target.location], target)
     except QmpBackupError as error:
         return Examined("", target.name, problem=str(error))
-    opens = not done.code or any(each in done.messages for each in _OPENED)
-    return Examined("", target.name, problem="" if opens else _said(done))
+    return Examined("", target.name, problem=_said(done) if done.code else "")
 
 
 def _said(done: process.Result) -> str:
