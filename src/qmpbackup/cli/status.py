@@ -87,8 +87,6 @@ def _of_configuration(arguments: argparse.Namespace) -> int:
 
 
 def _surveyed(arguments: argparse.Namespace) -> "Survey":
-    import os
-
     from qmpbackup.fleet import secrets
     from qmpbackup.fleet.config import load
     from qmpbackup.fleet.history import History
@@ -100,12 +98,7 @@ def _surveyed(arguments: argparse.Namespace) -> "Survey":
         if not configuration.is_usable:
             wrong = [each for each in configuration.faults if not each.is_warning]
             raise UsageError(str(wrong[0]), "`qmpbackup config check` names all that is wrong.")
-        return survey(
-            configuration,
-            history,
-            datetime.now(UTC),
-            lambda target: {**os.environ, **secrets.environment(target)},
-        )
+        return survey(configuration, history, datetime.now(UTC), secrets.environment)
 
 
 def _chosen(found: "Survey", names: Sequence[str]) -> "Survey":

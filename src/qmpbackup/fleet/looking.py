@@ -7,6 +7,7 @@ newest point that was made, and by the VM's socket; a VM's name need not be the 
 """
 
 import logging
+import os
 import queue
 import socket
 import threading
@@ -32,7 +33,7 @@ PATIENCE: Final = 90.0
 _AT_ONCE: Final = 8
 
 Variables = Callable[[TargetSettings], Mapping[str, str]]
-"""Gives the environment with which a target opens; may fail with a `QmpBackupError`."""
+"""Gives what a target needs in its environment to open; may fail with a `QmpBackupError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,8 @@ def _seen(
 
 def _look_at(place: str, target: TargetSettings, now: datetime, variables: Variables) -> Seen:
     try:
-        return opening.entrance(opening.place(place), variables(target)).overview(now)
+        told = {**os.environ, **variables(target)}
+        return opening.entrance(opening.place(place), told).overview(now)
     except QmpBackupError as error:
         return error
     except Exhausted as error:

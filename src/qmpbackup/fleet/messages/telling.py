@@ -29,9 +29,11 @@ _KEPT: Final = "notify.json"
 
 
 class Scope(Enum):
-    """What a report is of: all VMs, so that what it does not name is well; one thing alone; or a test."""
+    """What a report is of: all VMs, so that what it does not name is well; a configuration that stops a
+    run; one thing alone; or a test."""
 
     ALL = "all"
+    CONFIG = "config"
     ONE = "one"
     TEST = "test"
 
@@ -75,7 +77,7 @@ def tell(
         else:
             history.tell(_UNHEARD + each.name, None)
             _note(each, message, report, history, scope)
-    if scope is Scope.ALL:
+    if scope in {Scope.ALL, Scope.CONFIG}:
         history.tell(_REPORTED, report.now)
     return tuple(failed)
 
