@@ -96,7 +96,7 @@ removed() {
     expect [ ! -e /var/cache/qmpbackup ]
     expect [ ! -e /etc/qmpbackup/config.toml ]
     expect [ "$(cat /etc/qmpbackup/secrets/main)" = word ]
-    expect [ -n "$(find $TARGET -name '*.qcow2')" ]
+    expect qemu-img check -q "$(find $TARGET -name 'FULL-*' | head -n 1)"
     expect [ -e /backup/repository/config ]
 }
 
