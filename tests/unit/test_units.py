@@ -48,4 +48,6 @@ def test_what_else_holds_them_together() -> None:
     # The watchdog, which thaws guests, has to survive a stop.
     assert not re.search(r"^KillMode=", service, re.MULTILINE)
     assert "OnFailure=qmpbackup-failed@%n.service" in service
+    # CAP_SYS_PTRACE is for looking into /proc alone.
+    assert "SystemCallFilter=~@debug process_vm_readv process_vm_writev" in service
     assert re.search(r"^Persistent=yes$", timer, re.MULTILINE)
