@@ -328,7 +328,7 @@ def create_command(folder: BootFolder, disk: BootedDisk) -> list[str]:
 
 def keeper_command(folder: BootFolder) -> list[str]:
     """The command that keeps a booted VM."""
-    return [sys.executable, "-m", "qmpbackup", "boot", "--keep", str(folder.path)]
+    return [sys.executable, "-P", "-m", "qmpbackup", "boot", "--keep", str(folder.path)]
 
 
 def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:

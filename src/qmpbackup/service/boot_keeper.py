@@ -235,7 +235,7 @@ class PointServer:
 
 def serve_command(folder: BootFolder, boot: Boot) -> list[str]:
     """The command that serves the point: never with `base:allocation`."""
-    command = [sys.executable, "-m", "qmpbackup", "serve", "--target", boot.target]
+    command = [sys.executable, "-P", "-m", "qmpbackup", "serve", "--target", boot.target]
     command += ["--vm", boot.vm] if boot.vm else []
     return [
         *command,
