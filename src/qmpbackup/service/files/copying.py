@@ -207,19 +207,24 @@ class _Writer:
         self._mask = os.umask(0o077)
         os.umask(self._mask)
         self._is_tree = False
+        self._last: tuple[Parts, int] | None = None
+        """The folder that was opened last, as most files are in that of the file before."""
 
     def write(self, archive: Archive) -> None:
         """Write all of an archive."""
-        for number, member in enumerate(archive.members()):
-            if number == 0:
-                self._begin(member)
-            parts = (_COPY.encode(), *(member.parts if self._is_tree else ()))
-            self._close_but(parts)
-            self._meter.count(files=1)
-            shown = os.fsdecode(b"/".join(member.parts)) or "it"
-            with storage_errors(f"write {shown!a}"):
-                self._one(archive, member, parts)
-        self._close_but(())
+        try:
+            for number, member in enumerate(archive.members()):
+                if number == 0:
+                    self._begin(member)
+                parts = (_COPY.encode(), *(member.parts if self._is_tree else ()))
+                self._close_but(parts)
+                self._meter.count(files=1)
+                shown = os.fsdecode(b"/".join(member.parts)) or "it"
+                with storage_errors(f"write {shown!a}"):
+                    self._one(archive, member, parts)
+            self._close_but(())
+        finally:
+            self._let_go()
 
     def _begin(self, member: ArchiveMember) -> None:
         self._is_tree = member.kind == FOLDER and not member.parts
@@ -228,12 +233,10 @@ class _Writer:
 
     def _one(self, archive: Archive, member: ArchiveMember, parts: Parts) -> None:
         if member.kind == FOLDER:
-            with self._folder(parts[:-1]) as above:
-                os.mkdir(parts[-1], 0o700, dir_fd=above)
+            os.mkdir(parts[-1], 0o700, dir_fd=self._folder(parts[:-1]))
             self._open.append(_Open(parts, member))
         elif member.kind == FILE:
-            with self._folder(parts[:-1]) as above:
-                self._file(archive, member, parts[-1], above)
+            self._file(archive, member, parts)
         elif member.kind == HARD_LINK and self._is_tree:
             self._hard_link(member, parts)
         elif member.kind == SYMBOLIC_LINK:
@@ -241,8 +244,8 @@ class _Writer:
         else:
             self._leave_out(parts, "it is a device or a pipe")
 
-    def _file(self, archive: Archive, member: ArchiveMember, name: bytes, above: int) -> None:
-        fd = os.open(name, _NEW_FILE, 0o600, dir_fd=above)
+    def _file(self, archive: Archive, member: ArchiveMember, parts: Parts) -> None:
+        fd = os.open(parts[-1], _NEW_FILE, 0o600, dir_fd=self._folder(parts[:-1]))
         try:
             if member.extents is None:
                 for piece in archive.data():
@@ -271,43 +274,58 @@ class _Writer:
 
     def _hard_link(self, member: ArchiveMember, parts: Parts) -> None:
         first = (_COPY.encode(), *member.linked)
-        with self._folder(first[:-1]) as there, self._folder(parts[:-1]) as above:
+        there = self._opened(first[:-1])
+        try:
             if not stat.S_ISREG(os.lstat(first[-1], dir_fd=there).st_mode):
                 self._leave_out(parts, "it is a link to what is no file")
                 return
+            above = self._folder(parts[:-1])
             os.link(first[-1], parts[-1], src_dir_fd=there, dst_dir_fd=above, follow_symlinks=False)
+        finally:
+            os.close(there)
 
     def _symbolic_link(self, member: ArchiveMember, parts: Parts) -> None:
         if not (self._wishes.links or stays_inside(member.target, len(parts) - 2)):
             self._leave_out(parts, f"it is a link to {os.fsdecode(member.target)!a}")
             return
-        with self._folder(parts[:-1]) as above:
-            os.symlink(member.target, parts[-1], dir_fd=above)
+        os.symlink(member.target, parts[-1], dir_fd=self._folder(parts[:-1]))
 
     def _leave_out(self, parts: Parts, why: str) -> None:
         self.left_out += 1
         if self.left_out <= _MOST_NAMED:
             log.warning("%s is left out: %s.", os.fsdecode(b"/".join(parts[1:])) or "It", why)
 
-    @contextmanager
-    def _folder(self, parts: Parts) -> Iterator[int]:
-        """A folder below ours, on the way to which no link is followed."""
+    def _folder(self, parts: Parts) -> int:
+        """A folder below ours, on the way to which no link is followed; open until the next is asked for."""
+        if self._last is None or self._last[0] != parts:
+            fd = self._opened(parts)
+            self._let_go()
+            self._last = parts, fd
+        return self._last[1]
+
+    def _opened(self, parts: Parts) -> int:
         fd = os.dup(self._top)
         try:
             for each in parts:
                 below = os.open(each, _FOLDER_FLAGS, dir_fd=fd)
                 os.close(fd)
                 fd = below
-            yield fd
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
+
+    def _let_go(self) -> None:
+        if self._last is not None:
+            os.close(self._last[1])
+            self._last = None
 
     def _close_but(self, parts: Parts) -> None:
         """Give the folders their attributes that are left."""
         while self._open and parts[: len(self._open[-1].parts)] != self._open[-1].parts:
             done = self._open.pop()
-            with storage_errors("give a folder its attributes"), self._folder(done.parts) as fd:
-                self._attributes(fd, done.member)
+            with storage_errors("give a folder its attributes"):
+                self._attributes(self._folder(done.parts), done.member)
 
     def _attributes(self, fd: int, member: ArchiveMember) -> None:
         mode = member.mode & 0o777 & ~self._mask
