@@ -2,7 +2,9 @@
 """Files out of points: their file systems are read in the appliance, and never on this host."""
 
 import hashlib
+import json
 import os
+import pwd
 import signal
 import subprocess
 import tarfile
@@ -15,7 +17,7 @@ import pytest
 from lab import cli
 from lab.disks import MIB
 from lab.patience import wait_until
-from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.errors import NoSuchTarget, UsageError, VmError
 from qmpbackup.service.files.reading import Place, Reading, Request, reading
 from stock import guest_disks
 from stock.repositories import repository
@@ -251,13 +253,27 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
-def folder_of(running: cli.Running) -> Path | None:
-    """The folder of a run, once its machine runs."""
+def machine_of(running: cli.Running) -> int | None:
+    """The process of a run's machine, once that has confined itself."""
     for each in children_of(running.pid):
-        words = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
-        if b"-sandbox" in words and words[0] not in {b"env", b"prlimit", b"unshare", b"setpriv"}:
-            return Path(os.fsdecode(words[words.index(b"-initrd") + 1])).parent
+        with suppress(OSError):
+            words = Path(f"/proc/{each}/cmdline").read_bytes()
+            if b"-sandbox" in words and status_of(each)["Seccomp"] == "2":
+                return each
     return None
+
+
+def status_of(process: int) -> dict[str, str]:
+    """What the kernel says of a process."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def folder_of(machine: int) -> Path:
+    """The folder of a run, by the overlay of its machine."""
+    words = Path(f"/proc/{machine}/cmdline").read_bytes().split(b"\0")
+    (node,) = (word for word in words if b".overlay.qcow2" in word and b"vda" in word)
+    return Path(json.loads(node)["file"]["filename"]).parent
 
 
 def children_of(parent: int) -> list[int]:
@@ -269,9 +285,16 @@ def children_of(parent: int) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_killed_leaves_nothing(stored: Path, number: signal.Signals) -> None:
     with cli.start("files", "ls", "--target", stored / "target") as running:
-        wait_until(running.unless_over(lambda: folder_of(running)), "its machine")
-        folder = folder_of(running)
-        assert folder
+        wait_until(running.unless_over(lambda: machine_of(running)), "its machine")
+        machine = machine_of(running)
+        assert machine
+        folder = folder_of(machine)
+        status = status_of(machine)
+        if os.geteuid() == 0:
+            assert status["Uid"].split()[1] == str(pwd.getpwnam("nobody").pw_uid)
+            assert (status["NoNewPrivs"], int(status["CapBnd"], 16)) == ("1", 0)
+            ours, theirs = (Path(f"/proc/{each}/ns/net") for each in ("self", machine))
+            assert ours.readlink() != theirs.readlink()
         running.signal(number)
         code = running.wait().code
     assert code == (143 if number is signal.SIGTERM else -number)
@@ -279,6 +302,12 @@ def test_a_run_that_is_killed_leaves_nothing(stored: Path, number: signal.Signal
     if number is signal.SIGKILL:
         files(stored, "ls").check()
     assert not folder.exists()
+
+
+def test_a_kernel_that_is_brought_down_ends_the_run_alone(stored: Path) -> None:
+    request = Request(stored / "target", "latest")
+    with pytest.raises(VmError, match="ended"), reading(request) as found:
+        found._agent.told("sh", "-c", "echo c >/proc/sysrq-trigger")
 
 
 def test_a_damaged_point_gives_nothing_wrong(stored: Path, tmp_path: Path) -> None:
