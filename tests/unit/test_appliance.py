@@ -41,7 +41,7 @@ def talking(talk: Talk) -> Iterator[GuestAgent]:
 
 def test_an_answer_ends_with_its_mark_wherever_it_is_split() -> None:
     def talk(port: socket.socket, mark: bytes) -> None:
-        for byte in b"data" + mark[:-1] + b"data" + mark + b"3 it failed \n":
+        for byte in b"data" + mark[:-1] + b"no data" + mark + b"3 it failed \n":
             port.send(bytes([byte]))
 
     with talking(talk) as agent:
