@@ -3,11 +3,14 @@
 
 Each has `schema` and `type`; members are added, and none is taken away or given another meaning
 (docs/reference/commands.md). Must not know who reads them, nor how they are printed.
+
+Above 400 lines, as all kinds of documents stand here beside each other, a few lines each.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -17,6 +20,8 @@ from qmpbackup.targets.manifest import point_to_json, time_to_json
 if TYPE_CHECKING:
     from qmpbackup.fleet.config.looking import Examined
     from qmpbackup.fleet.config.showing import ShownValue
+    from qmpbackup.fleet.run.due import Duty
+    from qmpbackup.fleet.run.rounds import Done
     from qmpbackup.fleet.settings import Fault
     from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
     from qmpbackup.plan.missing import NotInPoint
@@ -185,6 +190,44 @@ def pruned(outcome: "Removed", *, dry_run: bool) -> Iterator[Document]:
         merged=outcome.merged,
         freed=outcome.freed,
     )
+
+
+def ran(done: "Done") -> Document:
+    """A piece of work that a run has done, or has tried; `again` is when it tries once more."""
+    attempt = done.attempt
+    return _document(
+        "run",
+        work=attempt.work.value,
+        vm=attempt.vm,
+        target=attempt.target,
+        scheduled=_time(attempt.scheduled),
+        started=_time(attempt.started),
+        ended=_time(attempt.ended),
+        exit_code=attempt.exit_code,
+        reason=attempt.reason,
+        fine=done.fine,
+        again=_time(done.again),
+        point=attempt.point or None,
+        level=attempt.level or None,
+        consistency=attempt.consistency or None,
+        added=attempt.added,
+        pause=attempt.pause,
+    )
+
+
+def due(duty: "Duty") -> Document:
+    """A piece of work that is due."""
+    return _document(
+        "due",
+        work=duty.work.value,
+        vm=duty.vm_name,
+        target=duty.target.name,
+        scheduled=_time(duty.scheduled),
+    )
+
+
+def _time(time: datetime | None) -> str | None:
+    return time_to_json(time) if time else None
 
 
 def swept(freed: int | None) -> Document:

@@ -145,6 +145,10 @@ class Child:
         caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
         return bool(int(caught, 16) >> (number - 1) & 1)
 
+    def ask_to_end(self) -> None:
+        """Have it end in order, if it still runs; does not wait."""
+        self._process.terminate()
+
     def kill(self) -> None:
         """End it at once, if it still runs."""
         if self._process.poll() is None:

@@ -26,7 +26,7 @@ exit codes:
   0 done · 1 failed · 2 wrong usage · 3 done but degraded · 4 an incremental is not possible
   5 quiesce failed · 6 QMP, NBD or VM · 7 target or storage · 8 damaged data
   9 an audit found unrecorded changes · 10 no such target · 11 locked by another run · 12 wrong password
-  13 the VM is off: nobody listens at its socket · 129/130/143 interrupted"""
+  13 the VM is off: nobody listens at its socket · 14 some of a run failed · 129/130/143 interrupted"""
 
 EXAMPLES = """\
 examples:
@@ -259,6 +259,7 @@ COMMANDS = {
     "status": "status",
     "history": "history",
     "notify": "notify",
+    "run": "run",
 }
 """Each command, and the module of `qmpbackup.cli` that has it."""
 

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qmpbackup run`: what is due of all VMs of a configuration."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qmpbackup.cli.arguments import add_config
+from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.errors import Locked
+from qmpbackup.plan.sizes import human
+
+if TYPE_CHECKING:
+    from qmpbackup.fleet.run.due import Duty
+    from qmpbackup.fleet.run.once import Outcome
+    from qmpbackup.fleet.run.rounds import Begun, Done
+
+log = logging.getLogger(__name__)
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "run",
+        help="back up all VMs of a configuration that are due",
+        description="Back up what is due by the schedules of the configuration, remove what its policies "
+        "do not keep, and verify and drill what has not been for long. Meant for a timer that calls it every "
+        "15 minutes. With names, or --all: back those VMs up now. Exit code 0: all that was due is "
+        "done; 3: some of it is degraded; 14: some of it failed, or is switched off by a fault in the "
+        "configuration; 2: the configuration cannot be used.",
+    )
+    parser.add_argument("vms", nargs="*", metavar="VM", help="back up this VM now; repeat")
+    parser.add_argument("--all", action="store_true", help="back up all VMs now")
+    add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what is due, and do nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a piece of work")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run, saying what begins and what ends."""
+    from qmpbackup.fleet.run import once
+
+    request = once.Request(arguments.config, tuple(arguments.vms), arguments.all, arguments.dry_run)
+    try:
+        outcome = once.run(request, _report)
+    except Locked as error:
+        log.info("%s Nothing was begun.", error.message)
+        return 0
+    for fault in outcome.faults:
+        log.log(logging.WARNING if fault.is_warning else logging.ERROR, "%s", fault)
+    for name in outcome.untold:
+        log.error("notify.%s could not be told.", name)
+    if arguments.json:
+        from qmpbackup import documents
+
+        say_json(*(documents.ran(each) for each in outcome.done))
+        say_json(*(documents.due(each) for each in outcome.due))
+    elif request.dry_run:
+        say(*map(printable, _due_lines(outcome.due)))
+    else:
+        say(_summary(outcome))
+    return outcome.exit_code
+
+
+def _report(event: "Begun | Done") -> None:
+    """One line as work begins, and one as it ends."""
+    from qmpbackup.fleet.run.rounds import Begun
+
+    what = _named(event.duty)
+    if isinstance(event, Begun):
+        log.info("%s begins.", what)
+    elif event.fine and not event.is_degraded:
+        log.info("%s: %s", what, _well(event))
+    else:
+        level = logging.WARNING if event.fine else logging.ERROR
+        again = f" Again at {event.again.astimezone():%H:%M}." if event.again else ""
+        log.log(
+            level,
+            "%s: exit code %s. %s%s",
+            what,
+            event.attempt.exit_code,
+            event.attempt.reason,
+            again,
+        )
+
+
+def _named(duty: "Duty") -> str:
+    vm = f"{duty.vm_name} " if duty.vm_name else ""
+    return f"{vm}→ {duty.target.name}: {duty.work}"
+
+
+def _well(done: "Done") -> str:
+    attempt = done.attempt
+    if attempt.exit_code:
+        return attempt.reason or "skipped."
+    took = f"{(attempt.ended - attempt.started).total_seconds():.0f} s" if attempt.ended else ""
+    if not attempt.point:
+        return f"done in {took}."
+    return (
+        f"{attempt.level}, {human(attempt.added)} in {took}, stopped {attempt.pause * 1000:.0f} ms, "
+        f"{attempt.consistency}-consistent."
+    )
+
+
+def _summary(outcome: "Outcome") -> str:
+    final = outcome.final
+    failed = sum(not each.fine for each in final)
+    degraded = sum(each.fine and each.is_degraded for each in final)
+    skipped = sum(each.fine and each.attempt.exit_code not in {0, 3} for each in final)
+    well = len(final) - failed - degraded - skipped
+    added = sum(each.attempt.added for each in final)
+    if not final:
+        return "Nothing is due."
+    return (
+        f"{len(final)} due: {well} done · {degraded} degraded · {failed} failed · {skipped} skipped. "
+        f"{human(added)} added in {outcome.took.total_seconds():.0f} s."
+    )
+
+
+def _due_lines(due: "tuple[Duty, ...]") -> Iterator[str]:
+    if not due:
+        yield "Nothing is due."
+    for each in due:
+        when = f"  since {each.scheduled.astimezone():%Y-%m-%d %H:%M}" if each.scheduled else ""
+        yield f"{_named(each)}{when}"
