@@ -21,7 +21,7 @@ POINT_HELP = (
     "such as 2026-11-02T03:04 (UTC unless it names a zone)"
 )
 
-_SHARED = ("--socket", "--agent-socket", "--debug", "--logfile", "-L", "--syslog")
+_SHARED = ("--socket", "--agent-socket", "--debug", "--logfile", "-L", "--syslog", "--log-format")
 
 
 class Parser(argparse.ArgumentParser):
@@ -229,3 +229,9 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="log every step, and tracebacks")
     parser.add_argument("-L", "--logfile", metavar="F", help="also log to this file")
     parser.add_argument("--syslog", action="store_true", help="also log to syslog")
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="what is logged to standard error: sentences, or one JSON object a line",
+    )

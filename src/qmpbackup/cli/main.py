@@ -149,7 +149,7 @@ def _report(sentences: Sequence[str], code: int, debug: bool, error: BaseExcepti
 def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
     logging.raiseExceptions = False  # a log that cannot be written must not end a backup
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(_Plain())
+    terminal.setFormatter(_formatter(arguments))
     log = logging.getLogger("qmpbackup")
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
@@ -160,6 +160,14 @@ def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
         log.addHandler(_file_handler(logfile))
     if getattr(arguments, "syslog", False):
         log.addHandler(_syslog_handler())
+
+
+def _formatter(arguments: argparse.Namespace) -> logging.Formatter:
+    if getattr(arguments, "log_format", "text") == "text":
+        return _Plain()
+    from qmpbackup.cli.json_log import JsonLines
+
+    return JsonLines()
 
 
 def _keep_others_quiet(log: logging.Logger) -> None:

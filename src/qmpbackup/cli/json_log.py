@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is logged, as one JSON object a line, for programs that collect logs."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+
+class JsonLines(logging.Formatter):
+    """`{"time": …, "level": …, "message": …}`, and `"traceback"` where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever is in the message."""
+        said = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said)
