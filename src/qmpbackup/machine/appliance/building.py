@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qmpbackup.durable import make_folders, storage_errors
 from qmpbackup.errors import VmError
+from qmpbackup.filelock import named_lock
 from qmpbackup.machine.appliance import modules
 from qmpbackup.machine.appliance.initramfs import Initramfs
 from qmpbackup.machine.appliance.packages import Packages, is_possible
@@ -47,6 +48,10 @@ _MODULES = (
     *("serpent_generic", "twofish_generic", "camellia_generic", "rmd160", "wp512"),
 )
 _CACHE_VERSION = 1
+_MAKING = "making-"
+_MAKING_SECONDS = 900.0
+"""How long one run waits for another that makes it."""
+
 _DONE = "packages"
 """The file that is written last: what an appliance was made of."""
 
@@ -83,8 +88,10 @@ def appliance(*, anew: bool = False) -> Appliance:
                 "dpkg-deb on x86-64, and is not here yet.",
                 f"Make it on a Debian host by `qmpbackup files prepare`, and copy it to {folder}.",
             )
-        log.info("Making the appliance of Debian's packages, which takes a while the first time.")
-        _make(folder)
+        with named_lock("appliance", "the appliance", _MAKING_SECONDS):
+            if anew or not (folder / _DONE).exists():  # nobody has made it meanwhile
+                log.info("Making the appliance of Debian's packages, which takes a while.")
+                _make(folder)
     return Appliance(folder)
 
 
@@ -113,18 +120,17 @@ def _make(folder: Path) -> None:
         with (done / "initramfs").open("wb") as file:
             _fill(Initramfs(file), packages, kernel.name.removeprefix("vmlinuz-"))
         (done / _DONE).write_text("".join(f"{each}\n" for each in names))
-        with suppress(OSError):
+        with suppress(FileNotFoundError):
             folder.rename(work / "before")
-        with suppress(OSError):  # whoever comes second loses, and has the same
-            done.rename(folder)
-        if not (folder / _DONE).exists():
-            raise VmError(f"{folder} is there, and is no appliance.", "Remove it, and run again.")
+        done.rename(folder)
 
 
 @contextmanager
 def _workplace(cache: Path) -> Iterator[Path]:
     make_folders(cache)
-    work = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
+    for left in cache.glob(f"{_MAKING}*"):  # by one that was killed: there is no other now
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=cache))
     try:
         yield work
     finally:
