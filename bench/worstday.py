@@ -114,7 +114,7 @@ class _Bench:
                 pid = listener(sockets / "settle")
                 if pid:
                     kill(pid)
-                call(["rm", "-r", str(folder)])
+                call(["rm", "-r", str(folder), str(sockets)])
 
     def server(self) -> None:
         """All bytes of the data disk."""

@@ -10,6 +10,7 @@ Leaves nothing behind.
 
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -193,10 +194,12 @@ class Demo:
         try:
             self._settle(records)
         finally:
+            there = BootFolder(self.folder / "vm")
             for name in ("settle", "point"):
-                pid = listener(BootFolder(self.folder / "vm").monitor(name))
+                pid = listener(there.monitor(name))
                 if pid:
                     kill(pid)
+            shutil.rmtree(there.sockets, ignore_errors=True)
 
     def _settle(self, records: int) -> None:
         begun = time.monotonic()
