@@ -254,6 +254,20 @@ def test_one_thing_alone_makes_nothing_else_well(history: History, box: Mailbox)
     assert "RECOVERED  qmpbackup.service" in box.mails[2].get_content()
 
 
+def test_a_configuration_that_stops_all_is_told_by_the_run_and_not_by_its_unit_as_well(
+    history: History, box: Mailbox
+) -> None:
+    fault = Fault("config.toml", "", "is no TOML (line 3)")
+    for _ in range(2):
+        begun((), history, NOW, reveal)
+        news = report_of(Survey(NOW, faults=(fault,)), "kvm3", exit_code=2)
+        tell([by_mail(box)], news, history, reveal, scope=Scope.CONFIG)
+        assert telling.has_reported(history)
+    assert [each["Subject"].partition(": ")[2] for each in box.mails] == ["1 config"]
+    tell([by_mail(box)], of(WELL), history, reveal)
+    assert "RECOVERED  configuration" in box.mails[1].get_content()
+
+
 def test_a_test_is_not_remembered(history: History, box: Mailbox) -> None:
     way = telling.silenced(by_mail(box))
     for _ in range(2):

@@ -110,7 +110,8 @@ def _unusable(request: Request, configuration: Configuration, history: History) 
     found = Survey(datetime.now(UTC), faults=configuration.faults, trouble=history.trouble)
     news = notices.report(found, host_name(), exit_code=USAGE)
     ways = telling.to_be_told(state_folder(), configuration)
-    untold = telling.tell(ways, news, history, secrets.reveal, scope=Scope.ONE)
+    telling.begun((), history, news.now, secrets.reveal)
+    untold = telling.tell(ways, news, history, secrets.reveal, scope=Scope.CONFIG)
     return replace(outcome, untold=untold)
 
 
