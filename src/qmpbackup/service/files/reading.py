@@ -10,7 +10,8 @@ appliance writes to the overlays alone: journals are replayed there.
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from qmpbackup.targets.interface import Address
 log = logging.getLogger(__name__)
 
 _LARGEST_OVERLAY = 4 * 1024**3
+_LOOK_SECONDS = 0.5
 _LARGEST_LOG = 1024 * 1024
 _MOST_UNREAD = 5
 _LONGEST_PASSPHRASE = 64 * 1024
@@ -250,6 +252,8 @@ def reading(request: Request) -> Iterator[Reading]:
             largest_file=_bound(folder.path),
         )
         hand_over(folder.path)
+        # A disk that was withdrawn is asked for again and again by QEMU: nobody need wait for that.
+        stack.enter_context(interrupt.asking(_now_and_then(server.require_whole)))
         try:
             agent = stack.enter_context(running.running(machine))
             found = Reading(point, boot.disks, agent)
@@ -266,6 +270,19 @@ def reading(request: Request) -> Iterator[Reading]:
         server.require_whole()
         for each in _unread(folder):
             log.warning("Not all of point %s can be read: %s", point.id, each)
+
+
+def _now_and_then(question: Callable[[], None]) -> Callable[[], None]:
+    """The same question, which is not asked more often than needed."""
+    last = time.monotonic()
+
+    def ask() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LOOK_SECONDS:
+            last = time.monotonic()
+            question()
+
+    return ask
 
 
 def _unread(folder: BootFolder) -> list[str]:
