@@ -9,7 +9,6 @@
     ├── VmError                     6  QMP, the VM, or its block layer
     │   ├── ConnectError               no usable monitor at the address
     │   │   └── NobodyThere         13  nobody listens there: the VM is off
-    │   │   └── NobodyThere               nobody listens there: what did, has ended
     │   ├── MonitorBusy                another client holds the monitor
     │   ├── MonitorProtocolError       what came back is not QMP
     │   ├── CommandError               QEMU refused a command (carries its class)

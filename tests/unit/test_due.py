@@ -174,6 +174,16 @@ def test_a_target_that_two_vms_in_a_row_cannot_use_is_given_up() -> None:
     assert reach.given_up == {"main": "It is gone."}
 
 
+@pytest.mark.parametrize("code", [6, 11, 13, 143, -9])
+def test_what_never_came_to_the_target_is_no_sign_that_it_works(code: int) -> None:
+    """As where every other VM is off."""
+    reach = Reach()
+    reach.note(duty("a"), 7, "It is gone.")
+    reach.note(duty("b"), code, "")
+    reach.note(duty("c"), 7, "It is gone.")
+    assert reach.given_up == {"main": "It is gone."}
+
+
 def test_points_are_proved_every_so_often_where_there_are_any() -> None:
     holding = Holding("db1", "main", NOW, newest=NIGHT, points=3)
     assert is_to_be_proved(DAY, None, holding, NOW)

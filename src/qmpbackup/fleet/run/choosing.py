@@ -20,6 +20,8 @@ MAY_PASS: Final = frozenset({5, 6, 7, 11})
 """Exit codes after which it is tried again in the same run."""
 GIVEN_UP_AFTER: Final = 2
 """So many VMs in a row that cannot reach a target, and it costs no other one its time."""
+_TARGET_WORKS: Final = frozenset({0, 3, 4, 8, 9})
+"""Exit codes of what has been read or written there; others, as of a VM that is off, say nothing of it."""
 _ORDER: Final = tuple(Work)
 
 
@@ -83,8 +85,9 @@ class Reach:
     def note(self, duty: Duty, code: int, reason: str) -> None:
         """Note how something ended."""
         name = duty.target.name
-        if code not in TARGET_FAILED:
+        if code in _TARGET_WORKS:
             self._failures.pop(name, None)
+        if code not in TARGET_FAILED:
             return
         vms = self._failures.setdefault(name, [])
         if duty.vm_name not in vms:
