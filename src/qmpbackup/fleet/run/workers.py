@@ -22,7 +22,7 @@ LONGEST: Final = 48 * 3600.0
 """Seconds after which a command is ended that does not end by itself."""
 ENDS_WITHIN: Final = 75.0
 """Seconds that commands get to end in order; systemd gives us 90 by default."""
-_PROGRAM: Final = (sys.executable, "-m", "qmpbackup")
+_PROGRAM: Final = (sys.executable, "-P", "-m", "qmpbackup")
 
 T = TypeVar("T")
 
