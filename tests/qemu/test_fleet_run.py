@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cli
+from lab import cli, sinks
 from lab.disks import MIB, Disk, create
 from lab.patience import wait_until
 from lab.qemu import Qemu
@@ -216,3 +216,25 @@ verify = {{ every = "" }}"""
     for result in (first, second, third):
         assert marker not in result.out + result.err
     assert os.environ.get("RESTIC_PASSWORD") is None
+
+
+def test_whoever_is_to_know_is_told_once_and_once_when_it_is_well(host: Host) -> None:
+    with sinks.web_server() as web:
+        host.tables |= {
+            "notify.ops": f'type = "webhook"\nurl = "{web.url}"',
+            "metrics": f'textfile = "{host.folder}/none/qmpbackup.prom"',
+            "defaults": "retry = { times = 0 }",
+            "vm.web1": f'socket = "{host.vms["web1"].socket}"\ninclude = ["nothing"]',
+        }
+        host.run().check(SOME_FAILED)
+        host.run().check()
+        assert len(web.asked) == 1, "what was told is not told again"
+        assert b"nothing" in web.asked[0].body
+        assert b"metrics" in web.asked[0].body
+        del host.tables["metrics"]
+        host.tables["vm.web1"] = f'socket = "{host.vms["web1"].socket}"'
+        host.run("--all").check()
+        assert len(web.asked) == 2
+        assert b"well again" in web.asked[1].body
+        host.run("--all").check()
+        assert len(web.asked) == 2

@@ -41,7 +41,7 @@ def choose(
 
 
 def _place(duty: Duty) -> tuple[int, int, float]:
-    return duty.tries, _ORDER.index(duty.work), -duty.urgency
+    return _ORDER.index(duty.work), duty.tries, -duty.urgency
 
 
 def _may_begin(

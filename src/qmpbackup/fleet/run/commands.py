@@ -101,8 +101,8 @@ def ended(attempt: Attempt, code: int, output: bytes, messages: str, longest: fl
         point=str(point.get("id", "")),
         level=str(point.get("level", "")),
         consistency=attempt.consistency or str(point.get("consistency", "")),
-        added=sum(int(each.get("file_size", 0)) for each in disks),
-        pause=float(point.get("pause", 0.0)),
+        added=sum(int(_number(each.get("file_size"))) for each in disks),
+        pause=_number(point.get("pause")),
     )
     if code == 0 and attempt.pause > longest:
         said_so = f"The VM stood still for {attempt.pause:.1f} s."
@@ -123,6 +123,10 @@ def identity(output: bytes) -> tuple[str, str, str]:
 def whose(uuid: str, host: str, name: str) -> str:
     """How `--vm` is told whose points are meant, in a repository."""
     return uuid or (f"{host}/{name}" if host and name else name)
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0.0
 
 
 def _objects(output: bytes) -> Iterator[Mapping[str, Any]]:

@@ -23,10 +23,11 @@ from qmpbackup.fleet.config import host_name, load
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Sightings, look
 from qmpbackup.fleet.messages import notices, telling
+from qmpbackup.fleet.messages.notices import Notice
 from qmpbackup.fleet.messages.telling import Scope
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.fleet.run.rounds import Done, Report, Round
-from qmpbackup.fleet.settings import Configuration, Fault
+from qmpbackup.fleet.settings import Configuration, Event, Fault
 from qmpbackup.fleet.survey import Survey, judge
 from qmpbackup.plan.guessing import or_did_you_mean
 from qmpbackup.state import state_folder
@@ -147,18 +148,19 @@ class _Night:
 
     def show(self, looked: Sightings, now: datetime) -> None:
         """Show that it goes on."""
-        self.measure(looked, now)
-
-    def measure(self, looked: Sightings, now: datetime) -> Survey:
-        """Judge all VMs, and write the metrics."""
         self.history.alive(now)
-        found = judge(self.configuration, self.history, looked, now)
-        if self.configuration.textfile:
-            try:
-                metrics.write(Path(self.configuration.textfile), found, self.history)
-            except QmpBackupError as error:
-                log.warning("%s", error)
-        return found
+        for notice in self.measure(judge(self.configuration, self.history, looked, now)):
+            log.warning("%s", notice.sentence)
+
+    def measure(self, survey: Survey) -> list[Notice]:
+        """Write the metrics; gives what went wrong with that."""
+        if not self.configuration.textfile:
+            return []
+        try:
+            metrics.write(Path(self.configuration.textfile), survey, self.history)
+        except QmpBackupError as error:
+            return [Notice(Event.FAILED, "metrics", str(error))]
+        return []
 
 
 def _run(night: _Night, report: Report) -> Outcome:
@@ -173,10 +175,15 @@ def _run(night: _Night, report: Report) -> Outcome:
     now = datetime.now(UTC)
     history.forget_before(now - timedelta(seconds=configuration.run.history))
     outcome = Outcome(done, faults=configuration.faults, took=now - night.started)
-    survey = night.measure(look(configuration, history, now, secrets.environment), now)
+    found = look(configuration, history, now, secrets.environment)
+    history.alive(now)
+    survey = judge(configuration, history, found, now)
+    more = night.measure(survey)
+    for each in more:
+        log.warning("%s", each.sentence)
     if not tells:
         return outcome
-    news = notices.report(survey, host_name(), exit_code=outcome.exit_code)
+    news = notices.report(survey, host_name(), exit_code=outcome.exit_code, more=more)
     untold = telling.tell(configuration.notify, news, history, secrets.reveal)
     return replace(outcome, untold=untold)
 

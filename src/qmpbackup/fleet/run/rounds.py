@@ -339,7 +339,7 @@ class Round:
             self._begin(replace(duty, not_before=None), is_offline=True)
             return
         is_gone = duty.target.when_gone is WhenGone.SKIP and code in _SKIPPED_TARGET
-        if duty.target.name not in self.reach.given_up and duty.work is Work.BACKUP:
+        if duty.target.name not in self.reach.given_up and duty.vm_name:
             self.reach.note(duty, code, attempt.reason)
         later = None
         if not is_gone and duty.target.name not in self.reach.given_up:

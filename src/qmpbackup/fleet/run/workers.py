@@ -100,11 +100,13 @@ def _waiting(
     number: int, child: Child, longest: float, done: "queue.SimpleQueue[tuple[int, Result]]"
 ) -> Callable[[], None]:
     def wait() -> None:
-        with child:
-            try:
+        result = Result("qmpbackup", 1, b"", "error: It could not be waited for.")
+        try:
+            with child:
                 result = child.wait(longest)
-            except (QmpBackupError, Exhausted) as error:
-                result = Result("qmpbackup", 1, b"", f"error: {error}")
-        done.put((number, result))
+        except (QmpBackupError, Exhausted) as error:
+            result = Result("qmpbackup", 1, b"", f"error: {error}")
+        finally:  # or its slot would be taken for ever
+            done.put((number, result))
 
     return wait
