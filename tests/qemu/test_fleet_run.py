@@ -18,6 +18,9 @@ from lab.repositories import Repository
 
 SOME_FAILED = 14
 
+CALM = 'limits = { pause = "1h" }'
+"""However busy the machine is, no point is degraded as its VM stood still for long."""
+
 
 @dataclass
 class Host:
@@ -29,6 +32,7 @@ class Host:
     variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.tables |= {"defaults": CALM}
         self.tables |= {
             f"vm.{name}": f'socket = "{vm.socket}"' for name, vm in self.vms.items()
         } | {"target.main": f'location = "{self.folder}/backup/{{vm}}"\nverify = {{ every = "" }}'}
@@ -93,7 +97,7 @@ def test_one_that_is_off_one_typo_and_a_dead_target_harm_no_other(host: Host) ->
         "vm.off": f'socket = "{host.folder}/none"',
         "vm.typo": f'socket = "{host.folder}/none2"\nscedule = "02:30"',
         "target.dead": 'location = "/proc/nowhere/{vm}"',
-        "defaults": "retry = { times = 0 }",
+        "defaults": f"{CALM}\nretry = {{ times = 0 }}",
     }
     result = host.run("--json").check(SOME_FAILED)
     found = ended(result)
@@ -110,7 +114,7 @@ def test_a_target_that_two_cannot_use_costs_the_third_nothing(host: Host) -> Non
     extra = host.vms["db1"].socket
     host.tables |= {f"vm.more{number}": f'socket = "{extra}"' for number in range(3)}
     host.tables["target.main"] = 'location = "/proc/nowhere/{vm}"'
-    host.tables["defaults"] = "retry = { times = 0 }"
+    host.tables["defaults"] += "\nretry = { times = 0 }"
     result = host.run("--json").check(SOME_FAILED)
     given_up = [each for each in result.objects if "was given up for this run" in each["reason"]]
     assert len(result.objects) == 5
@@ -128,7 +132,7 @@ def test_without_a_history_points_in_the_target_say_what_is_due(host: Host) -> N
 
 
 def test_a_vm_that_went_off_is_backed_up_once_as_it_lies(host: Host) -> None:
-    host.tables["defaults"] = 'when_off = "offline"'
+    host.tables["defaults"] += '\nwhen_off = "offline"'
     host.run().check()
     host.vms["web1"].quit()
     host.run("--all").check()
@@ -167,7 +171,7 @@ def test_a_run_that_ends_takes_its_children_with_it_and_is_made_up(
     assert result.code == (143 if how is signal.SIGTERM else -how)
     wait_until(lambda: not Path(f"/proc/{child}").exists())
     assert host.points("db1") == host.points("web1") == []
-    host.tables["defaults"] = ""
+    host.tables["defaults"] = CALM
     again = host.run("--all", "--json").check()
     assert ended(again) == {(vm, "main", "backup"): 0 for vm in ("db1", "web1")}
 
@@ -223,7 +227,7 @@ def test_whoever_is_to_know_is_told_once_and_once_when_it_is_well(host: Host) ->
         host.tables |= {
             "notify.ops": f'type = "webhook"\nurl = "{web.url}"',
             "metrics": f'textfile = "{host.folder}/none/qmpbackup.prom"',
-            "defaults": "retry = { times = 0 }",
+            "defaults": f"{CALM}\nretry = {{ times = 0 }}",
             "vm.web1": f'socket = "{host.vms["web1"].socket}"\ninclude = ["nothing"]',
         }
         host.run().check(SOME_FAILED)
