@@ -6,6 +6,7 @@
 #   make check          lint, format, types, layers, unit tests: below a minute
 #   make test           check, and the tests on real QEMU and in a booted guest
 #   make demo           a running VM backed up, restored and compared, in two minutes
+#   make demo-fleet     a host with four VMs, one off and one with a dead target, in ten seconds
 #   make bench          measurements against qemu-img, qemu-nbd, restic and borg
 #   make coverage       how much of src the tests run through, branches and subprocesses with it
 #   make test-versions  the QEMU tests on QEMU 10.0
@@ -33,7 +34,7 @@ COVERAGE := $(BIN)/coverage
 MEASURED := $(COVERAGE) run -m $(PYTEST_PARALLEL:$(BIN)/%=%)
 REAL := $(wildcard tests/lab tests/images tests/qemu tests/libvirt tests/guest tests/fault tests/contract tests/fuzz)
 
-.PHONY: setup guest check lint unit test test-all test-versions test-fresh deb test-deb dist soak demo bench format clean coverage
+.PHONY: setup guest check lint unit test test-all test-versions test-fresh deb test-deb dist soak demo demo-fleet bench format clean coverage
 
 setup:
 	@scripts/setup.sh
@@ -94,6 +95,9 @@ soak: setup
 
 demo: setup guest
 	@PYTHONPATH=tests $(BIN)/python scripts/demo.py
+
+demo-fleet: setup
+	@PYTHONPATH=tests $(BIN)/python scripts/demo_fleet.py
 
 bench: setup guest
 	@scripts/setup.sh borgbackup
