@@ -6,12 +6,16 @@ The guest's image lies on a small ext4 of its own. What a guest writes it may wa
 that succeeds says that no write was lost; how long that took does not matter here.
 """
 
+import ctypes
+import fcntl
 import os
 import re
 import signal
+import termios
 import time
+from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,9 @@ from stock.repositories import repository
 from stock.scene import WHERE, Where
 
 STORAGE, DAMAGED = 7, 8
+
+PIDFD_GETFD = 438
+"""The number of pidfd_getfd(2), on all machines."""
 
 pytestmark = needs_root
 
@@ -80,6 +87,35 @@ def wait_for_view(vm: Qemu, running: cli.Running) -> None:
 
 def status(vm: Qemu) -> str:
     return str(vm.qmp("query-status")["status"])
+
+
+def stop_at_rest(running: cli.Running) -> None:
+    """Stop a run while it asks QEMU for nothing: QEMU's own stop waits until an answer is taken."""
+    while True:
+        running.signal(signal.SIGSTOP)
+        time.sleep(0.5)  # for answers that are under way; a run that is slow rests nearly always
+        if not unread(running.pid):
+            return
+        running.signal(signal.SIGCONT)
+        time.sleep(0.2)
+
+
+def unread(pid: int) -> int:
+    """Bytes in the sockets of a process that it has not read."""
+    found, process = 0, os.pidfd_open(pid)
+    try:
+        for each in Path(f"/proc/{pid}/fd").iterdir():
+            if not str(each.readlink()).startswith("socket:"):
+                continue
+            copy = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, int(each.name), 0)
+            count = array("i", [0])
+            with suppress(OSError):  # one that listens
+                fcntl.ioctl(copy, termios.FIONREAD, count)
+            os.close(copy)
+            found += count[0]
+    finally:
+        os.close(process)
+    return found
 
 
 def starve(guest: Guest, folder: Path) -> None:
@@ -219,7 +255,7 @@ class TestRunsAgain:
             target = target_in(tmp_path, where)
             fill_up_to(folder, 60 * MIB)
             with slow_run(guest, target, "--reserve", "0") as running:
-                running.signal(signal.SIGSTOP)
+                stop_at_rest(running)
                 starve(guest, folder)
                 running.signal(signal.SIGCONT)
                 failed = running.wait().check(STORAGE)
@@ -236,11 +272,10 @@ class TestRunsAgain:
             target = target_in(tmp_path, where)
             fill_up_to(folder, 60 * MIB)
             with slow_run(guest, target, "--reserve", "0") as running:
-                # A run whose view has broken would end, and let the VM run.
-                running.signal(signal.SIGSTOP)
-                starve(guest, folder)
+                # Before its view breaks: it would end then, and let the VM run.
                 running.signal(signal.SIGKILL)
                 running.wait()
+            starve(guest, folder)
             doctor = cli.run("--socket", guest.socket, "doctor").check(1)
             assert "found no room" in doctor.out
             assert "qmpbackup recover" in doctor.out
