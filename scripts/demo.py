@@ -11,17 +11,15 @@ Leaves nothing behind.
 import re
 import shlex
 import shutil
-import signal
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lab import cli, disks
 from lab.booted import kill, listener
+from lab.demonstrating import DemoFailed, demonstrated
 from lab.disks import MIB, Disk
 from lab.guest import Guest, Shell
 from lab.patience import PATIENCE
@@ -221,10 +219,6 @@ class Demo:
         self.say(f"on local disks; the repository is gone, and {found} records are there", seconds)
 
 
-class DemoFailed(Exception):
-    """What was restored is not what the guest had."""
-
-
 def require(holds: bool, otherwise: str) -> None:
     """Raises `DemoFailed` unless it holds."""
     if not holds:
@@ -276,25 +270,5 @@ def describe(guest: Guest) -> str:
     )
 
 
-def main() -> int:
-    """Run the demonstration; the exit code."""
-    signal.signal(signal.SIGTERM, _end)
-    begun = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="qmpbackup-demo-") as folder:
-            demonstrate(Demo(Path(folder)))
-    except KeyboardInterrupt:
-        return 130
-    except (DemoFailed, AssertionError, OSError) as error:
-        print(f"demo: failed: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 1
-    print(f"{time.monotonic() - begun:5.1f} s  in all. Nothing of it is left.")
-    return 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(demonstrated(lambda folder: demonstrate(Demo(folder))))

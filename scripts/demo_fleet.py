@@ -7,16 +7,13 @@ and a timer would start. Leaves nothing behind.
 
 import json
 import shlex
-import signal
 import sys
-import tempfile
 import textwrap
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 from lab import cli, disks
+from lab.demonstrating import DemoFailed, demonstrated
 from lab.disks import MIB, Disk
 from lab.qemu import Qemu
 
@@ -38,10 +35,6 @@ password = { file = "HERE/password" }
 type = "command"
 command = ["tee", "HERE/message"]
 """
-
-
-class DemoFailed(Exception):
-    """The product did not do what the demo shows."""
 
 
 class Host:
@@ -138,25 +131,11 @@ def demonstrate(host: Host, stack: ExitStack) -> None:
     host.command("qmpbackup status --all")
 
 
-def main() -> int:
-    """Run the demonstration; the exit code."""
-    signal.signal(signal.SIGTERM, _end)
-    begun = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="qmpbackup-demo-") as folder, ExitStack() as stack:
-            demonstrate(Host(Path(folder)), stack)
-    except KeyboardInterrupt:
-        return 130
-    except (DemoFailed, AssertionError, OSError) as error:
-        print(f"demo: failed: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 1
-    print(f"{time.monotonic() - begun:.1f} s in all. Nothing of it is left.")
-    return 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def show(folder: Path) -> None:
+    """All of it; the VMs end with it."""
+    with ExitStack() as stack:
+        demonstrate(Host(folder), stack)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(demonstrated(show))

@@ -5,13 +5,13 @@ for whole addresses. Names lead where the test says, so that a server on loopbac
 import http.client
 import select
 import socket
-import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
 
 from lab.patience import PATIENCE
+from lab.serving import serving
 
 _OWN = {"connection", "keep-alive", "transfer-encoding", "proxy-authorization", "date", "server"}
 
@@ -32,8 +32,7 @@ class ForwardProxy:
             of = proxy
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="forward proxy")
+        self._serving = serving(self._server)
 
     @property
     def place(self) -> str:
@@ -41,13 +40,11 @@ class ForwardProxy:
         return f"127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._serving.__enter__()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(30)
+        self._serving.__exit__(None, None, None)
 
 
 class _Handler(BaseHTTPRequestHandler):

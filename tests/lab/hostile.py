@@ -7,7 +7,6 @@ One handler speaks both protocols, restic's own and as much of S3's as is needed
 import hashlib
 import itertools
 import json
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
 from lab.servers import BUCKET
+from lab.serving import serving
 
 How = Literal[
     "nothing",
@@ -46,16 +46,8 @@ def hostile(folder: Path, kind: str, how: How) -> Iterator[str]:
         """One connection."""
 
     Handler.folder, Handler.kind, Handler.how = folder, kind, how
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 class _Handler(BaseHTTPRequestHandler):

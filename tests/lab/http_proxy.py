@@ -14,6 +14,7 @@ from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from lab.patience import PATIENCE
+from lab.serving import serving
 
 Fate = Literal["pass", "503", "500", "403", "cut", "lose the answer", "cut the answer", "stall"]
 """What becomes of a request: passed on; refused with a status; its connection closed before anything
@@ -54,8 +55,7 @@ class HttpProxy:
         self.log: list[Request] = []
         self.over = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http proxy")
+        self._serving = serving(self._server)
 
     @property
     def url(self) -> str:
@@ -63,14 +63,12 @@ class HttpProxy:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._serving.__enter__()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self.over.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(30)
+        self._serving.__exit__(None, None, None)
 
     def _seen(self, method: str, path: str) -> Request:
         with self._lock:

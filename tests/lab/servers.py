@@ -7,7 +7,6 @@
 import http.client
 import ipaddress
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
 
 from lab.patience import PATIENCE
+from lab.serving import serving
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "id-of-a-key",
@@ -81,21 +81,14 @@ def answering(
             """Nothing is printed."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
     if certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
         server.socket = context.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
-    thread = threading.Thread(target=server.serve_forever, name="http server")
-    thread.start()
-    try:
-        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(30)
+    with serving(server) as port:
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{port}"
 
 
 def certificate(path: Path, name_of_server: str = "test") -> Path:

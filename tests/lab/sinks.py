@@ -5,13 +5,14 @@ Each serves in threads of its own and is over with its block.
 """
 
 import socketserver
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from lab.serving import serving
 
 
 @dataclass
@@ -54,7 +55,7 @@ def mail_server(greeting: str = "220 sink") -> Iterator[Mailbox]:
             assert isinstance(mail, EmailMessage)
             box.mails.append(mail)
 
-    with _serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
         box.address = f"127.0.0.1:{port}"
         yield box
 
@@ -100,19 +101,6 @@ def web_server(status: int = 200) -> Iterator[Web]:
         def log_message(self, *_arguments: object) -> None:
             """Say nothing."""
 
-    with _serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
         web.url = f"http://127.0.0.1:{port}"
         yield web
-
-
-@contextmanager
-def _serving(server: socketserver.ThreadingTCPServer | ThreadingHTTPServer) -> Iterator[int]:
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, name="sink", daemon=True)
-    thread.start()
-    try:
-        yield int(server.server_address[1])
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
