@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import socket
 from datetime import UTC, datetime
 
 from qmpbackup.cli.arguments import add_config
@@ -33,7 +32,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def run(arguments: argparse.Namespace) -> int:
     """Send it."""
     from qmpbackup.fleet import secrets
-    from qmpbackup.fleet.config import load
+    from qmpbackup.fleet.config import host_name, load
     from qmpbackup.fleet.history import History
     from qmpbackup.fleet.messages import telling
     from qmpbackup.fleet.messages.notices import News, Notice
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "Nobody is to be told.", "Add a [notify.NAME] table to the configuration."
             )
         scope = Scope.TEST if arguments.test else Scope.ONE
-        report = telling.tested(socket.gethostname(), now)
+        report = telling.tested(host_name(), now)
         if arguments.test:
             ways = tuple(map(telling.silenced, ways))
         elif _ended_in_order() and telling.has_reported(history):
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         else:
             notice = Notice(Event.FAILED, arguments.unit_failed, _why(), now, Severity.CRITICAL)
-            report = News(socket.gethostname(), now, (notice,), exit_code=1)
+            report = News(host_name(), now, (notice,), exit_code=1)
         failed = telling.tell(ways, report, history, secrets.reveal, scope=scope)
     if failed:
         raise QmpBackupError(f"Not told: {', '.join(f'notify.{each}' for each in failed)}.")

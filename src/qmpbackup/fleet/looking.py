@@ -9,7 +9,6 @@ newest point that was made, and by the VM's socket; a VM's name need not be the 
 import logging
 import os
 import queue
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from datetime import datetime
 from typing import Final
 
 from qmpbackup.errors import Exhausted, NoSuchTarget, QmpBackupError
+from qmpbackup.fleet.config import host_name
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.records import Attempt, Holding, Work
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
@@ -67,7 +67,7 @@ def look(
     patience: float = PATIENCE,
 ) -> Sightings:
     """Look at all targets, and keep what was seen in the history, if that is open to be written."""
-    host = socket.gethostname()
+    host = host_name()
     wanted = [
         (vm, configuration.target(name))
         for vm in configuration.vms

@@ -125,3 +125,16 @@ def test_storage_that_hangs_holds_up_nobody(history: History) -> None:
         ends.set()
     assert "not answered" in found.holdings[0].problem
     assert looking.PATIENCE > 45  # a storage's own patience with one that is not there
+
+
+def test_the_host_has_the_name_that_runs_call_it_by(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a target with `{host}` in its place would be looked for where no run ever writes."""
+    monkeypatch.setenv("RESTIC_HOST", "another-name")
+    points = tmp_path / "another-name" / "db1" / "points"
+    points.mkdir(parents=True)
+    (points / "20261102T040000Z-000001.json").write_text("garbage")
+    target = TargetSettings("main", f"{tmp_path}/{{host}}/{{vm}}")
+    (seen,) = look(Configuration(vms=(VM,), targets=(target,)), history, NOW, nothing).sights
+    assert seen.damaged
