@@ -4,13 +4,12 @@
 Each has `schema` and `type`; members are added, and none is taken away or given another meaning
 (docs/reference/commands.md). Must not know who reads them, nor how they are printed.
 
-Above 400 lines, as all kinds of documents stand here beside each other, a few lines each.
+Those of many VMs are in `fleet_documents`.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -18,11 +17,6 @@ from qmpbackup.model import Disk, Point, Skipped, StoredDisk
 from qmpbackup.targets.manifest import point_to_json, time_to_json
 
 if TYPE_CHECKING:
-    from qmpbackup.fleet.config.looking import Examined
-    from qmpbackup.fleet.config.showing import ShownValue
-    from qmpbackup.fleet.run.due import Duty
-    from qmpbackup.fleet.run.rounds import Done
-    from qmpbackup.fleet.settings import Fault
     from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
     from qmpbackup.plan.missing import NotInPoint
     from qmpbackup.service import backup, restore, verify
@@ -40,13 +34,14 @@ SCHEMA = 1
 Document = dict[str, Any]
 
 
-def _document(kind: str, /, **members: object) -> Document:
+def document(kind: str, /, **members: object) -> Document:
+    """An object of some kind."""
     return {"schema": SCHEMA, "type": kind, **members}
 
 
 def backed_up(outcome: "backup.Outcome") -> Document:
     """A point that was made."""
-    return _document(
+    return document(
         "backup",
         point=point_to_json(outcome.point),
         degraded=list(outcome.degraded),
@@ -54,32 +49,9 @@ def backed_up(outcome: "backup.Outcome") -> Document:
     )
 
 
-def fault(what: "Fault") -> Document:
-    """Something that is wrong with the configuration."""
-    return _document("fault", **asdict(what))
-
-
-def configured(what: "ShownValue") -> Document:
-    """A value of the configuration."""
-    return _document("value", **asdict(what))
-
-
-def looked(what: "Examined") -> Document:
-    """What was found of a VM and a target of the configuration."""
-    return _document(
-        "looked",
-        vm=what.vm,
-        target=what.target,
-        off=what.is_off,
-        well=what.is_well,
-        problem=what.problem,
-        findings=list(what.findings),
-    )
-
-
 def plan(what: "backup.Plan") -> Document:
     """What a backup would do."""
-    return _document(
+    return document(
         "plan",
         target=what.target,
         level=what.level,
@@ -104,7 +76,7 @@ def plan(what: "backup.Plan") -> Document:
 
 def listed(point: Point, damaged: Iterable[str]) -> Document:
     """A point in a list; `damaged` are its disks of which a file is known to be."""
-    return _document(
+    return document(
         "point",
         id=point.id,
         time=time_to_json(point.time),
@@ -129,7 +101,7 @@ def shown(point: Point) -> Document:
 
 def restored(outcome: "restore.Outcome") -> Document:
     """What was restored, and what the point lacks."""
-    return _document(
+    return document(
         "restore",
         point=outcome.point.id,
         disks=[
@@ -152,13 +124,13 @@ def _missing(each: "NotInPoint") -> Document:
 def verified(report: "verify.Report") -> Iterator[Document]:
     """What was found about each point, and then about all."""
     for verdict in report.verdicts:
-        yield _document(
+        yield document(
             "verdict",
             id=verdict.point.id,
             ok=not verdict.problems,
             problems=list(verdict.problems),
         )
-    yield _document(
+    yield document(
         "summary",
         ok=report.whole,
         points=len(report.verdicts),
@@ -175,14 +147,14 @@ def verified(report: "verify.Report") -> Iterator[Document]:
 def pruned(outcome: "Removed", *, dry_run: bool) -> Iterator[Document]:
     """What became of each point, the newest last, and then of all."""
     for each in reversed(outcome.verdicts):
-        yield _document(
+        yield document(
             "verdict",
             id=each.point.id,
             time=time_to_json(each.point.time),
             keep=each.kept,
             reasons=list(each.reasons),
         )
-    yield _document(
+    yield document(
         "summary",
         dry_run=dry_run,
         kept=len(outcome.kept),
@@ -192,62 +164,24 @@ def pruned(outcome: "Removed", *, dry_run: bool) -> Iterator[Document]:
     )
 
 
-def ran(done: "Done") -> Document:
-    """A piece of work that a run has done, or has tried; `again` is when it tries once more."""
-    attempt = done.attempt
-    return _document(
-        "run",
-        work=attempt.work.value,
-        vm=attempt.vm,
-        target=attempt.target,
-        scheduled=_time(attempt.scheduled),
-        started=_time(attempt.started),
-        ended=_time(attempt.ended),
-        exit_code=attempt.exit_code,
-        reason=attempt.reason,
-        fine=done.fine,
-        again=_time(done.again),
-        point=attempt.point or None,
-        level=attempt.level or None,
-        consistency=attempt.consistency or None,
-        added=attempt.added,
-        pause=attempt.pause,
-    )
-
-
-def due(duty: "Duty") -> Document:
-    """A piece of work that is due."""
-    return _document(
-        "due",
-        work=duty.work.value,
-        vm=duty.vm_name,
-        target=duty.target.name,
-        scheduled=_time(duty.scheduled),
-    )
-
-
-def _time(time: datetime | None) -> str | None:
-    return time_to_json(time) if time else None
-
-
 def swept(freed: int | None) -> Document:
     """A sweep; `freed` is None where there was nothing to sweep."""
-    return _document("sweep", freed=freed)
+    return document("sweep", freed=freed)
 
 
 def finding(found: "Finding") -> Document:
     """Something that `doctor` has to say."""
-    return _document("finding", **asdict(found))
+    return document("finding", **asdict(found))
 
 
 def made(repository: "Made") -> Document:
     """A repository that was made."""
-    return _document("init", id=repository.id, location=repository.location)
+    return document("init", id=repository.id, location=repository.location)
 
 
 def served(what: "Served") -> Document:
     """Exports that can be read from now on."""
-    return _document(
+    return document(
         "serve",
         point=what.point.id,
         socket=str(what.socket),
@@ -290,12 +224,12 @@ def _places(found: "Prepared") -> Document:
 
 def booted(found: "Prepared") -> Document:
     """A VM that runs from a point."""
-    return _document("boot", **_places(found))
+    return document("boot", **_places(found))
 
 
 def bootable(found: "Prepared") -> Document:
     """How a VM would be booted from a point."""
-    return _document(
+    return document(
         "boot-print",
         **_places(found),
         commands=found.by_hand(),
@@ -306,7 +240,7 @@ def bootable(found: "Prepared") -> Document:
 
 def seen(found: "Seen") -> Document:
     """A VM that was booted, as it is now."""
-    return _document(
+    return document(
         "booted",
         folder=str(found.folder.path),
         point=found.boot.point,
@@ -320,7 +254,7 @@ def seen(found: "Seen") -> Document:
 def settled(found: "Settled") -> Document:
     """A VM that depends on no backup."""
     disks = {disk.id: str(found.folder.base(disk)) for disk in found.boot.disks}
-    return _document("settle", point=found.boot.point, disks=disks, stood_still=found.stood_still)
+    return document("settle", point=found.boot.point, disks=disks, stood_still=found.stood_still)
 
 
 def vm_config(point: Point) -> Document:
@@ -331,7 +265,7 @@ def vm_config(point: Point) -> Document:
     disks = [Attached(each.id, each.source_file, {"node-name": each.id}) for each in point.disks]
     found = launch(point.vm, disks, Setting("", ""))
     words = point.vm.command_line
-    return _document(
+    return document(
         "vm-config",
         point=point.id,
         vm=point_to_json(point)["vm"],
@@ -351,12 +285,12 @@ def vm_config(point: Point) -> Document:
 
 def drilled(found: "Drilled") -> Document:
     """How a point came up in a drill."""
-    return _document("drill", **asdict(found))
+    return document("drill", **asdict(found))
 
 
 def guest_file_system(found: "GuestFileSystem", subvolumes: Sequence[bytes]) -> Document:
     """A file system in a point, with the paths of its subvolumes."""
-    return _document(
+    return document(
         "file_system",
         name=found.name,
         kind=found.type,
@@ -371,7 +305,7 @@ def guest_file_system(found: "GuestFileSystem", subvolumes: Sequence[bytes]) -> 
 
 def guest_file(address: bytes, found: "GuestFile") -> Document:
     """A file in a point. Bytes that are no UTF-8 are lone surrogates."""
-    return _document(
+    return document(
         "file",
         path=os.fsdecode(address),
         name=os.fsdecode(found.path),

@@ -160,6 +160,19 @@ def write_file(folder: int, name: str, data: bytes, *, mode: int = 0o600) -> Non
     sync_folder(folder)
 
 
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """The same, by a path.
+
+    Raises:
+        OSError: as `write_file`, or its folder is not there.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        write_file(folder, path.name, data, mode=mode)
+    finally:
+        os.close(folder)
+
+
 def _write_new(folder: int, name: str, data: bytes, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=folder)

@@ -43,14 +43,21 @@ def locked(fd: int, what: str, *, shared: bool = False, wait: float = 0.0) -> It
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def is_locked(fd: int) -> bool:
-    """Whether somebody holds a lock on an open file that nobody shares."""
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock on a file that nobody shares.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    return False
+    else:
+        return False
+    finally:
+        os.close(fd)  # and with it the lock
 
 
 @contextmanager

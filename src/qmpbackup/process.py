@@ -7,6 +7,7 @@ block that waits for it is left in whatever way, and by the kernel when we die.
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ _KEPT_MESSAGES = 64 * 1024
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 NOTHING: Mapping[str, str] = {}
+
+
+def ours(*words: str) -> list[str]:
+    """A command of ours in a process of its own, which loads no module from where it is started."""
+    return [sys.executable, "-P", "-m", "qmpbackup", *words]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import (
@@ -21,9 +21,9 @@ from qmpbackup.cli.arguments import (
     share,
     size,
 )
-from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.cli.printing import count_of, printable, say, say_json
 from qmpbackup.errors import StorageError, UnrecordedChanges, UsageError
-from qmpbackup.model import AUDIT, Level, Quiesce, StoredDisk
+from qmpbackup.model import AUDIT, Level, Quiesce
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -334,17 +334,13 @@ def _outcome_lines(outcome: "Outcome") -> Iterable[str]:
     for disk in point.disks:
         yield f"{disk.id:<20} {disk.level:<4}  {human(disk.file_size):>10}  {disk.file}"
     yield (
-        f"Point {point.id}: {point.level}, {_count(point.disks)}, {human(point.size)}, "
+        f"Point {point.id}: {point.level}, {count_of(len(point.disks), 'disk')}, {human(point.size)}, "
         f"{point.consistency}-consistent, VM stopped for {point.pause * 1000:.1f} ms."
     )
     for complaint in outcome.degraded:
         yield f"Degraded: {complaint}"
     if outcome.alarm:
         yield f"Alarm: {outcome.alarm}"
-
-
-def _count(disks: "Sequence[StoredDisk]") -> str:
-    return "1 disk" if len(disks) == 1 else f"{len(disks)} disks"
 
 
 def _plan_lines(plan: "Plan") -> Iterable[str]:

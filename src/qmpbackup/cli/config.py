@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_config
-from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.cli.printing import count_of, printable, say, say_json
 from qmpbackup.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,20 +110,16 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         vms, targets = len(loaded.configuration.vms), len(loaded.configuration.targets)
         end = "not all is well" if wrong else "nothing is wrong"
-        say(f"{_count(vms, 'VM')}, {_count(targets, 'target')}: {end}.")
+        say(f"{count_of(vms, 'VM')}, {count_of(targets, 'target')}: {end}.")
     well = _look(loaded, as_json=arguments.json) if arguments.live else True
     return UNUSABLE if wrong else int(not well)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _say_fault(fault: "Fault", *, as_json: bool) -> None:
     if as_json:
-        from qmpbackup import documents
+        from qmpbackup import fleet_documents
 
-        say_json(documents.fault(fault))
+        say_json(fleet_documents.fault(fault))
     else:
         say(printable(f"{'warning: ' if fault.is_warning else ''}{fault}"))
 
@@ -136,9 +132,9 @@ def _look(loaded: "Loaded", *, as_json: bool) -> bool:
     for each in look(loaded.configuration):
         well = well and each.is_well
         if as_json:
-            from qmpbackup import documents
+            from qmpbackup import fleet_documents
 
-            say_json(documents.looked(each))
+            say_json(fleet_documents.looked(each))
         else:
             say(*map(printable, each.lines()))
     return well
@@ -174,9 +170,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _say_values(values: "Iterable[ShownValue]", *, as_json: bool) -> None:
     if as_json:
-        from qmpbackup import documents
+        from qmpbackup import fleet_documents
 
-        say_json(*map(documents.configured, values))
+        say_json(*map(fleet_documents.configured, values))
         return
     from qmpbackup.fleet.config.toml import toml
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.printing import printable, say, say_json, table
+from qmpbackup.errors import NobodyThere
 from qmpbackup.plan.ages import age
 from qmpbackup.plan.sizes import human
 
@@ -87,7 +88,7 @@ def result(exit_code: int | None) -> str:
             return "ok"
         case 3:
             return "degraded"
-        case 13:
+        case NobodyThere.exit_code:
             return "was off"
         case _ if exit_code < 0:
             return f"killed ({-exit_code})"

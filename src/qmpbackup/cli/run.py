@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name in outcome.untold:
         log.error("notify.%s could not be told.", name)
     if arguments.json:
-        from qmpbackup import documents
+        from qmpbackup import fleet_documents
 
-        say_json(*(documents.ran(each) for each in outcome.done))
-        say_json(*(documents.due(each) for each in outcome.due))
+        say_json(*(fleet_documents.ran(each) for each in outcome.done))
+        say_json(*(fleet_documents.due(each) for each in outcome.due))
     elif request.dry_run:
         say(*map(printable, _due_lines(outcome.due)))
     else:

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_config, add_target
-from qmpbackup.cli.printing import printable, say, say_json, table
-from qmpbackup.errors import NoSuchTarget, UsageError
+from qmpbackup.cli.printing import count_of, printable, say, say_json, table
+from qmpbackup.errors import NobodyThere, NoSuchTarget, UsageError
 from qmpbackup.plan.ages import age
 
 if TYPE_CHECKING:
@@ -141,15 +141,14 @@ def _lines(found: "Survey", *, everything: bool) -> Iterator[str]:
 
 
 def _summary(found: "Survey") -> str:
-    import socket
-
+    from qmpbackup.fleet.config import host_name
     from qmpbackup.fleet.metrics import by_state
 
     counted = [f"{count} {state}" for state, count in reversed(by_state(found).items()) if count]
     vms = len({each.vm for each in found.standings})
     due = [each for each in found.standings if each.next_time is not None]
     following = min(due, key=lambda each: each.next_time or found.now, default=None)
-    said = f"{vms} VM{'s' * (vms != 1)} on {socket.gethostname()}: {' · '.join(counted) or 'none'}"
+    said = f"{count_of(vms, 'VM')} on {host_name()}: {' · '.join(counted) or 'none'}"
     if following is None or following.next_time is None:
         return said
     left = age(following.next_time - found.now)
@@ -184,7 +183,7 @@ def _last_run(standing: "Standing") -> str:
     code = facts.last.exit_code
     if code is None:
         return "goes on"
-    if code == 13:
+    if code == NobodyThere.exit_code:
         return "was off"
     said = "ok" if code == 0 else f"exit {code}" if code > 0 else f"killed ({-code})"
     return f"{facts.failures} × {said}" if facts.failures > 1 else said
@@ -266,10 +265,7 @@ def _by_age(held: "HeldVm") -> tuple[float, str, str]:
 def _overview(vms: "list[HeldVm]", now: datetime) -> Iterator[str]:
     hosts = {each.identity.host for each in vms}
     points = sum(each.points for each in vms)
-    yield (
-        f"{len(vms)} VM{'s' * (len(vms) != 1)} of {len(hosts)} host{'s' * (len(hosts) != 1)}, "
-        f"{points} points"
-    )
+    yield f"{count_of(len(vms), 'VM')} of {count_of(len(hosts), 'host')}, {points} points"
     head = ("VM", "HOST", "NEWEST POINT", "AGE", "POINTS")
     yield from table(head, [_held_row(each, now) for each in vms], right={"AGE", "POINTS"})
     for each in vms:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import POINT_HELP, add_lock_wait, add_target, add_vm, share
-from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.cli.printing import count_of, printable, say, say_json
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
@@ -85,11 +85,11 @@ def _lines(report: "Report") -> Iterable[str]:
 
 
 def _looked_at(report: "Report") -> str:
-    points, size = _count(len(report.verdicts), "point"), human(report.size)
+    points, size = count_of(len(report.verdicts), "point"), human(report.size)
     if report.read_files == report.files:
-        return f"{points}, {_count(report.files, 'file')}, {size}"
+        return f"{points}, {count_of(report.files, 'file')}, {size}"
     read = f"{human(report.read_size)} of it read" if report.read_files else "none of it read"
-    return f"{points}, {_count(report.files, 'file')}, {size}, {read}"
+    return f"{points}, {count_of(report.files, 'file')}, {size}, {read}"
 
 
 def _summary(report: "Report") -> str:
@@ -103,8 +103,4 @@ def _summary(report: "Report") -> str:
         (len(report.damaged) - manifests, "file", " of the repository damaged"),
         (len(report.extra), "file", " of no point"),
     )
-    return ", ".join(_count(count, what) + end for count, what, end in parts if count) + "."
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return ", ".join(count_of(count, what) + end for count, what, end in parts if count) + "."

@@ -21,14 +21,10 @@ from typing import Any, Final, Self
 from qmpbackup.durable import make_folders
 from qmpbackup.filelock import is_locked, locked
 from qmpbackup.fleet.history_file import HistoryFile, Row, Value
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import PASSED_OVER, SUCCEEDED, Attempt, Holding, Work
 
 KILLED: Final = -int(SIGKILL)
 """The exit code of an attempt whose run was killed."""
-SUCCEEDED: Final = frozenset({0, 3})
-"""Exit codes of a command that did what it was to do."""
-PASSED_OVER: Final = frozenset({13, 129, 130, 143})
-"""Exit codes that say nothing: the VM was off, or somebody ended the command in order."""
 
 _RUNS: Final = "runs"
 _ALIVE: Final = " alive"
@@ -124,15 +120,11 @@ class History:
         if Path(run).name != run:
             return False
         try:
-            fd = os.open(self._runs / run, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return is_locked(self._runs / run)
         except PermissionError:
             return True
         except OSError:
             return False
-        try:
-            return is_locked(fd)
-        finally:
-            os.close(fd)
 
     # Attempts
 
@@ -190,14 +182,20 @@ class History:
         )
         return self._judged(_attempt(rows[0]), {}) if rows else None
 
-    def failures_in_a_row(self, vm: str, target: str) -> int:
-        """How many backups have failed since the last that did not; those that say nothing aside."""
-        count = 0
+    def failing(self, vm: str, target: str) -> tuple[int, datetime | None]:
+        """How many backups have failed since the last that did not, and when the first of them was begun;
+        those that say nothing aside."""
+        count, since = 0, None
         for each in self.attempts(vm=vm, target=target, work=Work.BACKUP, limit=100):
             if each.exit_code in SUCCEEDED:
                 break
-            count += each.exit_code is not None and each.exit_code not in PASSED_OVER
-        return count
+            if each.exit_code is not None and each.exit_code not in PASSED_OVER:
+                count, since = count + 1, each.started
+        return count, since
+
+    def failures_in_a_row(self, vm: str, target: str) -> int:
+        """The count alone."""
+        return self.failing(vm, target)[0]
 
     # What targets held
 

@@ -5,7 +5,6 @@ Values come from targets and the history, never from what a run says of itself, 
 zero because a run fails. Deadlines are values, too: an alert needs to know no schedule.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpbackup import __version__
-from qmpbackup.durable import storage_errors, write_file
+from qmpbackup.durable import replace_file, storage_errors
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.records import Attempt, Work
 from qmpbackup.fleet.standing import WORST_FIRST, Standing, State
@@ -61,11 +60,7 @@ def write(path: Path, survey: Survey, history: History) -> None:
     """
     data = rendered(survey, history)
     with storage_errors(f"write the metrics {path}"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            write_file(folder, path.name, data, mode=_READABLE)
-        finally:
-            os.close(folder)
+        replace_file(path, data, mode=_READABLE)
 
 
 def rendered(survey: Survey, history: History) -> bytes:

@@ -7,6 +7,18 @@ Times are aware and in UTC, sizes bytes, durations seconds.
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Final
+
+from qmpbackup.errors import NobodyThere
+
+DEGRADED: Final = 3
+SUCCEEDED: Final = frozenset({0, DEGRADED})
+"""Exit codes of a command that did what it was to do."""
+WAS_OFF: Final = NobodyThere.exit_code
+ENDED: Final = frozenset({129, 130, 143})
+"""Exit codes of a command that somebody ended in order."""
+PASSED_OVER: Final = ENDED | {WAS_OFF}
+"""Exit codes that say nothing: the VM was off, or somebody ended the command in order."""
 
 
 class Work(StrEnum):

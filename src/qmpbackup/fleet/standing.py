@@ -12,8 +12,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from qmpbackup.fleet.history import PASSED_OVER, SUCCEEDED
-from qmpbackup.fleet.records import Attempt, Holding
+from qmpbackup.fleet.records import DEGRADED, PASSED_OVER, SUCCEEDED, Attempt, Holding
 from qmpbackup.fleet.settings import VmSettings, WhenOff
 from qmpbackup.plan import calendar
 from qmpbackup.plan.ages import age
@@ -23,8 +22,6 @@ LONGEST_RUN: Final = timedelta(days=2)
 
 _EVER: Final = datetime(9999, 1, 1, tzinfo=UTC)
 _DAMAGED_DATA: Final = 8
-_DEGRADED: Final = 3
-_IS_OFF: Final = 13
 
 
 class State(StrEnum):
@@ -268,7 +265,7 @@ def _degraded(facts: Facts) -> Finding | None:
         several = "points are" if holding.ahead > 1 else "point is"
         why = f"{holding.ahead} {several} from the future: was a clock wrong?"
         return State.DEGRADED, why, holding.looked
-    if last and last.exit_code == _DEGRADED:
+    if last and last.exit_code == DEGRADED:
         return State.DEGRADED, last.reason or "The last point is degraded.", last.started
     for proof in (facts.verified, facts.drilled):
         code = proof.exit_code if proof else None

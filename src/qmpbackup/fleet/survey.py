@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from qmpbackup.fleet.history import PASSED_OVER, SUCCEEDED, History
+from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Sight, Sightings, Variables, look
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import WAS_OFF, Attempt, Holding, Work
 from qmpbackup.fleet.settings import Configuration, Fault, VmSettings
 from qmpbackup.fleet.standing import WORST_FIRST, Facts, Severity, Standing, State, judged, worst
 
-_IS_OFF = 13
 _REMOTE = "tcp:"
 
 
@@ -80,7 +79,7 @@ def _facts(
             continue
         first_seen = history.first_seen(vm.name)
         for target in vm.targets:
-            failures, since = _failing(history, vm.name, target)
+            failures, since = history.failing(vm.name, target)
             last = history.last(vm.name, target, Work.BACKUP)
             yield Facts(
                 vm,
@@ -96,26 +95,15 @@ def _facts(
             )
 
 
-def _failing(history: History, vm: str, target: str) -> tuple[int, datetime | None]:
-    """How many backups have failed since the last that did not, and when the first of them began."""
-    count, since = 0, None
-    for each in history.attempts(vm=vm, target=target, work=Work.BACKUP, limit=100):
-        if each.exit_code in SUCCEEDED:
-            break
-        if each.exit_code is not None and each.exit_code not in PASSED_OVER:
-            count, since = count + 1, each.started
-    return count, since
-
-
 def is_off(vm: VmSettings, last: Attempt | None) -> bool:
     """Whether a VM is off: it has no socket, or still the one at which the last backup found nobody."""
     if vm.socket.startswith(_REMOTE):
-        return last is not None and last.exit_code == _IS_OFF
+        return last is not None and last.exit_code == WAS_OFF
     try:
         made = Path(vm.socket).stat().st_mtime
     except OSError:
         return True
-    return last is not None and last.exit_code == _IS_OFF and made < last.started.timestamp()
+    return last is not None and last.exit_code == WAS_OFF and made < last.started.timestamp()
 
 
 def _others(configuration: Configuration) -> Iterator[Standing]:

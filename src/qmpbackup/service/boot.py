@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ from qmpbackup.model import Point, VmIdentity
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.qemu_options import node_names, program_of
-from qmpbackup.process import run
+from qmpbackup.process import ours, run
 from qmpbackup.service.boot_folder import (
     JOURNAL,
     Boot,
@@ -328,7 +327,7 @@ def create_command(folder: BootFolder, disk: BootedDisk) -> list[str]:
 
 def keeper_command(folder: BootFolder) -> list[str]:
     """The command that keeps a booted VM."""
-    return [sys.executable, "-P", "-m", "qmpbackup", "boot", "--keep", str(folder.path)]
+    return ours("boot", "--keep", str(folder.path))
 
 
 def _start_keeper(folder: BootFolder, environment: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from qmpbackup.durable import make_folders, storage_errors, write_file
+from qmpbackup.durable import make_folders, replace_file, storage_errors
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.filelock import is_locked, locked, runtime_folder
 from qmpbackup.machine.booting import NODE
@@ -176,11 +176,7 @@ class BootFolder:
         """Write the journal, durably."""
         data = json.dumps({"schema": SCHEMA, **asdict(boot)}, indent=1) + "\n"
         with storage_errors(f"write {self.path / JOURNAL}"):
-            folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                write_file(folder, JOURNAL, data.encode())
-            finally:
-                os.close(folder)
+            replace_file(self.path / JOURNAL, data.encode())
 
     def enter(self, phase: BootPhase) -> Boot:
         """Note that the VM has come to a phase."""
@@ -212,13 +208,9 @@ class BootFolder:
     def is_claimed(self, what: str) -> bool:
         """Whether somebody does that here."""
         try:
-            fd = os.open(self.path / f"{what}.lock", os.O_RDONLY | os.O_CLOEXEC)
+            return is_locked(self.path / f"{what}.lock")
         except OSError:
             return False
-        try:
-            return is_locked(fd)
-        finally:
-            os.close(fd)
 
     # The list of all of them
 

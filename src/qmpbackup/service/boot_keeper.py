@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from qmpbackup.errors import CommandTimeout, ConnectionLost, DamagedError, Stora
 from qmpbackup.machine import booting
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch, Setting, launch
+from qmpbackup.process import ours
 from qmpbackup.service import settle_steps
 from qmpbackup.service.boot_folder import MONITORS, Boot, BootFolder, BootPhase, nodes_of
 from qmpbackup.targets import opening
@@ -235,7 +235,7 @@ class PointServer:
 
 def serve_command(folder: BootFolder, boot: Boot) -> list[str]:
     """The command that serves the point: never with `base:allocation`."""
-    command = [sys.executable, "-P", "-m", "qmpbackup", "serve", "--target", boot.target]
+    command = ours("serve", "--target", boot.target)
     command += ["--vm", boot.vm] if boot.vm else []
     return [
         *command,

@@ -2,7 +2,6 @@
 """A look at the VMs and targets of a configuration: what `doctor` says of each, in a process of its own."""
 
 import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def _said(done: process.Result) -> str:
 
 def _run(words: list[str], target: TargetSettings) -> process.Result:
     return process.run(
-        [sys.executable, "-m", "qmpbackup", *words],
+        process.ours(*words),
         environment=secrets.environment(target),
         timeout=_SECONDS,
     )

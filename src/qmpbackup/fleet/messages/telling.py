@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from qmpbackup.durable import make_folders
+from qmpbackup.durable import make_folders, replace_file
 from qmpbackup.errors import QmpBackupError
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.messages import ways
@@ -198,11 +198,7 @@ def remember(folder: Path, configuration: Configuration) -> None:
         path = folder / _KEPT
         data = msgspec.json.encode(configuration.notify)
         if not path.exists() or path.read_bytes() != data:
-            temporary = path.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            temporary.touch(0o600)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            replace_file(path, data)
 
 
 def to_be_told(folder: Path, configuration: Configuration) -> tuple[NotifySettings, ...]:

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from qmpbackup.fleet.records import Attempt, Work
+from qmpbackup.fleet.records import DEGRADED, Attempt, Work
 from qmpbackup.fleet.settings import Freezing, Keep, VmSettings
 from qmpbackup.model import Level
 
-DEGRADED: Final = 3
 _LOCK_WAIT: Final = ("--lock-wait", "60")
 _LONGEST_REASON: Final = 2000
 

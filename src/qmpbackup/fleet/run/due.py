@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import ENDED, Attempt, Holding, Work
 from qmpbackup.fleet.settings import TargetSettings, VmSettings
 from qmpbackup.plan import calendar
 
@@ -22,7 +22,6 @@ AGAIN_AFTER: Final = timedelta(minutes=14)
 _LONGEST_PAUSE: Final = timedelta(hours=6)
 TARGET_FAILED: Final = frozenset({7, 10, 12})
 """Exit codes that may be the target's fault, and so every VM's."""
-_ENDED: Final = frozenset({129, 130, 143})
 _LONG: Final = 600.0
 _EVER: Final = 1e9
 
@@ -103,7 +102,7 @@ def _urgency(vm: VmSettings, begun: datetime, now: datetime) -> float:
 def is_due_again(last: Attempt, failures: int, now: datetime) -> bool:
     """Whether what failed is to be tried again before its next time."""
     code = last.exit_code
-    died = code is not None and (code < 0 or code in _ENDED)
+    died = code is not None and (code < 0 or code in ENDED)
     if code not in TARGET_FAILED and not died:
         return False
     pause = min(AGAIN_AFTER * (1 << min(max(failures - 1, 0), 10)), _LONGEST_PAUSE)
@@ -128,7 +127,7 @@ def is_time(every: float, last: Attempt | None, now: datetime) -> bool:
     if last is None or last.started > now:
         return True
     passed: timedelta = now - last.started
-    if last.exit_code is not None and (last.exit_code < 0 or last.exit_code in _ENDED):
+    if last.exit_code is not None and (last.exit_code < 0 or last.exit_code in ENDED):
         return passed >= AGAIN_AFTER
     if last.exit_code in TARGET_FAILED | {11}:
         return passed >= _LONGEST_PAUSE

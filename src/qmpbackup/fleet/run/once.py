@@ -25,6 +25,7 @@ from qmpbackup.fleet.looking import Sightings, look
 from qmpbackup.fleet.messages import notices, telling
 from qmpbackup.fleet.messages.notices import Notice
 from qmpbackup.fleet.messages.telling import Scope
+from qmpbackup.fleet.records import DEGRADED
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.fleet.run.rounds import Done, Report, Round
 from qmpbackup.fleet.settings import Configuration, Event, Fault
@@ -34,7 +35,7 @@ from qmpbackup.state import state_folder
 
 log = logging.getLogger(__name__)
 
-DEGRADED, SOME_FAILED, USAGE = 3, 14, 2
+SOME_FAILED, USAGE = 14, UsageError.exit_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from qmpbackup import interrupt
 from qmpbackup.errors import Exhausted, Interrupted, QmpBackupError
 from qmpbackup.fleet import secrets
 from qmpbackup.fleet.config import host_name
-from qmpbackup.fleet.history import SUCCEEDED, History
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.history import History
+from qmpbackup.fleet.records import DEGRADED, SUCCEEDED, WAS_OFF, Attempt, Holding, Work
 from qmpbackup.fleet.run import choosing, commands, due
 from qmpbackup.fleet.run.choosing import Reach
 from qmpbackup.fleet.run.due import Duty, Past
@@ -32,7 +32,6 @@ from qmpbackup.targets import opening
 
 log = logging.getLogger(__name__)
 
-_IS_OFF: Final = 13
 _STORAGE: Final = 7
 _TICK: Final = 0.2
 _ALIVE_EVERY: Final = timedelta(minutes=5)
@@ -65,7 +64,7 @@ class Done:
     @property
     def is_degraded(self) -> bool:
         """Whether it went well but for something."""
-        return self.attempt.exit_code == commands.DEGRADED
+        return self.attempt.exit_code == DEGRADED
 
 
 Report = Callable[[Begun | Done], None]
@@ -335,7 +334,7 @@ class Round:
         attempt = self._note(begun, result)
         code = attempt.exit_code or 0
         duty = begun.duty
-        if code == _IS_OFF and self._goes_offline(begun):
+        if code == WAS_OFF and self._goes_offline(begun):
             self._begin(replace(duty, not_before=None), is_offline=True)
             return
         is_gone = duty.target.when_gone is WhenGone.SKIP and code in _SKIPPED_TARGET
@@ -349,7 +348,7 @@ class Round:
         fine = (
             code in SUCCEEDED
             or is_gone
-            or (code == _IS_OFF and duty.vm.when_off is not WhenOff.FAIL)
+            or (code == WAS_OFF and duty.vm.when_off is not WhenOff.FAIL)
         )
         done = Done(duty, attempt, later.not_before if later else None, fine)
         self.done.append(done)

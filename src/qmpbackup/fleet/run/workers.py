@@ -7,7 +7,6 @@ thread for each only waits.
 
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from qmpbackup.errors import Exhausted, QmpBackupError
-from qmpbackup.process import Child, Result
+from qmpbackup.process import Child, Result, ours
 
 LONGEST: Final = 48 * 3600.0
 """Seconds after which a command is ended that does not end by itself."""
 ENDS_WITHIN: Final = 75.0
 """Seconds that commands get to end in order; systemd gives us 90 by default."""
-_PROGRAM: Final = (sys.executable, "-P", "-m", "qmpbackup")
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class Workers(Generic[T]):
             QmpBackupError, Exhausted: it cannot be started.
         """
         child = Child(
-            [*_PROGRAM, *order.words],
+            ours(*order.words),
             environment=order.environment,
             at_our_death=signal.SIGTERM,
         )
