@@ -16,7 +16,7 @@
 #   make test-deb       it is installed, makes a backup, is upgraded, removed and purged, on fresh Debians
 #   make dist           wheel and sdist, in build/dist
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
-#   make guest          the small Linux that tests and demo boot
+#   make guest          the small Linux that tests and demo boot, and that which reads their files
 #   make clean          forgets what the tools cached in this folder
 
 .SUFFIXES:
@@ -41,6 +41,7 @@ setup:
 
 guest: setup
 	@scripts/guest.sh >/dev/null
+	@$(BIN)/qmpbackup files prepare --if-missing >/dev/null
 
 lint: setup
 	@echo "check: ruff, mypy, import-linter, shellcheck"

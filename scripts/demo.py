@@ -4,10 +4,12 @@
 A small Linux under QEMU writes all the time. It is backed up by the command lines that a user would
 type; every point is restored and checked against what the guest knew at that instant, compared
 byte for byte where the guest stood still, and the restored disk is booted. That VM is backed up into a
-repository, lost with its disks, runs again from the repository, and is moved to local storage meanwhile.
+repository and lost with its disks. A file of it is fetched out of the repository; then it runs again from
+there, and is moved to local storage meanwhile.
 Leaves nothing behind.
 """
 
+import hashlib
 import re
 import shlex
 import shutil
@@ -38,6 +40,14 @@ class Taken:
     id: str
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What the VM held that was lost: how many records, and the digest of the file they are in."""
+
+    records: int
+    digest: str
 
 
 class Demo:
@@ -158,9 +168,9 @@ class Demo:
             time.monotonic() - begun,
         )
 
-    def boot_restored(self) -> int:
+    def boot_restored(self) -> Lost:
         """Start a VM from the last point's disks, which goes on writing where it was, is backed up into a
-        repository, and lost; how many records it had written."""
+        repository, and lost; what it had written."""
         begun = time.monotonic()
         images = [Disk(disk, self.restored(len(self.points), disk)) for disk in SIZES]
         with Guest(images, boot="disk", agent=False) as guest:
@@ -173,6 +183,7 @@ class Demo:
                 time.monotonic() - begun,
             )
             records = int(guest.run("sync; check-records /root/records"))
+            digest = guest.run("sha256sum /root/records").split()[0]
             (self.folder / "vm.qmp").unlink()
             (self.folder / "vm.qmp").symlink_to(guest.socket)
             self.command("qmpbackup init --target restic:repository")
@@ -181,16 +192,18 @@ class Demo:
         for each in images:
             each.image.unlink()
         self.say("The VM and its disks are lost")
-        return records
+        return Lost(records, digest)
 
     # The worst day: what is done with a point when the VM is gone. Each step is one method.
 
-    def worst_day(self, records: int) -> None:
-        """Run the lost VM out of the repository, and move it to local storage meanwhile."""
+    def worst_day(self, lost: Lost) -> None:
+        """Fetch a file of the lost VM, run the VM out of the repository, and move it to local storage
+        meanwhile."""
+        self._fetch_file(lost)
         _, seconds = self.command("qmpbackup boot --target restic:repository --to vm")
         self.say("the VM runs from the repository", seconds)
         try:
-            self._settle(records)
+            self._settle(lost.records)
         finally:
             there = BootFolder(self.folder / "vm")
             for name in ("settle", "point"):
@@ -198,6 +211,14 @@ class Demo:
                 if pid:
                     kill(pid)
             shutil.rmtree(there.sockets, ignore_errors=True)
+
+    def _fetch_file(self, lost: Lost) -> None:
+        _, seconds = self.command(
+            "qmpbackup files cp --target restic:repository vda:/root/records ."
+        )
+        fetched = hashlib.sha256((self.folder / "records").read_bytes()).hexdigest()
+        require(fetched == lost.digest, "the file fetched is not that of the VM")
+        self.say(f"this one file is here, with all its {lost.records} records", seconds)
 
     def _settle(self, records: int) -> None:
         begun = time.monotonic()

@@ -336,6 +336,13 @@ def test_a_damaged_chunk_of_a_repository_is_named(stored: Path, tmp_path: Path) 
     assert not (tmp_path / "large").exists()
 
 
+def test_an_appliance_that_is_there_is_not_made_again(stored: Path) -> None:
+    files(stored, "ls").check()  # by now it is there
+    first, second = (cli.run("files", "prepare", "--if-missing").check().out for _ in range(2))
+    assert first == second
+    assert (Path(first.strip()) / "initramfs").exists()
+
+
 def test_a_wrecked_file_system_is_named(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     disk = guest_disks.ext4(tmp_path / "disk", tmp_path / "tree")

@@ -64,6 +64,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "its folder. `files` makes it by itself when it is first needed. On a host that cannot, copy that "
         "folder to the same place in the home of the user.",
     )
+    preparing.add_argument(
+        "--if-missing",
+        action="store_true",
+        help="only if it is not there, as `files` does by itself",
+    )
     preparing.set_defaults(run=_prepare)
 
 
@@ -266,6 +271,5 @@ def _cp(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     from qmpbackup.machine.appliance.building import appliance
 
-    del arguments
-    say(str(appliance(anew=True).folder))
+    say(str(appliance(anew=not arguments.if_missing).folder))
     return 0
