@@ -2,8 +2,10 @@
 """What is due, once: each piece of work is a process of its own.
 
 due         what is due, by schedules, points and what was tried before; pure
+agenda      the same of a configuration, by what is known of its VMs and targets
 choosing    which of it is next, within limits; pure
 commands    the command lines of the work, and what their answers say; pure
+orders      a piece of work as a command, when it begins
 workers     the processes
 rounds      from what is due to what was done
 
