@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from lab.booted import Booted, booted, kill, listener
 from lab.disks import MIB, Bus, Disk, contents, create, first_difference, pattern
 from lab.patience import wait_until
 from lab.qemu import HALT, Qemu
+from lab.qmp import Monitor
 from lab.repositories import Target, environment_of
+from lab.scripted import FakeMonitor, ScriptedServer
 from qmpbackup.service.boot_folder import BootFolder
 from stock.repositories import repository
 
@@ -159,6 +162,7 @@ def test_booted_used_settled_and_free_of_the_backup(scene: Scene) -> None:
         scene.assert_incremental(vm)  # to the point that it came from
         scene.write(vm, "hd1", 10)
         vm.quit()
+        assert not vm.sockets.exists()
         scene.assert_disks(vm)
         scene.run("boot", "--to", vm.folder).check()  # without the target
         scene.assert_seen(vm)
@@ -223,9 +227,55 @@ def test_a_vm_that_is_off_is_settled_too(in_folder: Scene) -> None:
     with in_folder.booted() as vm:
         in_folder.write(vm, "vda", 1)
         vm.kill()
+        with original_again(vm):
+            assert "it answers at" in in_folder.run("boot", "--to", vm.folder).check(6).err
         in_folder.run("settle").check()
         in_folder.assert_disks(vm)
         assert vm.processes() == []
+        in_folder.run("boot", "--to", vm.folder).check()
+        for pid in (vm.keeper, vm.pid):
+            assert pid
+            kill(pid)
+        assert vm.sockets.exists()
+        assert " off " in in_folder.run("boot", "--list").check().out
+        assert not vm.sockets.exists()
+
+
+@contextmanager
+def original_again(vm: Booted) -> Iterator[None]:
+    """The VM that a point is of runs again."""
+    original = json.loads((vm.folder / "boot.json").read_text())["original"]
+    path = Path(original["address"])
+    path.parent.mkdir()
+    try:
+        said = {"return": {"UUID": original["uuid"], "name": original["name"]}}
+        with ScriptedServer(path, FakeMonitor(lambda _: said).serve):
+            yield
+    finally:
+        shutil.rmtree(path.parent)
+
+
+def test_an_original_that_cannot_be_asked_is_no_reason_to_boot(tmp_path: Path) -> None:
+    target, booted_in = tmp_path / "target", tmp_path / "booted"
+    (tmp_path / "rom").write_bytes(HALT)
+    disk = Disk("vda", create(tmp_path / "vda", MIB))
+
+    def refused() -> str:
+        return cli.run("boot", "--target", target, "--to", booted_in).check(6).err
+
+    with Qemu([disk], args=("-bios", str(tmp_path / "rom")), firmware=None) as vm, ExitStack() as s:
+        back_up(vm, target)
+        s.enter_context(Monitor(vm.socket))
+        assert "did not greet" in refused()
+        for _ in range(3):  # QEMU's queue has room for a few
+            waiting = s.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            with suppress(BlockingIOError):
+                waiting.connect(str(vm.socket))
+        assert "may still run" in refused()
+        vm.socket.unlink()
+        assert "may still run" in refused()
+    assert not booted_in.exists()
 
 
 def test_a_disk_that_only_its_node_names_is_known_again(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="ACCEL",
         help="accelerator for QEMU, such as kvm or tcg; repeat (default: the recorded ones, then tcg)",
     )
+    add(
+        "--original-off",
+        action="store_true",
+        help="the VM of the point does not run, though that cannot be seen from here",
+    )
     add("--settle", action="store_true", help="then move it to local storage, as `settle` does")
     add_reserve(parser)
     add("--json", action="store_true", help="print the result as JSON")
@@ -93,6 +98,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         network=arguments.network,
         accelerators=tuple(arguments.accel),
         lock_wait=arguments.lock_wait,
+        original_off=arguments.original_off,
     )
 
 
@@ -102,7 +108,7 @@ def _boot(arguments: argparse.Namespace) -> int:
 
     target: Address | None = None
     if arguments.target is None:
-        found = again(chosen(arguments.to))
+        found = again(chosen(arguments.to), original_off=arguments.original_off)
     else:
         request = asked(_request(arguments))
         target, found = request.target, boot(request)

@@ -169,6 +169,14 @@ def listener(path: Path) -> int | None:
         return None
 
 
+def is_there(path: Path) -> bool:
+    """Whether somebody listens at a socket, or may."""
+    try:
+        return listener(path) is not None
+    except VmError:
+        return True
+
+
 def status(monitor: Monitor) -> str:
     """QEMU's `RunState`."""
     return Reply(monitor.execute(Command("query-status")), "query-status").text("status")

@@ -15,6 +15,8 @@ LONGEST_ADDRESS = 107
 """Bytes of a path in an address (unix(7), sun_path)."""
 
 _PAUSE_SECONDS = 0.05
+_LISTENS = "00010000"
+"""What the kernel shows of a socket that listens (`__SO_ACCEPTCON`)."""
 
 
 def peer_pid(connection: socket.socket) -> int | None:
@@ -97,6 +99,18 @@ def _connect(connection: socket.socket, path: str) -> None:
         connection.connect(f"/proc/self/fd/{file}")
     finally:
         os.close(file)
+
+
+def is_held(address: str) -> bool:
+    """Whether a process of this network namespace listens at a unix socket, even if its file is gone or is
+    another's by now (proc_net_unix(5): flags, and the path it was bound to)."""
+    path = address.removeprefix("unix:")
+    with suppress(OSError):
+        for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines():
+            words = line.split(None, 7)
+            if len(words) == 8 and words[7] == path and words[3] == _LISTENS:
+                return True
+    return False
 
 
 def _require_socket(address: str) -> None:

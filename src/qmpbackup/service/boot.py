@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,10 +21,8 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import TEMPORARY, storage_errors
 from qmpbackup.errors import (
-    ConnectError,
     DamagedError,
     Locked,
-    MonitorBusy,
     NoSuchTarget,
     QmpBackupError,
     StorageError,
@@ -33,13 +30,9 @@ from qmpbackup.errors import (
     VmError,
     WrongPassword,
 )
-from qmpbackup.images import qemu_img
 from qmpbackup.machine import booting, needed_files
-from qmpbackup.machine.monitor import Monitor
-from qmpbackup.machine.reply import Reply
-from qmpbackup.model import Point, VmIdentity
+from qmpbackup.model import Point
 from qmpbackup.plan.booting import Launch
-from qmpbackup.plan.commands import Command
 from qmpbackup.plan.qemu_options import node_names, program_of
 from qmpbackup.process import ours, run
 from qmpbackup.service.boot_folder import (
@@ -50,6 +43,7 @@ from qmpbackup.service.boot_folder import (
     point_uri,
 )
 from qmpbackup.service.boot_keeper import launch_of, serve_command
+from qmpbackup.service.boot_original import signs_of
 from qmpbackup.service.booted import end
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.state import state_folder
@@ -64,7 +58,8 @@ _END_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to boot, and where the overlays go (`None`: a folder of the user's state)."""
+    """What to boot, and where the overlays go (`None`: a folder of the user's state); `original_off`: a
+    user says that the original does not run, where that cannot be seen."""
 
     target: Address
     point: str
@@ -73,6 +68,7 @@ class Request:
     network: bool = False
     accelerators: tuple[str, ...] = ()
     lock_wait: float = 0.0
+    original_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +98,15 @@ def prepared(request: Request) -> Prepared:
     Raises:
         NoSuchTarget: there is no such point.
     """
-    found, point = _planned(request, None)
-    return replace(found, obstacles=(*found.obstacles, *_original(point)))
+    found = _planned(request, None)
+    signs = _of_the_original(found.boot, request.original_off)
+    return replace(found, obstacles=(*found.obstacles, *signs))
+
+
+def _of_the_original(boot: Boot, known_off: bool) -> tuple[str, ...]:
+    """Why the VM that the point is of may still run."""
+    images = [(disk.id, disk.source_file) for disk in boot.disks]
+    return signs_of(boot.original, images).obstacles(known_off)
 
 
 def planned(request: Request, folder: BootFolder) -> Prepared:
@@ -112,10 +115,10 @@ def planned(request: Request, folder: BootFolder) -> Prepared:
     Raises:
         NoSuchTarget: there is no such point.
     """
-    return _planned(request, folder)[0]
+    return _planned(request, folder)
 
 
-def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Point]:
+def _planned(request: Request, sandbox: BootFolder | None) -> Prepared:
     with (
         opening.entrance(request.target).opened(request.vm) as target,
         target.lock(wait=request.lock_wait),
@@ -146,6 +149,7 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
         disks=disks,
         network=request.network,
         accelerators=request.accelerators,
+        original=point.vm.identity,
     )
     launch = launch_of(folder, boot, sandbox=sandbox is not None)
     others = tuple(
@@ -154,7 +158,7 @@ def _planned(request: Request, sandbox: BootFolder | None) -> tuple[Prepared, Po
         if each in launch.needs
     )
     launch = replace(launch, left_out=(*launch.left_out, *others))
-    return Prepared(folder, boot, launch, _lacking(launch)), point
+    return Prepared(folder, boot, launch, _lacking(launch))
 
 
 def boot(request: Request) -> Prepared:
@@ -170,7 +174,7 @@ def boot(request: Request) -> Prepared:
         new = not _begun(found)
         environment = opening.entrance(request.target).environment()
         if not new:
-            return again(found.folder, environment)
+            return again(found.folder, environment, original_off=request.original_off)
         require_possible(found)
         try:
             _prepare(found)
@@ -184,17 +188,25 @@ def boot(request: Request) -> Prepared:
     return found
 
 
-def again(folder: BootFolder, environment: Mapping[str, str] | None = None) -> Prepared:
+def again(
+    folder: BootFolder,
+    environment: Mapping[str, str] | None = None,
+    *,
+    original_off: bool = False,
+) -> Prepared:
     """Have a VM that was booted before run again, or be served and watched again if it runs.
 
     Raises:
         NoSuchTarget: nothing was booted there.
-        VmError: it cannot be started here.
+        VmError: it cannot be started here, or the original runs by now.
     """
     with interrupt.held():
         there = folder.load()
         launch = launch_of(folder, there)
-        found = Prepared(folder, there, launch, _lacking(launch))
+        lacking = _lacking(launch)
+        if not booting.is_there(folder.monitor("settle")):
+            lacking += _of_the_original(there, original_off)
+        found = Prepared(folder, there, launch, lacking)
         require_possible(found)
         if not folder.is_claimed("keeper"):
             _start_keeper(folder, environment or {})
@@ -231,43 +243,6 @@ def _with_program(recorded: tuple[str, ...]) -> tuple[str, ...]:
     number = program_of(recorded)
     name = Path(recorded[min(number, len(recorded)) - 1]).name
     return (shutil.which(name) or name, *recorded[number:])
-
-
-def _original(point: Point) -> list[str]:
-    """Why the VM that the point is of may still run."""
-    identity = point.vm.identity
-    here = identity.host in {"", socket.gethostname()}
-    found = (
-        [f"The VM of this point still runs; it answers at {identity.address}."]
-        if (
-            identity.address
-            and (here or identity.address.startswith("tcp:"))
-            and _answers(identity)
-        )
-        else []
-    )
-    if here:
-        found += [
-            f"The image {disk.source_file} of disk {disk.id} is in use."
-            for disk in point.disks
-            if disk.source_file and qemu_img.in_use(Path(disk.source_file))
-        ]
-    return found
-
-
-def _answers(identity: VmIdentity) -> bool:
-    """Whether that VM, or one that cannot be told from it, is at the recorded address."""
-    try:
-        with Monitor.connect(identity.address, 2.0) as monitor:
-            uuid = Reply(monitor.execute(Command("query-uuid")), "query-uuid").text("UUID")
-            name = Reply(monitor.execute(Command("query-name")), "query-name").text("name", "")
-    except MonitorBusy:
-        return True
-    except (ConnectError, UsageError):
-        return False
-    if identity.uuid:
-        return uuid == identity.uuid
-    return name == identity.name
 
 
 def _begun(found: Prepared) -> bool:

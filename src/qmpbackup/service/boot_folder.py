@@ -20,9 +20,10 @@ while the VM stands still.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 from qmpbackup.durable import make_folders, replace_file, storage_errors
 from qmpbackup.errors import DamagedError, NoSuchTarget
 from qmpbackup.filelock import is_locked, locked, runtime_folder
-from qmpbackup.machine.booting import NODE
+from qmpbackup.machine.booting import NODE, is_there
 from qmpbackup.machine.command_line import masked
 from qmpbackup.model import VmConfig, VmIdentity
 from qmpbackup.plan.boot_disks import OVERLAY, Attached
@@ -86,7 +87,8 @@ class BootedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What the journal says of a booted VM. `accelerators` are those asked for."""
+    """What the journal says of a booted VM. `accelerators` are those asked for; `original` is the VM that
+    the point is of (nothing in journals of before)."""
 
     target: str
     vm: str
@@ -98,6 +100,7 @@ class Boot:
     phase: BootPhase = BootPhase.POINT
     network: bool = False
     accelerators: tuple[str, ...] = ()
+    original: VmIdentity = field(default_factory=VmIdentity)
 
     @property
     def shown_target(self) -> str:
@@ -212,6 +215,14 @@ class BootFolder:
         except OSError:
             return False
 
+    def remove_sockets(self) -> None:
+        """Remove the folder of its sockets, unless anybody listens there; for who keeps it, so that nobody
+        begins to meanwhile."""
+        for name in (*MONITORS, self.served.name):
+            if is_there(self.sockets / name):
+                return
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
     # The list of all of them
 
     def register(self) -> None:
@@ -236,6 +247,7 @@ def _parsed(value: dict[str, Any]) -> Boot:
         phase=BootPhase(value.pop("phase")),
         command_line=tuple(value.pop("command_line")),
         accelerators=tuple(value.pop("accelerators")),
+        original=VmIdentity(**value.pop("original", {})),
         **value,
     )
 
@@ -254,6 +266,7 @@ def booted() -> Iterator[BootFolder]:
             if (folder.path / JOURNAL).exists():
                 yield folder
             else:
+                folder.remove_sockets()
                 link.unlink(missing_ok=True)
 
 

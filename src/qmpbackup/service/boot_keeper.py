@@ -84,6 +84,8 @@ def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
         except VmError:
             server.end()
             raise
+        finally:
+            folder.remove_sockets()
 
 
 def _note_ourselves(folder: BootFolder) -> None:
@@ -190,10 +192,7 @@ class PointServer:
     def _is_there(self) -> bool:
         if self._child is not None and self._child.poll() is None:
             return True
-        try:
-            return booting.listener(self._folder.served) is not None
-        except VmError:
-            return True  # there is somebody
+        return booting.is_there(self._folder.served)
 
     def _start(self, boot: Boot, first: bool) -> None:
         told, said = opening.entrance(opening.place(boot.target)).handed_on()

@@ -64,7 +64,11 @@ def seen(folder: BootFolder) -> Seen:
         else:
             with monitor:
                 status = booting.status(monitor)
-    return Seen(folder, there, status, folder.is_claimed("keeper"))
+    kept = folder.is_claimed("keeper")
+    if status == "off" and not kept and folder.sockets.exists():
+        with suppress(QmpBackupError), folder.claimed("keeper"):  # it was killed with its VM
+            folder.remove_sockets()
+    return Seen(folder, there, status, kept)
 
 
 def end(folder: BootFolder) -> None:
