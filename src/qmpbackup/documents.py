@@ -19,6 +19,7 @@ from qmpbackup.targets.manifest import point_to_json, time_to_json
 if TYPE_CHECKING:
     from qmpbackup.plan.guest_files import GuestFile, GuestFileSystem
     from qmpbackup.plan.missing import NotInPoint
+    from qmpbackup.plan.progress import Progress
     from qmpbackup.service import backup, restore, verify
     from qmpbackup.service.boot import Prepared
     from qmpbackup.service.booted import Seen
@@ -46,6 +47,16 @@ def backed_up(outcome: "backup.Outcome") -> Document:
         point=point_to_json(outcome.point),
         degraded=list(outcome.degraded),
         alarm=outcome.alarm,
+    )
+
+
+def progress(what: "Progress") -> Document:
+    """How far a backup is."""
+    return document(
+        "progress",
+        vm=what.vm,
+        stage=what.stage.value,
+        disks=[{"id": each.disk, "done": each.done, "total": each.total} for each in what.disks],
     )
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,7 @@ class Running:
         argv: tuple[str, ...],
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.argv = argv
         self.process = subprocess.Popen(
@@ -60,6 +61,7 @@ class Running:
             text=True,
             env={**os.environ, **(env or {})},
             cwd=cwd,
+            pass_fds=pass_fds,
         )
 
     def __enter__(self) -> Self:
@@ -113,9 +115,10 @@ def start(
     program: str = "qmpbackup",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Running:
     """Start a command; see `Running`."""
-    return Running((executable(program), *map(str, arguments)), env, cwd)
+    return Running((executable(program), *map(str, arguments)), env, cwd, pass_fds)
 
 
 def executable(program: str) -> str:

@@ -126,7 +126,7 @@ def test_a_qemu_that_dies_ends_the_reading(
     with Puller(vm, tmp_path) as run, bounded(60):
         run.take()
         with pytest.raises(ConnectionLost):
-            run.read(Flow(requests=1, buffers=1, speed=speed), after_each=vm.kill)
+            run.read(Flow(requests=1, buffers=1, speed=lambda: speed), after_each=vm.kill)
 
 
 def test_a_signal_ends_the_reading(start_qemu: StartQemu, tmp_path: Path) -> None:

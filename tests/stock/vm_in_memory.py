@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from qmpbackup.errors import VmError
-from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.push import NewImage
 from qmpbackup.machine.starved import Starved
 from qmpbackup.machine.view import Instant
@@ -22,6 +21,7 @@ from qmpbackup.model import Bitmap, Consistency, Disk, Vm, VmConfig, VmIdentity
 from qmpbackup.nbd.reader import Chunk
 from qmpbackup.plan.commands import BITMAP_GRANULARITY as BLOCK
 from qmpbackup.plan.instant import Seat
+from qmpbackup.plan.progress import WatchDisks
 from qmpbackup.service.backup.request import Plan
 from qmpbackup.service.backup.rooms import Files
 from qmpbackup.undo import UndoStack
@@ -216,7 +216,7 @@ class MemoryViews:
                 disk.bitmaps[name] = bitmap
                 self._rollback.push(f"remove bitmap {name}", partial(disk.bitmaps.pop, name))
 
-    def copy(self, watch: Watch | None) -> None:
+    def copy(self, watch: WatchDisks | None) -> None:
         """Write the images."""
         del watch
         for image in self._images:
@@ -225,7 +225,7 @@ class MemoryViews:
             self._vm.step("copy")
 
     @contextmanager
-    def reading(self, watch: Watch | None) -> Iterator[None]:
+    def reading(self, watch: WatchDisks | None) -> Iterator[None]:
         """What was taken never changes."""
         del watch
         yield

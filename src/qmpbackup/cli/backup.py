@@ -21,12 +21,14 @@ from qmpbackup.cli.arguments import (
     share,
     size,
 )
+from qmpbackup.cli.descriptors import descriptor
 from qmpbackup.cli.printing import count_of, printable, say, say_json
 from qmpbackup.errors import StorageError, UnrecordedChanges, UsageError
 from qmpbackup.model import AUDIT, Level, Quiesce
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
+    from qmpbackup.plan.progress import Progress
     from qmpbackup.service.backup import Outcome, Plan, Request
     from qmpbackup.service.offline import Offline
 
@@ -48,6 +50,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     _add_offline(parser)
     _add_storing(parser)
     _add_checks(parser)
+    _add_for_programs(parser)
     add_host(parser)
     add_lock_wait(parser, "VM or target")
     parser.add_argument(
@@ -177,6 +180,23 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_for_programs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--progress-fd",
+        type=descriptor,
+        metavar="N",
+        help="(for programs) an open descriptor to which is written how far the backup is, as one JSON object a line",
+    )
+    add(
+        "--limit-fd",
+        type=descriptor,
+        metavar="N",
+        help="(for programs) an open descriptor from which limits are read while the backup runs: a line "
+        "with the bytes a second for all disks together, or `none`",
+    )
+
+
 _ALWAYS = ("--include-raw", "--no-symlink")
 """Options of the original that say what we always do."""
 
@@ -262,10 +282,16 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             say(*map(printable, _plan_lines(plan)))
         return 0
-    from qmpbackup.cli.progress import Progress
+    from qmpbackup.cli.descriptors import telling
+    from qmpbackup.cli.progress import ProgressLine
 
-    with Progress(sys.stderr) as progress:
-        outcome = back_up(request, progress.show)
+    with ProgressLine(sys.stderr) as progress, telling(arguments.progress_fd) as tell:
+
+        def watch(now: "Progress") -> None:
+            progress.show(now)
+            tell(now)
+
+        outcome = back_up(request, watch)
     try:
         _print(outcome, arguments.json)
     except (StorageError, BrokenPipeError) as error:
@@ -277,6 +303,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> "Request":
+    from qmpbackup.cli.descriptors import limits
     from qmpbackup.plan.selection import Selection
     from qmpbackup.service.backup import Request
 
@@ -292,6 +319,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         pause=arguments.pause,
         compress=arguments.compress,
         speed=arguments.speed_limit,
+        limit=limits(arguments.limit_fd),
         monthly=arguments.monthly,
         uuid=arguments.uuid,
         scratch=arguments.scratch,

@@ -2,18 +2,17 @@
 """Progress of a copy: a line that is redrawn on a terminal, and nothing anywhere else."""
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self, TextIO
 
 from qmpbackup.plan.sizes import human
 
 if TYPE_CHECKING:
-    from qmpbackup.machine.jobs import JobProgress
+    from qmpbackup.plan.progress import Progress
 
 _CLEAR = "\r\x1b[K"
 
 
-class Progress:
+class ProgressLine:
     """Shows how far the jobs are; use as a context manager, which leaves the line clean."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -27,12 +26,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._write(_CLEAR)
 
-    def show(self, jobs: "Sequence[JobProgress]") -> None:
+    def show(self, now: "Progress") -> None:
         """Redraw: bytes of each disk, and rate and time left of them all."""
-        if self._terminal and jobs:
-            done, total = sum(job.done for job in jobs), sum(job.total for job in jobs)
-            disks = "  ".join(f"{human(job.done)}/{human(job.total)}" for job in jobs)
-            self._write(f"{_CLEAR}{disks}  {self._rate(done, total)}")
+        if self._terminal and now.disks:
+            disks = "  ".join(f"{human(each.done)}/{human(each.total)}" for each in now.disks)
+            self._write(f"{_CLEAR}{disks}  {self._rate(now.done, now.total)}")
 
     def _rate(self, done: int, total: int) -> str:
         rate = done / max(time.monotonic() - self._started, 0.001)

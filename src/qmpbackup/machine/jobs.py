@@ -19,6 +19,7 @@ from qmpbackup.errors import CommandError, CommandTimeout
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.reply import Reply, objects
 from qmpbackup.plan.commands import Command
+from qmpbackup.plan.speed import JobSpeeds
 
 CREATE_SECONDS = 60.0
 _EVENTS = frozenset({"JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR"})
@@ -97,10 +98,14 @@ def wait(
 
 
 def wait_until_still(
-    monitor: Monitor, jobs: Iterable[str], watch: Watch | None = None
+    monitor: Monitor,
+    jobs: Iterable[str],
+    watch: Watch | None = None,
+    speeds: JobSpeeds | None = None,
 ) -> list[JobEnd]:
     """Wait until jobs that do not end by themselves are done, or one has failed, and say how each has
-    fared until then. They are left to `sweep`.
+    fared until then. They are left to `sweep`. Those that run go as fast as `speeds` says, which they
+    began with.
 
     Raises:
         Interrupted, ConnectionLost: see `Monitor.wait_for_event`.
@@ -109,10 +114,21 @@ def wait_until_still(
     state = _State(set(names), stay=True)
     _look(monitor, state, watch)
     while state.ends.keys() != set(names) and not any(end.error for end in state.ends.values()):
+        if speeds is not None:
+            _keep_speeds(monitor, [name for name in names if name not in state.ends], speeds)
         event = monitor.wait_for_event(_EVENTS, _POLL_SECONDS)
         if event is None or _note(event, state):
             _look(monitor, state, watch)
     return [state.ends.get(name, JobEnd(name)) for name in names]
+
+
+def _keep_speeds(monitor: Monitor, running: Sequence[str], speeds: JobSpeeds) -> None:
+    if speeds.changed(len(running)):
+        for job in running:
+            with suppress(CommandError):  # it is done meanwhile
+                monitor.execute(
+                    Command("block-job-set-speed", {"device": job, "speed": speeds.each})
+                )
 
 
 def cancel(monitor: Monitor, jobs: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ that the view protects them like the others, and are as right as these.
     pull.serve(watch)                                    # takes its time where it is STAGED
     with pull.probing():                                 # a view that breaks meanwhile ends the block
         for seat in seats:
-            with pull.open(seat, Flow(speed=…)) as disk:
+            with pull.open(seat, Flow(speed=lambda: …)) as disk:
                 disk.changed                             # one byte a chunk: 1 where something changed
                 for chunk in disk.chunks():              # `nbd.reader.Chunk`, each wanted one once
                     …                                    # chunk.data is None: `count` chunks of zeroes
@@ -41,7 +41,6 @@ from enum import Enum
 from qmpbackup import interrupt
 from qmpbackup.errors import VmError
 from qmpbackup.machine import inventory, nbd_server, staging
-from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.nbd_server import NbdServer
 from qmpbackup.machine.probing import Probe, Probing, Pulse, explained
@@ -57,6 +56,7 @@ from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import LEDGER, SAMPLES, RunNames
+from qmpbackup.plan.progress import WatchDisks
 from qmpbackup.undo import UndoStack
 
 _SECTOR = 512
@@ -185,7 +185,7 @@ class Pull:
             self._staging = Staging(self._monitor, self._view, stages, self._names)
             self._staging.prepare(self._undo)
 
-    def serve(self, watch: Watch | None = None, speed: int = 0) -> None:
+    def serve(self, watch: WatchDisks | None = None, speed: int = 0) -> None:
         """Make the views readable. `STAGED`, QEMU copies them now, with `speed` as a limit in bytes a
         second for each disk (0: none); from then on nothing is read from QEMU any more.
 

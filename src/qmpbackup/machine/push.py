@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpbackup.errors import (
@@ -30,6 +30,8 @@ from qmpbackup.plan import commands
 from qmpbackup.plan.commands import Command, Json
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import GUARD, RunNames
+from qmpbackup.plan.progress import DiskProgress, WatchDisks
+from qmpbackup.plan.speed import JobSpeeds, Speed, unlimited
 from qmpbackup.undo import UndoStack
 
 log = logging.getLogger(__name__)
@@ -73,10 +75,12 @@ class NewImage:
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How to copy: compression with zstd, and a limit in bytes a second for each disk (0: none)."""
+    """How to copy: compression with zstd, and limits in bytes a second for each disk (0: none), and for
+    all of them together."""
 
     compress: bool = False
     speed: int = 0
+    limit: Speed = unlimited
 
 
 def create_images(
@@ -123,7 +127,7 @@ def copy_all(
     names: RunNames,
     options: CopyOptions,
     undo: UndoStack,
-    watch: jobs.Watch | None = None,
+    watch: WatchDisks | None = None,
 ) -> None:
     """Copy the view of every disk into its image.
 
@@ -139,11 +143,14 @@ def copy_all(
     started = job_names(images, names)
     _keep_here(monitor, names, undo)
     undo.push("end the copying", lambda: jobs.sweep(monitor, started))
+    speeds = JobSpeeds(options.speed, options.limit, len(images))
+    options = replace(options, speed=speeds.each)
     sent = answers(monitor, images, lambda image: _backup(monitor, names, image, view, options))
     for image, answer in sent:
         if isinstance(answer, CommandError):
             raise _refused(image.disk_id, answer)
-    ends = {end.job: end for end in jobs.wait_until_still(monitor, started, watch)}
+    shown = _named(watch, images, names)
+    ends = {end.job: end for end in jobs.wait_until_still(monitor, started, shown, speeds)}
     for image in images:
         end = ends[names.of("job", image.number)]
         if end.error:
@@ -153,6 +160,18 @@ def copy_all(
 def job_names(images: Sequence[NewImage], names: RunNames) -> list[str]:
     """The jobs that fill images."""
     return [names.of("job", image.number) for image in images]
+
+
+def _named(
+    watch: WatchDisks | None, images: Sequence[NewImage], names: RunNames
+) -> jobs.Watch | None:
+    """Who looks at disks looks at jobs, which go by other names."""
+    if watch is None:
+        return None
+    disks = {names.of("job", image.number): image.disk_id for image in images}
+    return lambda found: watch(
+        [DiskProgress(disks[each.job], each.done, each.total) for each in found]
+    )
 
 
 def _keep_here(monitor: Monitor, names: RunNames, undo: UndoStack) -> None:

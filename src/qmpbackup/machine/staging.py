@@ -18,6 +18,7 @@ from qmpbackup.machine.view import View
 from qmpbackup.plan import commands
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.names import LEDGER, RunNames
+from qmpbackup.plan.progress import WatchDisks
 from qmpbackup.undo import UndoStack
 
 EXPORT = "staged"
@@ -46,7 +47,7 @@ class Staging:
         options = push.CopyOptions()
         push.create_images(self._monitor, self._images(), self._names, options, self._open)
 
-    def fill(self, speed: int, watch: jobs.Watch | None, undo: UndoStack) -> None:
+    def fill(self, speed: int, watch: WatchDisks | None, undo: UndoStack) -> None:
         """Copy the views, at most `speed` bytes a second for each disk (0: no limit). Where that fails,
         `undo` ends it.
 

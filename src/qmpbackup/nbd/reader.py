@@ -19,6 +19,7 @@ from qmpbackup import interrupt
 from qmpbackup.nbd.client import Connection
 from qmpbackup.nbd.library import failure, require_alive
 from qmpbackup.plan.chunk_map import runs
+from qmpbackup.plan.speed import Speed, unlimited
 
 _PIECE = 256 * 1024
 """Bytes of one request to read. QEMU allocates each request's memory anew: above some 512 KiB the
@@ -29,12 +30,11 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How to read: chunks asked for at a time, buffers in all (never fewer), and a limit in bytes a
-    second (0: none)."""
+    """How to read: chunks asked for at a time, buffers in all (never fewer), and a limit."""
 
     requests: int = 8
     buffers: int = 20
-    speed: int = 0
+    speed: Speed = unlimited
 
 
 class Chunk:
@@ -356,17 +356,27 @@ class _Pool:
 
 
 class _Throttle:
-    """A limit in bytes a second, without credit for times in which nothing was read."""
+    """A limit that may change at any time, without credit for times in which nothing was read.
 
-    def __init__(self, speed: int) -> None:
+    What was read is a debt, which goes by the limit of the day: what was read when that was low holds
+    nothing up once it is high.
+    """
+
+    def __init__(self, speed: Speed, now: Callable[[], float] = time.monotonic) -> None:
         self._speed = speed
-        self._next = 0.0
+        self._now = now
+        self._debt = 0.0
+        self._looked = now()
 
     @property
     def wait(self) -> float:
         """Seconds until the next request may go."""
-        return max(0.0, self._next - time.monotonic()) if self._speed else 0.0
+        speed = self._speed()
+        now = self._now()
+        paid = (now - self._looked) * speed if speed else self._debt
+        self._debt, self._looked = max(0.0, self._debt - paid), now
+        return self._debt / speed if speed else 0.0
 
     def spend(self, length: int) -> None:
-        if self._speed:
-            self._next = max(self._next, time.monotonic()) + length / self._speed
+        """So much is read, right after it might."""
+        self._debt += length

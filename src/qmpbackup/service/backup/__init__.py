@@ -35,6 +35,7 @@ from qmpbackup.model import Absence, Level, Quiesce, Skipped
 from qmpbackup.plan.clones import TODO, others_with_uuid
 from qmpbackup.plan.levels import NewPoint, plan_disks, rubbish
 from qmpbackup.plan.names import RunNames
+from qmpbackup.plan.progress import Watch
 from qmpbackup.service import offline, room, session
 from qmpbackup.service.backup import destination as destinations
 from qmpbackup.service.backup import rooms
@@ -43,7 +44,6 @@ from qmpbackup.service.backup.live import LiveVm
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.run import Run, log
 from qmpbackup.service.backup.source import VmSource
-from qmpbackup.service.backup.way import Watch
 from qmpbackup.service.quiesce import Guest
 
 __all__ = ["Outcome", "Plan", "Request", "back_up", "dry_run"]

@@ -5,11 +5,11 @@ is off."""
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 
 from qmpbackup.errors import VmError
 from qmpbackup.machine import kept_descriptors, push, scratch, starved
 from qmpbackup.machine.bystander import standing_by
-from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.pull import Method, Pull, PulledDisk, method
 from qmpbackup.machine.push import CopyOptions, NewImage
@@ -21,6 +21,8 @@ from qmpbackup.model import Consistency, Disk, Vm
 from qmpbackup.nbd.reader import Flow
 from qmpbackup.plan import commands
 from qmpbackup.plan.instant import Seat
+from qmpbackup.plan.progress import WatchDisks
+from qmpbackup.plan.speed import lower
 from qmpbackup.service.backup import rooms
 from qmpbackup.service.backup.request import Plan, Request
 from qmpbackup.service.backup.rooms import Files
@@ -96,7 +98,7 @@ class LiveViews:
         self._scratches: list[Scratch] = []
         self._images: Sequence[NewImage] = ()
         self._images_open = UndoStack()
-        self._options = CopyOptions(speed=request.speed)
+        self._options = CopyOptions(speed=request.speed, limit=request.limit)
         self._view = View(
             monitor, plan.seats, plan.names, teardown=self._teardown, rollback=rollback
         )
@@ -107,7 +109,7 @@ class LiveViews:
     def fill(self, files: Sequence[NewImage], *, compress: bool) -> None:
         """Images in the files, and scratch images, all of them opened in QEMU."""
         self._images = files
-        self._options = CopyOptions(compress, self._request.speed)
+        self._options = replace(self._options, compress=compress)
         self._rollback.push("close the images of this run", self.close)
         scratches = self._make_scratches()
         names, images_open = self._plan.names, self._images_open
@@ -159,7 +161,7 @@ class LiveViews:
             return instant, Consistency.AGENT
         return instant, Consistency.PAUSED if still else Consistency.CRASH
 
-    def copy(self, watch: Watch | None) -> None:
+    def copy(self, watch: WatchDisks | None) -> None:
         """Have QEMU copy all views."""
         names, options = self._plan.names, self._options
         push.copy_all(
@@ -167,7 +169,7 @@ class LiveViews:
         )
 
     @contextmanager
-    def reading(self, watch: Watch | None) -> Iterator[None]:
+    def reading(self, watch: WatchDisks | None) -> Iterator[None]:
         """The views as exports, asked now and then whether they still stand."""
         pull = self._shown()
         pull.serve(watch, self._request.speed)
@@ -178,8 +180,11 @@ class LiveViews:
     def open(self, seat: Seat) -> AbstractContextManager[PulledDisk]:
         """Open a disk for reading."""
         pull = self._shown()
-        speed = 0 if pull.way is Method.STAGED else self._request.speed
-        return pull.open(seat, Flow(speed=speed))
+        own = (
+            0 if pull.way is Method.STAGED else self._request.speed
+        )  # the VM's disks were copied at it
+        limit = self._request.limit
+        return pull.open(seat, Flow(speed=lambda: lower(own, limit())))
 
     def _shown(self) -> Pull:
         if self._pull is None:

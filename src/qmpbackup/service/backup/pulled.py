@@ -11,16 +11,17 @@ What is not a chunk of that point, because the disk grew, is read like a change.
 import logging
 import math
 import random
+from functools import partial
 
 from qmpbackup import interrupt
 from qmpbackup.errors import JobError, UnrecordedChanges
-from qmpbackup.machine.jobs import JobProgress
 from qmpbackup.model import Point
 from qmpbackup.nbd.reader import Chunk
 from qmpbackup.plan.instant import Seat
 from qmpbackup.plan.levels import DiskPlan
+from qmpbackup.plan.progress import DiskProgress, Stage
 from qmpbackup.service.backup.source import ReadableDisk, Views
-from qmpbackup.service.backup.way import Frame, Watch
+from qmpbackup.service.backup.way import Frame, Show
 from qmpbackup.targets.receiver import ArrivingDisk, Buffer, ChunkReceiver, Sealed
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ class Pulled:
         frame.rollback.push("end the writing", chunks.abort)
         self._disks: dict[str, ArrivingDisk] = {}
         self._unrecorded: set[str] = set()
-        self._done: dict[str, JobProgress] = {}
+        self._done = {
+            each.disk.id: DiskProgress(each.disk.id, 0, each.bytes_to_copy)
+            for each in frame.plan.disks
+        }
 
     def prepare(self, views: Views) -> None:
         """What is known of the disks, and what is to be read anyway."""
@@ -54,16 +58,16 @@ class Pulled:
         chosen = random.SystemRandom().sample(range(disk.known), wanted)
         return sorted([*chosen, *range(disk.known, disk.count)])
 
-    def copy(self, views: Views, watch: Watch | None) -> None:
+    def copy(self, views: Views, show: Show) -> None:
         """Read all disks and hand their chunks over.
 
         Raises:
             UnrecordedChanges: an audit found some; the point must not be made.
         """
-        with views.reading(watch):
+        with views.reading(partial(show, Stage.STAGE)):
             for seat in self._frame.plan.seats:
                 with views.open(seat) as disk:
-                    self._read(seat, disk, watch)
+                    self._read(seat, disk, show)
         if self._unrecorded:
             names = ", ".join(sorted(self._unrecorded))
             raise UnrecordedChanges(
@@ -73,9 +77,10 @@ class Pulled:
                 frozenset(self._unrecorded),
             )
 
-    def _read(self, seat: Seat, pulled: ReadableDisk, watch: Watch | None) -> None:
+    def _read(self, seat: Seat, pulled: ReadableDisk, show: Show) -> None:
         disk = self._disks[seat.disk.id]
         done = 0
+        self._show(show, seat, done, pulled.bytes_to_read)
         for chunk in pulled.chunks():
             if chunk.data is None:
                 for index in disk.zeros(chunk.index, chunk.count):
@@ -83,7 +88,7 @@ class Pulled:
             else:
                 self._put(seat, pulled, chunk, chunk.data)
                 done += chunk.length
-                self._show(watch, seat, done, pulled.bytes_to_read)
+                self._show(show, seat, done, pulled.bytes_to_read)
         self._chunks.drain()
         if not disk.is_complete:
             raise JobError(f"Disk {seat.disk.id} was not read completely.", "Run again.")
@@ -104,10 +109,9 @@ class Pulled:
             log.error("Disk %s has changed at %d, which no bitmap recorded.", seat.disk.id, place)
             self._unrecorded.add(seat.disk.id)
 
-    def _show(self, watch: Watch | None, seat: Seat, done: int, total: int) -> None:
-        if watch is not None:
-            self._done[seat.disk.id] = JobProgress(seat.disk.id, done, total)
-            watch(tuple(self._done.values()))
+    def _show(self, show: Show, seat: Seat, done: int, total: int) -> None:
+        self._done[seat.disk.id] = DiskProgress(seat.disk.id, done, total)
+        show(Stage.COPY, tuple(self._done.values()))
 
     def seal(self, plan: DiskPlan) -> Sealed:
         """All of a disk is stored."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way of a run where the VM itself has the views written into qcow2 files that the target has made."""
 
+from functools import partial
+
 from qmpbackup import interrupt
 from qmpbackup.machine.push import NewImage
 from qmpbackup.model import Point
 from qmpbackup.plan.levels import DiskPlan
+from qmpbackup.plan.progress import Stage
 from qmpbackup.service.backup.source import Views
-from qmpbackup.service.backup.way import Frame, Watch
+from qmpbackup.service.backup.way import Frame, Show
 from qmpbackup.targets.receiver import FileReceiver, Sealed
 
 
@@ -31,9 +34,9 @@ class Pushed:
         backing = base.name if base else ""
         return NewImage(plan.seat, file.fd, file.path, backing)
 
-    def copy(self, views: Views, watch: Watch | None) -> None:
+    def copy(self, views: Views, show: Show) -> None:
         """Have all views copied."""
-        views.copy(watch)
+        views.copy(partial(show, Stage.COPY))
 
     def _abort(self) -> None:
         # A file that is cut off while QEMU has it open as an image is ejected there (see `scratch`).

@@ -11,6 +11,7 @@ from qmpbackup.plan.levels import DiskPlan, NewPoint, effective_level
 from qmpbackup.plan.names import RunNames
 from qmpbackup.plan.room import Need
 from qmpbackup.plan.selection import Selection
+from qmpbackup.plan.speed import Speed, unlimited
 from qmpbackup.service.offline import Offline
 from qmpbackup.targets.interface import Address
 
@@ -19,7 +20,8 @@ from qmpbackup.targets.interface import Address
 class Request:
     """What a user asks of a run.
 
-    `speed` is bytes a second for each disk (0: no limit). `audit` is the share of unchanged chunks
+    `speed` is bytes a second for each disk (0: no limit), `limit` for all that is copied to the target,
+    asked for again and again. `audit` is the share of unchanged chunks
     that an incremental into a repository reads again. With `check`, what goes into a repository is
     opened again before it is stored; with `verify_chain`, the files in a folder that an incremental is
     to build on are read whole before. `offline` is the VM where it is off; then `address` means nothing.
@@ -37,6 +39,7 @@ class Request:
     pause: bool = False
     compress: bool = False
     speed: int = 0
+    limit: Speed = unlimited
     monthly: bool = False
     uuid: str = ""
     scratch: Path | None = None

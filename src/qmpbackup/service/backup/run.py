@@ -2,6 +2,7 @@
 """One run of a backup, from its plan to its committed point."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,11 +14,12 @@ from qmpbackup.machine import needed_files, scratch
 from qmpbackup.machine.view import Instant, require_present
 from qmpbackup.model import Consistency, Disk, Point, StoredDisk, VmConfig
 from qmpbackup.plan.levels import DiskPlan, rubbish
+from qmpbackup.plan.progress import DiskProgress, Progress, Stage, Watch
 from qmpbackup.service.backup.destination import Destination
 from qmpbackup.service.backup.request import Outcome, Plan, Request
 from qmpbackup.service.backup.rooms import Rooms
 from qmpbackup.service.backup.source import Views, VmSource
-from qmpbackup.service.backup.way import Frame, Watch, Way
+from qmpbackup.service.backup.way import Frame, Way
 from qmpbackup.targets.receiver import Sealed
 from qmpbackup.undo import UndoStack
 
@@ -61,12 +63,18 @@ class Run:
         self._degraded: list[str] = []
         self._rooms = Rooms(source, plan.vm, plan.needs, request.reserve)
         self._frame = Frame(request, plan, UndoStack())
+        self._progress = Progress(
+            plan.vm.config.identity.name,
+            Stage.PREPARE,
+            tuple(DiskProgress(each.disk.id, 0, each.bytes_to_copy) for each in plan.disks),
+        )
 
     def execute(self) -> Outcome:
         """All steps; on any failure everything is undone and the failure raised."""
         for plan in self._plan.disks:
             log.info("Disk %s: %s (%s)", plan.disk.id, plan.level, plan.reason)
             _warn_of_full_storage(plan.disk)
+        self._show(Stage.PREPARE)
         with self._rooms.marked():
             point = self._make_point()
         self._retire_bitmaps(point)
@@ -88,7 +96,8 @@ class Run:
             instant, consistency = views.take()
             log.info("The VM stood still for %.1f ms.", instant.pause * 1000)
             self._degraded += views.complaints
-            way.copy(views, self._watch)
+            way.copy(views, self._show)
+            self._show(Stage.STORE)
             # What a destination writes to the disks, no filter in this QEMU sees.
             require_present(self._source.status())
             self._degraded += views.take_down()
@@ -99,6 +108,13 @@ class Run:
         way.commit(point)
         self._frame.rollback.forget()
         return point
+
+    def _show(self, stage: Stage, disks: Sequence[DiskProgress] = ()) -> None:
+        """Tell who looks on; without disks, they are as far as before."""
+        if self._watch is not None:
+            disks = tuple(disks) or self._progress.disks
+            self._progress = replace(self._progress, stage=stage, disks=disks)
+            self._watch(self._progress)
 
     def _point(self, way: Way, instant: Instant, consistency: Consistency) -> Point:
         stored = self._destination.stored.points

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from qmpbackup.machine.jobs import Watch
 from qmpbackup.machine.push import NewImage
 from qmpbackup.machine.starved import Starved
 from qmpbackup.machine.view import Instant
 from qmpbackup.model import Consistency, Disk, Vm
 from qmpbackup.nbd.reader import Chunk
 from qmpbackup.plan.instant import Seat
+from qmpbackup.plan.progress import WatchDisks
 from qmpbackup.service.backup.request import Plan
 from qmpbackup.service.backup.rooms import Files
 from qmpbackup.undo import UndoStack
@@ -77,7 +77,7 @@ class Views(Protocol):
             VmError, QuiesceError: it could not be taken.
         """
 
-    def copy(self, watch: Watch | None) -> None:
+    def copy(self, watch: WatchDisks | None) -> None:
         """Copy all disks into the files.
 
         Raises:
@@ -85,7 +85,7 @@ class Views(Protocol):
             JobError: a view broke, or its disk could not be read.
         """
 
-    def reading(self, watch: Watch | None) -> AbstractContextManager[None]:
+    def reading(self, watch: WatchDisks | None) -> AbstractContextManager[None]:
         """Have the disks readable for the block; what was read is known to be right at its end.
 
         Raises:
