@@ -176,13 +176,34 @@ def test_a_run_that_ends_takes_its_children_with_it_and_is_made_up(
     assert ended(again) == {(vm, "main", "backup"): 0 for vm in ("db1", "web1")}
 
 
-def backup_of(pid: int) -> int | None:
-    """The child that is making a backup."""
+def backup_of(pid: int, word: str = "") -> int | None:
+    """The child that is making a backup, of the VM that a word of its command names."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for child in children:
-        if b"\0backup\0" in Path(f"/proc/{child}/cmdline").read_bytes():
+        words = Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"\0backup\0" in words and os.fsencode(word) in words:
             return int(child)
     return None
+
+
+def test_what_runs_into_a_target_now_shares_its_bandwidth(host: Host) -> None:
+    host.tables["run"] = "parallel = 2"
+    host.tables["target.main"] += "\nbandwidth = [{ limit = 7 }]"
+    db1, web1 = host.vms["db1"], host.vms["web1"]
+    for vm in (db1, web1):
+        vm.write("vda", 0, 4 * MIB, 0x44)
+
+    def speed(vm: Qemu) -> list[int]:
+        return [each["speed"] for each in vm.qmp("query-block-jobs")]
+
+    with cli.start(*host.arguments(), env=host.environment) as running:
+        wait_until(running.unless_over(lambda: (speed(db1), speed(web1)) == ([3], [3])))
+        child = backup_of(running.pid, str(db1.socket))
+        assert child is not None
+        os.kill(child, signal.SIGTERM)
+        wait_until(running.unless_over(lambda: speed(web1) == [7]))
+        running.signal(signal.SIGTERM)
+        running.wait().check(143)
 
 
 def test_a_second_run_by_the_schedules_leaves_at_once(host: Host) -> None:

@@ -14,7 +14,7 @@ from qmpbackup.plan.sizes import human
 if TYPE_CHECKING:
     from qmpbackup.fleet.run.due import Duty
     from qmpbackup.fleet.run.once import Outcome
-    from qmpbackup.fleet.run.rounds import Begun, Done
+    from qmpbackup.fleet.run.rounds import Begun, Done, Underway
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _report(event: "Begun | Done") -> None:
+def _report(event: "Begun | Done | Underway") -> None:
     """One line as work begins, and one as it ends."""
-    from qmpbackup.fleet.run.rounds import Begun
+    from qmpbackup.fleet.run.rounds import Begun, Underway
 
+    if isinstance(event, Underway):
+        return
     what = _named(event.duty)
     if isinstance(event, Begun):
         log.info("%s begins.", what)

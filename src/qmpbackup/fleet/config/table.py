@@ -274,7 +274,7 @@ TARGET: Final = (
             )
         ),
         [],
-        "Bytes a second for all that runs into it; the first whose hours fit counts.",
+        "Bytes a second of backups into it from this host, divided among those that run; the first whose hours fit counts.",
         [{"during": "Mon..Fri 08:00-18:00", "limit": "20M"}, {"limit": "200M"}],
     ),
     Row("min_free", kinds.SHARE, "5%", "(folders) Where less is free, nothing is started."),

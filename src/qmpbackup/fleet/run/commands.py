@@ -15,9 +15,7 @@ _LOCK_WAIT: Final = ("--lock-wait", "60")
 _LONGEST_REASON: Final = 2000
 
 
-def backup(
-    vm: VmSettings, place: str, speed: int, *, full: bool = False, chunked: bool = False
-) -> list[str]:
+def backup(vm: VmSettings, place: str, *, full: bool = False, chunked: bool = False) -> list[str]:
     """Back up a VM; `chunked`: into a repository, where some options mean nothing, and others something."""
     words = ["--socket", vm.socket]
     words += ["--agent-socket", vm.agent] if vm.agent else []
@@ -26,13 +24,17 @@ def backup(
     words += _freezing(vm)
     for option, names in (("--include", vm.include), ("--exclude", vm.exclude)):
         words += [word for name in names for word in (option, name)]
-    words += ["--speed-limit", str(speed)] if speed else []
+    words += _speed(vm)
     words += ["--scratch", vm.scratch] if vm.scratch else []
     if chunked:
         words += ["--check-written"] if vm.check_written else []
         return [*words, "--audit", f"{vm.audit * 100:g}%"]
     words += ["--verify-chain"] if vm.verify_chain else []
     return [*words, *(["--compress"] if vm.compress else [])]
+
+
+def _speed(vm: VmSettings) -> list[str]:
+    return ["--speed-limit", str(vm.limits.speed)] if vm.limits.speed else []
 
 
 def _freezing(vm: VmSettings) -> list[str]:
@@ -45,9 +47,9 @@ def _freezing(vm: VmSettings) -> list[str]:
             return [f"--quiesce={wanted.value}"]
 
 
-def offline(place: str, whose: str) -> list[str]:
+def offline(vm: VmSettings, place: str, whose: str) -> list[str]:
     """Back up the images of a VM that is off; `whose` are its points, as `--vm` takes it."""
-    words = ["backup", "--offline", "--json", "--target", place, *_LOCK_WAIT]
+    words = ["backup", "--offline", "--json", "--target", place, *_LOCK_WAIT, *_speed(vm)]
     return [*words, *(("--vm", whose) if whose else ())]
 
 

@@ -11,7 +11,6 @@ from qmpbackup.fleet.records import SUCCEEDED, Attempt, Work
 from qmpbackup.fleet.run import commands, due
 from qmpbackup.fleet.run.agenda import Agenda, is_repository
 from qmpbackup.fleet.run.due import Duty
-from qmpbackup.plan import calendar
 from qmpbackup.targets import opening
 
 WHOLE: Final = "whole"
@@ -52,13 +51,11 @@ class Orders:
             case Work.DRILL:
                 return commands.drill(vm, place, whose)
             case Work.BACKUP if attempt.consistency == OFFLINE:
-                return commands.offline(place, whose)
+                return commands.offline(vm, place, whose)
             case Work.BACKUP:
                 now = attempt.started
                 full = due.wants_full(vm, self._last_full(duty), now) and not chunked
-                return commands.backup(
-                    vm, place, self._speed(duty, now), full=full, chunked=chunked
-                )
+                return commands.backup(vm, place, full=full, chunked=chunked)
 
     def reads_all(self, duty: Duty, now: datetime) -> bool:
         """Whether a verification reads all of the data, as it does every now and then."""
@@ -80,16 +77,6 @@ class Orders:
             vm=duty.vm_name, target=duty.target.name, work=Work.BACKUP, limit=1000
         )
         return next((each for each in attempts if each.level == "full" and each.point), None)
-
-    def _speed(self, duty: Duty, now: datetime) -> int:
-        """Bytes a second for each disk, of what the target may take now from this host."""
-        own = duty.vm.limits.speed
-        for each in duty.target.bandwidth:
-            if calendar.is_within(each.during, now):
-                at_once = min(duty.target.parallel, self.agenda.configuration.run.parallel)
-                share = each.limit // at_once
-                return min(own, share) if own and share else own or share
-        return own
 
     def _whose_points(self, duty: Duty) -> str:
         known = self._whose.get((duty.vm_name, duty.target.name))

@@ -18,13 +18,14 @@ from qmpbackup import interrupt
 from qmpbackup.errors import Exhausted, Interrupted, QmpBackupError
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.records import DEGRADED, SUCCEEDED, WAS_OFF, Attempt, Holding, Work
-from qmpbackup.fleet.run import choosing, commands
+from qmpbackup.fleet.run import bandwidth, choosing, commands
 from qmpbackup.fleet.run.agenda import Agenda, is_repository
 from qmpbackup.fleet.run.choosing import Reach
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.fleet.run.orders import OFFLINE, WHOLE, Orders
 from qmpbackup.fleet.run.workers import Order, Workers
 from qmpbackup.fleet.settings import Configuration, WhenGone, WhenOff
+from qmpbackup.plan.progress import Progress
 from qmpbackup.process import Result
 from qmpbackup.service import room
 
@@ -62,7 +63,15 @@ class Done:
         return self.attempt.exit_code == DEGRADED
 
 
-Report = Callable[[Begun | Done], None]
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """What runs, with how far it is, as far as it has told; and how much waits. Told all the time."""
+
+    running: tuple[tuple[Begun, Progress | None], ...] = ()
+    waiting: int = 0
+
+
+Report = Callable[[Begun | Done | Underway], None]
 
 
 @dataclass(slots=True)
@@ -111,6 +120,7 @@ class Round:
                 interrupt.check()
                 self._show_alive()
                 self._begin_some()
+                self._share_out()
                 ended = self.workers.ended(_TICK)
                 if ended is not None:
                     self._end(*ended)
@@ -142,6 +152,19 @@ class Round:
         known |= {each.duty.key for each in self.workers.running}
         known |= {each.duty.key for each in self.done if each.attempt.exit_code != 0}
         self.waiting += (each for each in self.agenda.backups(now) if each.key not in known)
+
+    def _share_out(self) -> None:
+        """Give each of what runs now its share of the bandwidth, and say how far it is."""
+        duties, now = [each.duty for each in self.workers.running], self.now()
+        self.workers.limit(lambda begun: bandwidth.share(begun.duty, duties, now))
+        self.report(Underway(tuple(self.workers.look()), len(self.waiting)))
+
+    def _first_share(self, duty: Duty) -> int | None:
+        """What a backup is given from its first byte on; None for other work, which is given nothing."""
+        if duty.work is not Work.BACKUP:
+            return None
+        beside = [*(each.duty for each in self.workers.running), duty]
+        return bandwidth.share(duty, beside, self.now())
 
     # Beginning
 
@@ -194,7 +217,8 @@ class Round:
         obstacle = self._obstacle(duty)
         try:
             if not obstacle:
-                self.workers.start(Order(begun, *self.orders.command(duty, attempt)))
+                command = self.orders.command(duty, attempt)
+                self.workers.start(Order(begun, *command, self._first_share(duty)))
                 return
             code = _STORAGE
         except QmpBackupError as error:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from qmpbackup.errors import Exhausted, QmpBackupError
+from qmpbackup.fleet.run.following import Followed
+from qmpbackup.plan.progress import Progress
 from qmpbackup.process import Child, Result, ours
 
 LONGEST: Final = 48 * 3600.0
@@ -27,11 +29,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Order(Generic[T]):
-    """A command that is to be run for something."""
+    """A command that is to be run for something. With a `limit` it is a `backup`, which is followed
+    while it runs, and begins with so many bytes a second (0: as fast as it can)."""
 
     of: T
     words: Sequence[str]
     environment: Mapping[str, str]
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Running(Generic[T]):
+    of: T
+    child: Child
+    followed: Followed | None
 
 
 class Workers(Generic[T]):
@@ -39,14 +50,27 @@ class Workers(Generic[T]):
 
     def __init__(self, longest: float = LONGEST) -> None:
         self._longest = longest
-        self._running: dict[int, tuple[T, Child]] = {}
+        self._running: dict[int, _Running[T]] = {}
         self._done: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
         self._last = 0
 
     @property
     def running(self) -> list[T]:
         """What commands run for."""
-        return [of for of, _ in self._running.values()]
+        return [each.of for each in self._running.values()]
+
+    def look(self) -> list[tuple[T, Progress | None]]:
+        """The same, with how far each is, as far as it has told."""
+        return [
+            (each.of, each.followed.look() if each.followed else None)
+            for each in self._running.values()
+        ]
+
+    def limit(self, limit_of: Callable[[T], int]) -> None:
+        """Have backups that run go as fast as this says of each, in bytes a second (0: no limit)."""
+        for each in self._running.values():
+            if each.followed:
+                each.followed.limit(limit_of(each.of))
 
     def start(self, order: Order[T]) -> None:
         """Start a command.
@@ -54,13 +78,23 @@ class Workers(Generic[T]):
         Raises:
             QmpBackupError, Exhausted: it cannot be started.
         """
-        child = Child(
-            ours(*order.words),
-            environment=order.environment,
-            at_our_death=signal.SIGTERM,
-        )
+        followed = Followed(order.limit) if order.limit is not None else None
+        try:
+            child = Child(
+                ours(*order.words, *(followed.words if followed else ())),
+                pass_fds=followed.descriptors if followed else (),
+                environment=order.environment,
+                at_our_death=signal.SIGTERM,
+            )
+        except BaseException:
+            if followed:
+                followed.close()
+            raise
+        finally:
+            if followed:
+                followed.started()
         self._last += 1
-        self._running[self._last] = order.of, child
+        self._running[self._last] = _Running(order.of, child, followed)
         wait = _waiting(self._last, child, self._longest, self._done)
         threading.Thread(target=wait, name="waiting", daemon=True).start()
 
@@ -70,14 +104,16 @@ class Workers(Generic[T]):
             number, result = self._done.get(timeout=seconds)
         except queue.Empty:
             return None
-        of, _ = self._running.pop(number)
-        return of, result
+        running = self._running.pop(number)
+        if running.followed:
+            running.followed.close()
+        return running.of, result
 
     def end(self) -> list[tuple[T, Result]]:
         """End all of them in order, and those that do not, at once."""
-        for _, child in self._running.values():
+        for each in self._running.values():
             with suppress(ProcessLookupError):
-                child.ask_to_end()
+                each.child.ask_to_end()
         deadline = time.monotonic() + ENDS_WITHIN
         found = []
         while self._running:
@@ -87,9 +123,9 @@ class Workers(Generic[T]):
                 found.append(one)
             elif left <= 0:
                 break
-        for of, child in self._running.values():
-            child.kill()
-            found.append((of, Result("qmpbackup", -int(signal.SIGKILL), b"", "")))
+        for each in self._running.values():
+            each.child.kill()
+            found.append((each.of, Result("qmpbackup", -int(signal.SIGKILL), b"", "")))
         self._running.clear()
         return found
 
