@@ -54,6 +54,14 @@ def test_without_a_history_the_newest_point_counts() -> None:
     assert is_due(None, newest=NIGHT - timedelta(minutes=1))
 
 
+def test_a_point_that_came_after_all_that_was_noted_counts() -> None:
+    """As where the history can be read and not be written."""
+    for code in (0, 7, -9):
+        old = attempt(NIGHT - timedelta(days=9), code)
+        assert not is_due(old, 1, newest=NIGHT + timedelta(minutes=1))
+        assert is_due(old, 1, newest=NIGHT - timedelta(days=1))
+
+
 def test_what_is_dated_into_the_future_counts_for_nothing() -> None:
     """As after a clock that was a month ahead and was set right."""
     ahead = NOW + timedelta(days=31)

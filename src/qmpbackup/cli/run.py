@@ -27,7 +27,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Back up what is due by the schedules of the configuration, remove what its policies "
         "do not keep, and verify and drill what has not been for long. Meant for a timer that calls it every "
         "15 minutes. With names, or --all: back those VMs up now. Exit code 0: all that was due is "
-        "done; 3: some of it is degraded; 14: some of it failed, or is switched off by a fault in the "
+        "done; 3: some of it is degraded, or could not be noted or measured; 14: some of it failed, or is switched off by a fault in the "
         "configuration; 2: the configuration cannot be used.",
     )
     parser.add_argument("vms", nargs="*", metavar="VM", help="back up this VM now; repeat")

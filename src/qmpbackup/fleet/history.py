@@ -16,15 +16,27 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from signal import SIGKILL
-from typing import Any, Final, Self
+from typing import Final, Self, TypeVar
+
+import msgspec
 
 from qmpbackup.durable import make_folders
 from qmpbackup.filelock import is_locked, locked
-from qmpbackup.fleet.history_file import HistoryFile, Row, Value
-from qmpbackup.fleet.records import PASSED_OVER, SUCCEEDED, Attempt, Holding, Work
+from qmpbackup.fleet.history_file import PATIENCE, HistoryFile, Row, Unreadable, Value
+from qmpbackup.fleet.records import (
+    OFFLINE,
+    PASSED_OVER,
+    SUCCEEDED,
+    WAS_OFF,
+    Attempt,
+    Holding,
+    Work,
+)
 
 KILLED: Final = -int(SIGKILL)
 """The exit code of an attempt whose run was killed."""
+
+T = TypeVar("T")
 
 _RUNS: Final = "runs"
 _ALIVE: Final = " alive"
@@ -62,9 +74,12 @@ class History:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path, *, read_only: bool = False) -> Iterator[Self]:
-        """The history in a folder, which is made unless it is to be `read_only`."""
-        file = HistoryFile(folder, read_only=read_only)
+    def opened(
+        cls, folder: Path, *, read_only: bool = False, patience: float = PATIENCE
+    ) -> Iterator[Self]:
+        """The history in a folder, which is made unless it is to be `read_only`. `patience`: seconds in
+        which somebody else may keep it locked."""
+        file = HistoryFile(folder, read_only=read_only, patience=patience)
         try:
             yield cls(folder, file, read_only=read_only)
         finally:
@@ -74,6 +89,11 @@ class History:
     def trouble(self) -> str:
         """Why nothing can be kept, or read, as a sentence; empty while all is well."""
         return self._file.trouble
+
+    @property
+    def lost(self) -> str:
+        """That what was kept until now is lost, as a sentence; empty while it is not."""
+        return self._file.lost
 
     # Runs
 
@@ -152,15 +172,16 @@ class History:
             f"{name} = :{name}" for name in ("vm", "target", "work") if given[name] is not None
         ]
         terms += ["started >= :since"] if since is not None else []
-        rows = self._file.do(
+        found = self._file.read(
             _SELECT_ATTEMPT
             + (" AND ".join(terms) or "TRUE")
             + " ORDER BY key DESC"
             + (" LIMIT :limit" if limit is not None else ""),
             {name: _stored(value) for name, value in given.items()},
+            _attempt,
         )
         lives: dict[str, bool] = {}
-        return [self._judged(_attempt(row), lives) for row in rows]
+        return [self._judged(each, lives) for each in found]
 
     def _judged(self, attempt: Attempt, lives: dict[str, bool]) -> Attempt:
         if attempt.ended is not None or attempt.exit_code is not None:
@@ -175,12 +196,21 @@ class History:
     def last(self, vm: str, target: str, work: Work, *, succeeded: bool = False) -> Attempt | None:
         """The last attempt, or the last that `succeeded`; one that goes on is an attempt, too."""
         codes = f" AND exit_code IN {tuple(sorted(SUCCEEDED))}" if succeeded else ""
-        rows = self._file.do(
+        found = self._file.read(
             f"{_SELECT_ATTEMPT} vm = :vm AND target = :target AND work = :work{codes} "
             "ORDER BY key DESC LIMIT 1",
-            {"vm": vm, "target": target, "work": work.value},
+            {"vm": _stored(vm), "target": _stored(target), "work": work.value},
+            _attempt,
         )
-        return self._judged(_attempt(rows[0]), {}) if rows else None
+        return self._judged(found[0], {}) if found else None
+
+    def as_it_lies(self, vm: str, target: str) -> Attempt | None:
+        """The backup of the images of a VM that is off, if it was off ever since, as far as attempts tell."""
+        for each in self.attempts(vm=vm, target=target, work=Work.BACKUP, limit=1000):
+            if each.exit_code != WAS_OFF:
+                is_it = each.consistency == OFFLINE and each.exit_code in SUCCEEDED
+                return each if is_it else None
+        return None
 
     def failing(self, vm: str, target: str) -> tuple[int, datetime | None]:
         """How many backups have failed since the last that did not, and when the first of them was begun;
@@ -205,7 +235,7 @@ class History:
 
     def holdings(self) -> list[Holding]:
         """What was seen last, of all VMs and targets."""
-        return [Holding(**_members(row, _HOLDING)) for row in self._file.do(_SELECT_HOLDING)]
+        return self._file.read(_SELECT_HOLDING, {}, lambda row: _record(row, _HOLDING, Holding))
 
     # Names
 
@@ -228,22 +258,35 @@ class History:
 
     def first_seen(self, vm: str) -> datetime | None:
         """When a VM was first remembered, in whichever group."""
-        rows = self._file.do(
-            "SELECT min(first_seen) FROM known_vm WHERE vm = :vm", {"vm": _stored(vm)}
+        return next(
+            iter(
+                self._file.read(
+                    "SELECT first_seen FROM known_vm WHERE vm = :vm ORDER BY 1 LIMIT 1",
+                    {"vm": _stored(vm)},
+                    lambda row: _time(row[0]),
+                )
+            ),
+            None,
         )
-        return _time(rows[0][0]) if rows[0][0] is not None else None
 
     # Messages
 
     def told(self, key: str) -> datetime | None:
         """When people were told of something, if they were."""
-        rows = self._file.do("SELECT at FROM told WHERE key = :key", {"key": _stored(key)})
-        return _time(rows[0][0]) if rows else None
+        found = self._file.read(
+            "SELECT at FROM told WHERE key = :key", {"key": _stored(key)}, lambda row: _time(row[0])
+        )
+        return found[0] if found else None
 
     def all_told(self) -> dict[str, datetime]:
         """All that people were told of, and when."""
-        rows = self._file.do("SELECT key, at FROM told WHERE key <> :alive", {"alive": _ALIVE})
-        return {str(key): _time(at) for key, at in rows}
+        return dict(
+            self._file.read(
+                "SELECT key, at FROM told WHERE key <> :alive",
+                {"alive": _ALIVE},
+                lambda row: (str(row[0]), _time(row[1])),
+            )
+        )
 
     def tell(self, key: str, when: datetime | None) -> None:
         """Note that people were told of something; None: that it is over."""
@@ -298,23 +341,33 @@ def _stored(value: object) -> Value:
 
 
 def _time(value: Value) -> datetime:
-    return _EPOCH + _number(value) * _MICROSECOND
+    try:
+        return _EPOCH + _number(value) * _MICROSECOND
+    except OverflowError:
+        raise Unreadable(f"{value!r} is no time") from None
 
 
 def _number(value: Value) -> int:
     if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no number")
+        raise Unreadable(f"{value!r} is no number")
     return value
 
 
-def _members(row: Row, names: Iterable[str]) -> dict[str, Any]:
-    pairs = zip(names, row, strict=True)
-    return {
+def _record(row: Row, names: Iterable[str], kind: type[T]) -> T:
+    """A row as what it was before it was stored.
+
+    Raises:
+        Unreadable: it is nothing that we have stored, as in a file that is broken.
+    """
+    members = {
         name: _time(value) if name in _TIMES and value is not None else value
-        for name, value in pairs
+        for name, value in zip(names, row, strict=True)
     }
+    try:
+        return msgspec.convert(members, kind)
+    except msgspec.ValidationError as error:
+        raise Unreadable(str(error)) from None
 
 
 def _attempt(row: Row) -> Attempt:
-    members = _members(row, _ATTEMPT)
-    return Attempt(**members | {"work": Work(members["work"])})
+    return _record(row, _ATTEMPT, Attempt)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of the history: an SQLite database that may go at any time, and never stops anybody.
 
-What cannot be read is put aside, what cannot be written is kept in memory for as long as we live; in
-both cases `trouble` says so. Knows tables; must not know what their rows mean.
+What cannot be read is put aside (`lost` says so), what cannot be written is kept in memory for as long as
+we live (`trouble`). Knows tables; must not know what their rows mean.
 
 The journal is truncated, not a write-ahead log: others may read the file who cannot write beside it.
 """
@@ -11,10 +11,10 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from qmpbackup.durable import make_folders
 
@@ -23,7 +23,16 @@ _log = logging.getLogger(__name__)
 NAME: Final = "history.db"
 _BROKEN: Final = "history-broken.db"
 _VERSION: Final = 1
-_BUSY_SECONDS: Final = 30.0
+PATIENCE: Final = 10.0
+"""Seconds in which somebody else may keep it locked, until we go on without it."""
+_OF_THE_FILE: Final = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_ERROR,  # our statements are right, so its tables are not ours
+    }
+)
 _NAMES: Final = frozenset({"attempt", "holding", "known_vm", "told"})
 _TABLES: Final = """
 BEGIN IMMEDIATE;
@@ -46,19 +55,24 @@ CREATE TABLE IF NOT EXISTS told (key TEXT PRIMARY KEY, at INTEGER NOT NULL);
 PRAGMA user_version = 1;
 COMMIT;
 """
+_FAILED: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""How SQLite says that something is wrong; the second, where its own sentence is spoilt."""
 
 Value = int | float | str | bytes | None
 Row = tuple[Value, ...]
+T = TypeVar("T")
 
 
 class HistoryFile:
     """A database of ours, on disk as long as that goes well. Any thread may use it."""
 
-    def __init__(self, folder: Path, *, read_only: bool) -> None:
+    def __init__(self, folder: Path, *, read_only: bool, patience: float = PATIENCE) -> None:
         """Open it, making the folder where it is to be written to."""
         self.trouble = ""
+        self.lost = ""
         self._path = folder / NAME
         self._read_only = read_only
+        self._patience = patience
         self._lock = threading.RLock()
         self._connection = self._opened()
 
@@ -69,34 +83,49 @@ class HistoryFile:
 
     def do(self, statement: str, values: Mapping[str, Value] | None = None) -> list[Row]:
         """Carry out one statement, whatever has become of the file; gives its rows."""
+        return self.read(statement, values or {}, tuple)
+
+    def read(self, statement: str, values: Mapping[str, Value], of: Callable[[Row], T]) -> list[T]:
+        """The same, with each row as what it means. `of` may fail with `Unreadable`: then the file is as
+        broken as if SQLite had said so."""
         with self._lock:
-            try:
-                return self._connection.execute(statement, values or {}).fetchall()
-            except sqlite3.DatabaseError as error:
-                self._rescue(error)
-            return self._connection.execute(statement, values or {}).fetchall()
+            for rescue in (self._rescue, self._lose):
+                try:
+                    return list(map(of, self._connection.execute(statement, values).fetchall()))
+                except sqlite3.ProgrammingError:
+                    raise  # a fault of ours, which no other file mends
+                except _FAILED as error:
+                    rescue(error)
+            return list(map(of, self._connection.execute(statement, values).fetchall()))
 
     def _opened(self) -> sqlite3.Connection:
-        if self._read_only and not self._path.exists():
-            return _in_memory()
-        try:
-            if not self._read_only:
-                _touch(self._path)
-            return self._connected()
-        except OSError as error:
-            return self._without(f"{error.strerror}: {self._path.parent}")
-        except sqlite3.DatabaseError as error:
-            if self._read_only or not _is_broken(error):
-                return self._without(str(error))
-            self._put_aside(error)
-            return self._opened()
+        why = ""
+        for _ in range(2):  # the second time, a broken one is out of the way
+            try:
+                if self._read_only and not self._path.exists():
+                    return _in_memory()
+                return self._made_and_connected()
+            except OSError as error:
+                return self._without(f"{error.strerror}: {self._path.parent}")
+            except _FAILED as error:
+                why = str(error)
+                if not _is_broken(error):
+                    return self._without(why, self._connected_to_read)
+                if self._read_only or not self._put_aside(error):
+                    break
+        return self._without(why)
+
+    def _made_and_connected(self) -> sqlite3.Connection:
+        if not self._read_only:
+            _touch(self._path)
+        return self._connected()
 
     def _connected(self) -> sqlite3.Connection:
         mode = "ro" if self._read_only else "rw"
         connection = sqlite3.connect(
             f"{self._path.absolute().as_uri()}?mode={mode}",
             uri=True,
-            timeout=_BUSY_SECONDS,
+            timeout=self._patience,
             isolation_level=None,
             check_same_thread=False,
         )
@@ -107,20 +136,25 @@ class HistoryFile:
             raise
         return connection
 
-    def _rescue(self, error: sqlite3.DatabaseError) -> None:
-        """Have a database again after one has failed."""
-        if isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)):
-            raise error  # a fault of ours, which no other file mends
+    def _rescue(self, error: Exception) -> None:
+        """Have a database again after one has failed: what it knew, where that can be had."""
         failed = self._connection
-        if _is_broken(error) and not (self._read_only or self.trouble):
-            failed.close()
-            self._put_aside(error)
+        if not _is_broken(error):
+            self._connection = self._without(str(error), lambda: failed)
+        elif self._read_only or self.trouble or not self._put_aside(error):
+            self._connection = self._without(str(error))
+        else:
             self._connection = self._opened()
-            return
-        self._connection = self._without(str(error), failed)
         failed.close()
 
-    def _without(self, why: str, known: sqlite3.Connection | None = None) -> sqlite3.Connection:
+    def _lose(self, error: Exception) -> None:
+        """Have an empty one after the second has failed, too."""
+        self._connection.close()
+        self._connection = self._without(str(error))
+
+    def _without(
+        self, why: str, known: Callable[[], sqlite3.Connection] | None = None
+    ) -> sqlite3.Connection:
         """Go on in memory, with what is `known`."""
         if self._read_only:
             self.trouble = f"The history {self._path} cannot be read: {why}."
@@ -130,40 +164,33 @@ class HistoryFile:
                 "of them is lost at the end of this run."
             )
         _log.warning("%s", self.trouble)
-        memory = _in_memory()
-        try:
-            if known is not None:
-                known.backup(memory)
-            else:
-                with closing(self._connected_to_read()) as source:
-                    source.backup(memory)
-            _prepare(memory, read_only=False)
-        except sqlite3.Error:
-            memory.close()
+        if known is None:
             return _in_memory()
-        return memory
+        try:
+            with closing(known()) as source:
+                return _copied(source)
+        except _FAILED:
+            return _in_memory()
 
     def _connected_to_read(self) -> sqlite3.Connection:
         uri = f"{self._path.absolute().as_uri()}?mode=ro"
-        return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)
+        return sqlite3.connect(uri, uri=True, timeout=self._patience)
 
-    def _put_aside(self, error: sqlite3.DatabaseError) -> None:
-        """Keep a broken database for whoever wants to look, and be without it."""
+    def _put_aside(self, error: Exception) -> bool:
+        """Keep a broken database for whoever wants to look, and be without it; False where it stays."""
         aside = self._path.with_name(_BROKEN)
-        _log.warning(
-            "The history %s is broken (%s): it is put aside as %s, and begun anew. Points are not "
-            "concerned: they are in the targets.",
-            self._path,
-            error,
-            aside.name,
-        )
         try:
             self._path.replace(aside)
+            with suppress(FileNotFoundError):  # left there, it would be rolled back into the next
+                self._path.with_name(f"{NAME}-journal").unlink()
         except OSError:
-            with suppress(OSError):
-                self._path.unlink()
-        with suppress(OSError):
-            self._path.with_name(f"{NAME}-journal").unlink()
+            return False
+        self.lost = (
+            f"The history {self._path} is broken ({error}): it is put aside as {aside.name}, and begun "
+            "anew. Points are not concerned: they are in the targets."
+        )
+        _log.warning("%s", self.lost)
+        return True
 
 
 def _prepare(connection: sqlite3.Connection, *, read_only: bool) -> None:
@@ -187,10 +214,37 @@ class _Foreign(sqlite3.DatabaseError):
     """A database, and not one of ours."""
 
 
-def _is_broken(error: sqlite3.DatabaseError) -> bool:
+class Unreadable(sqlite3.DatabaseError):
+    """A row that is none that we have written."""
+
+
+def _is_broken(error: Exception) -> bool:
     """Whether the file itself is at fault, not the room for it nor the right to it."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return code in _OF_THE_FILE
+
+
+def _copied(source: sqlite3.Connection) -> sqlite3.Connection:
+    """A copy in memory.
+
+    Raises:
+        sqlite3.Error: it cannot be made, as where somebody holds a lock, for which SQLite would wait for
+            ever.
+    """
+    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+
+    def progress(status: int, left: int, total: int) -> None:
+        del left, total
+        if status in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+            raise sqlite3.OperationalError("database is locked")
+
+    try:
+        source.backup(memory, progress=progress)
+        _prepare(memory, read_only=False)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
 
 
 def _in_memory() -> sqlite3.Connection:

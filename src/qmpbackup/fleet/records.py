@@ -17,6 +17,8 @@ SUCCEEDED: Final = frozenset({0, DEGRADED})
 WAS_OFF: Final = NobodyThere.exit_code
 ENDED: Final = frozenset({129, 130, 143})
 """Exit codes of a command that somebody ended in order."""
+OFFLINE: Final = "offline"
+"""The consistency of a backup that was made of the images of a VM that was off."""
 PASSED_OVER: Final = ENDED | {WAS_OFF}
 """Exit codes that say nothing: the VM was off, or somebody ended the command in order."""
 

@@ -74,7 +74,8 @@ WORST_FIRST: Final = (
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a VM and a target: what it holds, the last backup and since when they have been
-    failing, the last verification and drill, when the VM was first seen, and whether it is off now."""
+    failing, the last verification and drill, when the VM was first seen, whether it is off now, and the
+    backup of its images since it went off, if there was one."""
 
     vm: VmSettings
     target: str
@@ -86,6 +87,7 @@ class Facts:
     drilled: Attempt | None = None
     first_seen: datetime | None = None
     is_off: bool = False
+    as_it_lies: Attempt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +151,11 @@ def _deadline(facts: Facts, schedule: tuple[str, ...]) -> datetime | None:
 
 
 def _off_deadline(facts: Facts, counted: datetime | None) -> datetime | None:
-    """An image that nobody writes to is not out of date, once it was backed up."""
-    holding, last = facts.holding, facts.last
-    went_well = last is not None and last.exit_code in SUCCEEDED
-    if facts.vm.when_off is WhenOff.OFFLINE and holding and holding.newest and went_well:
+    """An image that nobody writes to is not out of date, once it was backed up, and while that point is
+    there."""
+    since = facts.as_it_lies.started if facts.as_it_lies else _EVER
+    newest = facts.holding.newest if facts.holding else None
+    if facts.vm.when_off is WhenOff.OFFLINE and newest is not None and newest >= since:
         return None
     return None if counted is None else _later(counted, facts.vm.off_age)
 

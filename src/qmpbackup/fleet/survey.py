@@ -61,14 +61,9 @@ def judge(
     standings = [judged(facts, now) for facts in _facts(configuration.vms, history, holdings)]
     standings += _others(configuration)
     standings.sort(key=lambda each: (WORST_FIRST.index(each.state), each.vm, each.target))
-    return Survey(
-        now,
-        tuple(standings),
-        looked.sights,
-        configuration.faults,
-        history.trouble,
-        history.last_alive(),
-    )
+    last_run = history.last_alive()
+    trouble = history.trouble or history.lost  # after all that is read of it
+    return Survey(now, tuple(standings), looked.sights, configuration.faults, trouble, last_run)
 
 
 def _facts(
@@ -92,6 +87,7 @@ def _facts(
                 history.last(vm.name, target, Work.DRILL),
                 first_seen,
                 is_off=is_off(vm, last),
+                as_it_lies=history.as_it_lies(vm.name, target),
             )
 
 

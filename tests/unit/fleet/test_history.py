@@ -3,6 +3,8 @@
 
 import logging
 import os
+import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -114,6 +116,26 @@ def test_failures_are_counted_since_the_last_success(
     assert history.failures_in_a_row("db1", "main") == count
 
 
+@pytest.mark.parametrize(
+    ("attempts", "is_known"),
+    [
+        ([], False),
+        ([(0, "agent"), (13, "")], False),
+        ([(0, "agent"), (13, ""), (0, "offline"), (13, ""), (13, "")], True),
+        ([(13, ""), (3, "offline")], True),
+        ([(13, ""), (7, "offline"), (13, "")], False),
+        ([(13, ""), (0, "offline"), (0, "crash"), (13, "")], False),  # it ran in between
+        ([(13, ""), (0, "offline"), (6, ""), (13, "")], False),  # it did, and did not answer
+    ],
+)
+def test_images_of_a_vm_that_is_off_are_backed_up_until_it_has_run_again(
+    history: History, attempts: list[tuple[int, str]], is_known: bool
+) -> None:
+    for code, consistency in attempts:
+        history.begin(replace(DONE, exit_code=code, consistency=consistency))
+    assert (history.as_it_lies("db1", "main") is not None) is is_known
+
+
 def test_an_attempt_whose_run_is_no_more_was_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys; from datetime import datetime, UTC; from pathlib import Path\n"
@@ -216,18 +238,97 @@ def test_a_database_that_breaks_while_it_is_used_is_begun_anew(tmp_path: Path) -
         assert history.attempts() == [DONE]
 
 
-@pytest.mark.parametrize("statement", ["PRAGMA user_version = 7", "DROP TABLE told"])
+def spoilt(path: Path, number: int) -> None:
+    """A file that storage has done some harm to."""
+    data, chance = bytearray(path.read_bytes()), random.Random(number)  # noqa: S311
+    match chance.choice(("bytes", "page", "zeros", "end")):
+        case "bytes":
+            for _ in range(chance.choice((1, 5, 50))):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+        case "page":
+            start = chance.randrange(len(data) // 4096) * 4096
+            data[start : start + 4096] = chance.randbytes(4096)
+        case "zeros":
+            start = chance.randrange(len(data) - 300)
+            data[start : start + 300] = bytes(300)
+        case "end":
+            del data[chance.randrange(len(data)) :]
+    path.write_bytes(data)
+
+
+def read_all(history: History) -> None:
+    history.holdings()
+    history.known_vms()
+    history.all_told()
+    history.attempts()
+    history.first_seen("vm1")
+    history.failing("vm1", "main")
+    history.last("vm1", "main", Work.BACKUP)
+
+
+def test_whatever_became_of_its_bytes_it_stops_nobody(tmp_path: Path) -> None:
+    """Whoever reads it, and whoever writes it."""
+    whole, file = tmp_path / "whole.db", tmp_path / "history.db"
+    with History.opened(tmp_path) as history:
+        for number in range(60):
+            history.begin(replace(DONE, vm=f"vm{number % 7}", reason="x" * 50))
+            history.note(Holding(f"vm{number}", "main", NOW, NOW, "p", points=3))
+            history.tell(f"ops|late|vm{number}", NOW)
+        history.know("all", [f"vm{number}" for number in range(9)], NOW)
+    file.rename(whole)
+    for number in range(50):
+        shutil.copy(whole, file)
+        spoilt(file, number)
+        with History.opened(tmp_path, read_only=True) as history:
+            read_all(history)
+        with History.opened(tmp_path) as history:
+            read_all(history)
+            history.end(history.begin(BEGUN), DONE)
+            history.know("all", ["web"], NOW)
+            history.tell("x", NOW)
+            history.forget_before(NOW - timedelta(days=1))
+            history.tell("x", NOW)
+            assert history.told("x") == NOW
+            assert history.trouble == ""
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_one_that_somebody_keeps_locked_stops_nobody(tmp_path: Path, read_only: bool) -> None:
+    with History.opened(tmp_path) as history:
+        history.begin(DONE)
+    with (
+        closing(sqlite3.connect(tmp_path / "history.db", isolation_level=None)) as other,
+        History.opened(tmp_path, read_only=read_only, patience=0.1) as history,
+    ):
+        other.execute("BEGIN EXCLUSIVE")
+        assert history.last("db1", "main", Work.BACKUP) is None, "nobody knows"
+        assert "database is locked" in history.trouble
+        history.tell("x", NOW)
+        assert history.told("x") == NOW
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "PRAGMA user_version = 7",
+        "DROP TABLE told",
+        "ALTER TABLE attempt RENAME COLUMN reason TO why",
+        "DROP TABLE told; CREATE TABLE told (key TEXT, at INTEGER, by TEXT NOT NULL)",
+    ],
+)
 def test_a_database_of_another_kind_is_put_aside(tmp_path: Path, statement: str) -> None:
     with History.opened(tmp_path) as history:
         history.begin(DONE)
     with closing(sqlite3.connect(tmp_path / "history.db")) as other, other:
-        other.execute(statement)
+        other.executescript(statement)
     with History.opened(tmp_path, read_only=True) as history:
-        assert "cannot be read" in history.trouble
-        assert history.attempts() == []
+        history.attempts()
+        assert history.told("x") is None
     with History.opened(tmp_path) as history:
-        assert history.attempts() == []
+        history.tell("x", NOW)
+        history.end(history.begin(BEGUN), BEGUN)
         assert history.trouble == ""
+    assert (tmp_path / "history-broken.db").exists()
 
 
 def test_it_may_be_deleted_at_any_time(tmp_path: Path) -> None:

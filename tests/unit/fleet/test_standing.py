@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import OFFLINE, Attempt, Holding, Work
 from qmpbackup.fleet.settings import DAY, HOUR, VmSettings, WhenOff
 from qmpbackup.fleet.standing import LONGEST_RUN, Facts, Severity, State, judged, worst
 
@@ -30,6 +30,17 @@ def failed(code: int, reason: str = "Cannot write data/3f: the server says 503."
 def with_newest(newest: datetime | None, **changes: Any) -> Facts:
     points = 23 if newest else 0
     return replace(WELL, holding=replace(HOLDING, newest=newest, points=points), **changes)
+
+
+def lying(newest: datetime | None) -> Facts:
+    """A VM whose images were backed up 100 days ago, when it went off."""
+    began = NOW - timedelta(days=100)
+    facts = with_newest(newest, is_off=True, vm=replace(VM, when_off=WhenOff.OFFLINE))
+    return replace(
+        facts,
+        as_it_lies=replace(DONE, started=began, consistency=OFFLINE),
+        first_seen=NOW - timedelta(days=200),
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,9 +112,13 @@ def with_newest(newest: datetime | None, **changes: Any) -> Facts:
             with_newest(
                 NOW - timedelta(days=99), is_off=True, vm=replace(VM, when_off=WhenOff.OFFLINE)
             ),
-            State.OFF,
-            "",
+            State.LATE,  # as it ran after its last backup
+            "It is off",
         ),
+        (lying(NOW - timedelta(days=99)), State.OFF, ""),
+        (replace(lying(NOW - timedelta(days=99)), last=failed(13)), State.OFF, ""),
+        (lying(NOW - timedelta(days=101)), State.LATE, "It is off"),  # that point was removed
+        (lying(None), State.LATE, "There is no point"),
         (with_newest(NOW - timedelta(days=999), vm=replace(VM, schedule=("",))), State.OK, ""),
         (with_newest(None, vm=replace(VM, schedule=())), State.DUE, "no point yet"),
     ],
@@ -191,6 +206,7 @@ def anything(draw: some.DrawFn) -> Facts:
         draw(some.integers(0, 5)) if last else 0,
         first_seen=draw(some.none() | TIMES),
         is_off=draw(some.booleans()),
+        as_it_lies=draw(some.none() | some.just(last)),
     )
 
 

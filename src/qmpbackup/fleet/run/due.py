@@ -2,8 +2,8 @@
 """What is due. Pure: the clock, what targets hold and what was tried come as values.
 
 A backup is due when a time of its schedule has passed since the last was begun; times that were missed
-are made up once. Without a history (it may be deleted) the newest point counts in its place, and what is
-dated into the future, as after a clock that leapt, counts for nothing.
+are made up once. The newest point counts as well as what was noted, as the history may be deleted, or not be
+written to; what is dated into the future, as after a clock that leapt, counts for nothing.
 
 What failed for its target, or died with its run, is due again after a while that doubles with each
 failure; all else that failed waits for its next time.
@@ -78,17 +78,20 @@ def backup_due(
         return Duty(Work.BACKUP, target, vm, missed, _EVER, is_long=is_long)
     if missed > begun:
         return Duty(Work.BACKUP, target, vm, missed, _urgency(vm, begun, now), is_long=is_long)
-    if past.last is not None and is_due_again(past.last, past.failures, now):
+    is_last = past.last is not None and past.last.started == begun
+    if is_last and past.last and is_due_again(past.last, past.failures, now):
         return Duty(Work.BACKUP, target, vm, past.last.scheduled, 0.0, is_long=is_long)
     return None
 
 
 def _begun(past: Past, now: datetime) -> datetime | None:
-    """When the last was begun, as far as that is to be believed."""
-    if past.last is not None and past.last.started <= now:
-        return past.last.started
-    newest = past.holding.newest if past.holding else None
-    return newest if newest is not None and newest <= now else None
+    """When the last was begun, as far as that is to be believed: a point that came after all that was
+    noted was made while nothing could be, or by hand."""
+    times = (
+        past.last.started if past.last else None,
+        past.holding.newest if past.holding else None,
+    )
+    return max((each for each in times if each is not None and each <= now), default=None)
 
 
 def _urgency(vm: VmSettings, begun: datetime, now: datetime) -> float:

@@ -55,8 +55,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was done, or, for a dry run, is due; what is wrong with the configuration; and by which ways
-    nobody could be told."""
+    """What was done, or, for a dry run, is due; what is wrong with the configuration; by which ways nobody
+    could be told; and why it could not be noted or measured."""
 
     done: tuple[Done, ...] = ()
     due: tuple[Duty, ...] = ()
@@ -64,6 +64,7 @@ class Outcome:
     is_usable: bool = True
     took: timedelta = field(default_factory=timedelta)
     untold: tuple[str, ...] = ()
+    troubles: tuple[str, ...] = ()
 
     @property
     def final(self) -> tuple[Done, ...]:
@@ -72,14 +73,16 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0: all that was due was done; 3: some of it degraded; 14: some of it failed, is switched off by a
-        fault, or could be told nobody; 2: the configuration cannot be used."""
+        """0: all that was due was done; 3: some of it degraded, or it could not be noted or measured; 14: some
+        of it failed, is switched off by a fault, or could be told nobody; 2: the configuration cannot be
+        used."""
         if not self.is_usable:
             return USAGE
         is_wrong = self.untold or any(not each.is_warning for each in self.faults)
         if is_wrong or not all(each.fine for each in self.final):
             return SOME_FAILED
-        return DEGRADED if any(each.is_degraded for each in self.final) else 0
+        is_degraded = self.troubles or any(each.is_degraded for each in self.final)
+        return DEGRADED if is_degraded else 0
 
 
 def run(request: Request, report: Report) -> Outcome:
@@ -182,6 +185,8 @@ def _run(night: _Night, report: Report) -> Outcome:
     more = night.measure(survey)
     for each in more:
         log.warning("%s", each.sentence)
+    troubles = (survey.trouble, *(each.sentence for each in more))
+    outcome = replace(outcome, troubles=tuple(filter(None, troubles)))
     if not tells:
         return outcome
     news = notices.report(survey, host_name(), exit_code=outcome.exit_code, more=more)

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Final
 
 from qmpbackup.fleet import secrets
-from qmpbackup.fleet.records import SUCCEEDED, Attempt, Work
+from qmpbackup.fleet.records import OFFLINE, SUCCEEDED, Attempt, Work
 from qmpbackup.fleet.run import commands, due
 from qmpbackup.fleet.run.agenda import Agenda, is_repository
 from qmpbackup.fleet.run.due import Duty
@@ -15,8 +15,6 @@ from qmpbackup.targets import opening
 
 WHOLE: Final = "whole"
 """The level of a verification that reads all of the data."""
-OFFLINE: Final = "offline"
-"""The consistency of a point that was made of a VM that was off."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,12 @@ from typing import Final
 from qmpbackup import interrupt
 from qmpbackup.errors import Exhausted, Interrupted, QmpBackupError
 from qmpbackup.fleet.history import History
-from qmpbackup.fleet.records import DEGRADED, SUCCEEDED, WAS_OFF, Attempt, Holding, Work
+from qmpbackup.fleet.records import DEGRADED, OFFLINE, SUCCEEDED, WAS_OFF, Attempt, Holding, Work
 from qmpbackup.fleet.run import bandwidth, choosing, commands
 from qmpbackup.fleet.run.agenda import Agenda, is_repository
 from qmpbackup.fleet.run.choosing import Reach
 from qmpbackup.fleet.run.due import Duty
-from qmpbackup.fleet.run.orders import OFFLINE, WHOLE, Orders
+from qmpbackup.fleet.run.orders import WHOLE, Orders
 from qmpbackup.fleet.run.workers import Order, Workers
 from qmpbackup.fleet.settings import Configuration, WhenGone, WhenOff
 from qmpbackup.plan.progress import Progress
@@ -293,7 +293,7 @@ class Round:
         last = self.history.last(duty.vm_name, duty.target.name, Work.BACKUP, succeeded=True)
         holding = self.holdings.get((duty.vm_name, duty.target.name))
         has_points = last is not None or (holding is not None and holding.points > 0)
-        return has_points and (last is None or last.consistency != OFFLINE)
+        return has_points and self.history.as_it_lies(duty.vm_name, duty.target.name) is None
 
     def _follow(self, begun: Begun, result: Result) -> None:
         """What a new point brings with it."""
