@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD server against real and hostile clients; what it serves lies in memory."""
+"""The NBD server against real and hostile clients; what it serves lies in memory, or another server has it."""
 
 import random
 import socket
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import nbd
 import pytest
@@ -55,20 +56,30 @@ def export() -> Remembered:
     return Remembered()
 
 
-@pytest.fixture
-def path(tmp_path: Path, export: Remembered) -> Iterator[str]:
-    """The socket of a server."""
-    with serving(tmp_path / "socket", export) as found:
-        yield found
+@pytest.fixture(params=[False, True], ids=["own", "relayed"])
+def path(request: pytest.FixtureRequest, tmp_path: Path, export: Remembered) -> Iterator[str]:
+    """The socket of a server, which reads itself or has another answer."""
+    with ExitStack() as stack:
+        relayed = {}
+        if request.param:
+            behind = stack.enter_context(serving(tmp_path / "behind", {"": export}))
+            relayed = {"disk": behind}
+        yield stack.enter_context(serving(tmp_path / "socket", {"disk": export}, relayed=relayed))
 
 
 @contextmanager
-def serving(path: Path, export: Remembered, *, allocation: bool = True) -> Iterator[str]:
+def serving(
+    path: Path,
+    exports: Mapping[str, Remembered],
+    *,
+    allocation: bool = True,
+    relayed: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
     """Serve for the block."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        server = Server(listener, {"disk": export}, allocation=allocation)
+        server = Server(listener, exports, allocation=allocation, relayed=relayed)
         ending = threading.Thread(target=server.run, args=(0.0,))
         with socket.socket(socket.AF_UNIX) as holding:  # as long as somebody is there it goes on
             holding.connect(str(path))
@@ -204,3 +215,62 @@ def test_a_client_that_does_not_read_holds_up_no_other(path: str, export: Rememb
         good = connected(path)
         assert bytes(good.pread(4096, PIECE)) == export.data[PIECE : PIECE + 4096]
         good.shutdown()
+
+
+def test_zeros_that_another_server_would_tell_are_not_told(
+    tmp_path: Path, export: Remembered
+) -> None:
+    with (
+        serving(tmp_path / "behind", {"": export}) as behind,
+        serving(
+            tmp_path / "socket", {"disk": export}, allocation=False, relayed={"disk": behind}
+        ) as path,
+    ):
+        client = connected(path)
+        assert not client.can_meta_context("base:allocation")
+        client.set_strict_mode(0)
+        with pytest.raises(nbd.Error):
+            client.block_status(SIZE, 0, lambda *_: 0)
+        assert bytes(client.pread(SIZE, 0)) == export.data
+        client.shutdown()
+
+
+def test_zeros_that_another_server_tells_are_told_to_those_who_may_know(
+    tmp_path: Path, export: Remembered
+) -> None:
+    with (
+        serving(tmp_path / "behind", {"": export}) as behind,
+        serving(tmp_path / "socket", {"disk": export}, relayed={"disk": behind}) as path,
+    ):
+        client = connected(path)
+        found: list[list[int]] = []
+
+        def note(context: str, _at: int, entries: list[int], _error: object) -> int:
+            assert context == "base:allocation"
+            found.append(entries)
+            return 0
+
+        client.block_status(2 * PIECE, 0, note)
+        assert found == [[PIECE, 3, PIECE, 0]]
+        client.shutdown()
+
+
+def test_without_the_other_server_clients_are_cut_off_and_it_serves_on(
+    tmp_path: Path, export: Remembered
+) -> None:
+    exports = {"disk": export, "other": export}
+    with serving(tmp_path / "socket", exports, relayed={"disk": str(tmp_path / "behind")}) as path:
+        with serving(tmp_path / "behind", {"": export}):
+            client = connected(path)
+            assert bytes(client.pread(512, PIECE)) == export.data[PIECE : PIECE + 512]
+            client.shutdown()
+        late = nbd.NBD()
+        late.set_export_name("disk")
+        late.connect_unix(path)
+        with pytest.raises(nbd.Error):
+            late.pread(512, PIECE)
+        own = nbd.NBD()
+        own.set_export_name("other")
+        own.connect_unix(path)
+        assert bytes(own.pread(512, PIECE)) == export.data[PIECE : PIECE + 512]
+        own.shutdown()

@@ -38,6 +38,7 @@ _ZERO = 2
 _STATUS_BYTES = 1 << 30
 """Length of one question for block status: what a much divided area answers is held in memory."""
 
+_READ_AT_ONCE = 1 << 20
 _WRITES_AHEAD = 64
 _QUESTIONS_AHEAD = 4
 _CONNECT_SECONDS = 60.0
@@ -61,6 +62,7 @@ class Connection:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.size: int = handle.get_size()
+        self._memory = bytearray()
 
     def __enter__(self) -> Self:
         return self
@@ -94,12 +96,22 @@ class Connection:
         Raises:
             NbdError: the server refused, or the connection failed.
         """
+        found = bytearray()
+        while len(found) < length:
+            count = min(length - len(found), _READ_AT_ONCE)
+            found += self._read(offset + len(found), count)
+        return bytes(found)
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        """A part, which is true until the next is read: libnbd 1.14 keeps every piece of memory for ever
+        that it was given to read into, so it is always the same."""
         from nbd import Buffer
 
-        found = bytearray(length)
-        shared = Buffer.from_buffer(found)
+        self._memory = self._memory or bytearray(_READ_AT_ONCE)
+        part = memoryview(self._memory)[:length]
+        shared = Buffer.from_buffer(part)
         self._carry_out(lambda: self.handle.aio_pread(shared, offset))
-        return bytes(found)
+        return part
 
     def zero(self, places: Iterable[int], length: int) -> None:
         """Write zeroes of some length at each of these offsets.

@@ -14,10 +14,16 @@ from typing import Final
 GREETING: Final = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 0b11)
 """Fixed newstyle, and no zeros after the old way of naming an export."""
 
+CLIENT_FLAGS: Final = (0b11).to_bytes(4)
+"""What a client says to that which can do both."""
+
 NO_ZEROES: Final = 0b10
 """The flag by which a client takes that up."""
 
 ALLOCATION: Final = "base:allocation"
+
+CONTEXT: Final = 0
+"""The number by which answers call it: that of QEMU's servers, whose answers may be handed on."""
 
 MOST_OPTION: Final = 64 * 1024
 """Bytes of an option that are taken; names have 4096 at most."""
@@ -32,6 +38,7 @@ _OPTION_MAGIC = b"IHAVEOPT"
 _REQUEST_MAGIC = 0x25609513
 _OPTION_REPLY = struct.Struct(">QIII")
 _OPTION_REPLY_MAGIC = 0x3E889045565A9
+ANSWER_BYTES: Final = _OPTION_REPLY.size
 _SIMPLE = struct.Struct(">IIQ")
 _SIMPLE_MAGIC = 0x67446698
 _CHUNK = struct.Struct(">IHHQI")
@@ -117,9 +124,29 @@ class ClientRequest:
 
 def asking_for(export: str) -> bytes:
     """What a client says to the greeting that wants an export and no more."""
-    name = export.encode()
-    flags = (0b11).to_bytes(4)
-    return flags + OPTION.pack(_OPTION_MAGIC, Option.EXPORT_NAME, len(name)) + name
+    return CLIENT_FLAGS + option(Option.EXPORT_NAME, export.encode())
+
+
+def option(number: Option, data: bytes = b"") -> bytes:
+    """An option as a client asks for it."""
+    return OPTION.pack(_OPTION_MAGIC, number, len(data)) + data
+
+
+def allocation_of(export: str) -> bytes:
+    """What a client that wants to know zeros of an export sends with SET_META_CONTEXT."""
+    return named(export) + struct.pack(">I", 1) + named(ALLOCATION)
+
+
+def parse_answer(data: bytes) -> tuple[int, int]:
+    """An answer to an option, and how many bytes follow it.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    magic, _, answer, length = _OPTION_REPLY.unpack(data)
+    if magic != _OPTION_REPLY_MAGIC:
+        raise ProtocolError("no answer")
+    return answer, length
 
 
 def parse_request(data: bytes | memoryview) -> ClientRequest:

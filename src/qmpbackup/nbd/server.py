@@ -32,12 +32,14 @@ log = logging.getLogger(__name__)
 THREADS: Final = 16
 _CLIENTS: Final = 64
 _POLL_SECONDS: Final = 0.2
+_NONE: Final[Mapping[str, str]] = {}
 
 
 class Server:
     """Serves exports by their names on a socket that listens.
 
-    `allocation` offers `base:allocation`. `let_go` has reads that are under way end soon.
+    `allocation` offers `base:allocation`. `let_go` has reads that are under way end soon. `relayed` are the
+    sockets of servers that answer for exports in our place, each for the only one that it has.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class Server:
         *,
         allocation: bool = False,
         let_go: Callable[[], None] = lambda: None,
+        relayed: Mapping[str, str] = _NONE,
         threads: int = THREADS,
     ) -> None:
         self.exports = exports
         self.allocation = allocation
+        self.relayed = relayed
         self.pool = ThreadPoolExecutor(threads, "nbd")
         self._listener = listener
         self._let_go = let_go
@@ -100,6 +104,7 @@ class Server:
         with self._lock:
             if self._clients:
                 self._last_seen = time.monotonic()
+                return False
             return seconds is not None and time.monotonic() - self._last_seen > seconds
 
     def _accept(self) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 from qmpbackup.errors import Interrupted, QmpBackupError
-from qmpbackup.nbd import protocol
+from qmpbackup.nbd import protocol, relay
 from qmpbackup.nbd.protocol import (
     Answer,
     ClientRequest,
@@ -33,7 +33,6 @@ _UNDER_WAY: Final = 64
 _HANDSHAKE_SECONDS: Final = 30.0
 _SEND_BUFFER: Final = 4 << 20
 _MOST_EXTENTS: Final = 1024
-_CONTEXT: Final = 1
 
 Buffer = bytes | bytearray | memoryview
 
@@ -60,6 +59,7 @@ class Host(Protocol):
 
     exports: Mapping[str, Export]
     allocation: bool
+    relayed: Mapping[str, str]
     pool: ThreadPoolExecutor
 
     def left(self, session: "Conversation") -> None:
@@ -87,8 +87,7 @@ class Conversation(threading.Thread):
 
     def hang_up(self) -> None:
         """End it, from any thread."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        relay.hang_up(self._socket)
 
     def run(self) -> None:
         """Shake hands, then answer."""
@@ -96,7 +95,7 @@ class Conversation(threading.Thread):
             export = self._negotiate()
             if export is not None:
                 self._socket.settimeout(None)
-                self._transmit(export)
+                self._serve(export)
         except (OSError, EOFError):
             pass
         except ProtocolError as error:
@@ -129,13 +128,7 @@ class Conversation(threading.Thread):
                 return export
 
     def _receive(self, length: int) -> bytes:
-        found = bytearray()
-        while len(found) < length:
-            data = self._socket.recv(length - len(found))
-            if not data:
-                raise EOFError
-            found += data
-        return bytes(found)
+        return relay.receive(self._socket, length)
 
     def _answer(self, option: int, answer: Answer, data: bytes = b"") -> None:
         self._socket.sendall(protocol.option_reply(option, answer, data))
@@ -192,10 +185,24 @@ class Conversation(threading.Thread):
         if setting:
             self._allocation = found and self._structured
         if found:
-            self._socket.sendall(protocol.context_reply(option, _CONTEXT if setting else 0))
+            self._socket.sendall(protocol.context_reply(option, protocol.CONTEXT if setting else 0))
         self._answer(option, Answer.ACK)
 
     # Transmission
+
+    def _serve(self, export: Export) -> None:
+        """Answer requests, or have them answered by the server that stands for the export."""
+        path = self._server.relayed.get(self.export_name)
+        if path is None:
+            self._transmit(export)
+            return
+        try:
+            with relay.connected(
+                path, structured=self._structured, allocation=self._allocation
+            ) as server:
+                relay.relay(self._socket, server)
+        except (OSError, EOFError, ProtocolError) as error:
+            log.info("%s: the connection to its server ended: %s", self.export_name, error)
 
     def _transmit(self, export: Export) -> None:
         size = protocol.REQUEST.size
@@ -292,7 +299,7 @@ class Conversation(threading.Thread):
             found.append((length, zero))
             if len(found) == most:
                 break
-        self._send(protocol.status(request.cookie, _CONTEXT, found))
+        self._send(protocol.status(request.cookie, protocol.CONTEXT, found))
 
     def _head(self, request: ClientRequest, offset: int, length: int, *, done: bool) -> bytes:
         if self._structured:

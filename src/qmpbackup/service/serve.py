@@ -91,7 +91,11 @@ def serve(request: Request, announce: Callable[[Served], None]) -> None:
         listener, path = stack.enter_context(_listening(request.socket))
         stored = stack.enter_context(target.images(found.points, point, disks))
         server = Server(
-            listener, stored.images, allocation=request.allocation, let_go=stored.let_go
+            listener,
+            stored.images,
+            allocation=request.allocation,
+            let_go=stored.let_go,
+            relayed=stored.servers,
         )
         proof = stack.enter_context(_proving(stored, server))
         announce(Served(point, path, disks, proved=not stored.unproved))

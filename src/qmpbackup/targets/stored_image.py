@@ -115,8 +115,10 @@ def _nothing() -> None:
 @dataclass(frozen=True, slots=True)
 class OpenDisks:
     """Images of disks by disk id; `unproved` has what is behind those whose reads prove nothing.
-    `let_go` has reads under way end soon."""
+    `servers` are the sockets of programs that show an image by NBD themselves, which is faster than to read
+    it here. `let_go` has reads under way end soon."""
 
     images: Mapping[str, StoredImage]
     unproved: Mapping[str, Unproved] = field(default_factory=dict)
+    servers: Mapping[str, str] = field(default_factory=dict)
     let_go: Callable[[], None] = _nothing

@@ -61,13 +61,16 @@ def opened(chain: Chain, *, to_read: bool) -> "Iterator[FolderImage]":
 
 
 class FolderImage:
-    """See `StoredImage`. Several threads read at a time, each over a connection of its own."""
+    """See `StoredImage`. Several threads read at a time, each over a connection of its own.
+
+    `socket` is that of the program that shows it, if it was opened to be read.
+    """
 
     def __init__(self, chain: Chain, socket: str) -> None:
         self.size = chain.disk.size
         self._chain = chain
         self._disk = chain.disk
-        self._socket = socket
+        self.socket = socket
         self._free = threading.Semaphore(_CONNECTIONS)
         self._idle: list[Connection] = []
 
@@ -143,7 +146,7 @@ class FolderImage:
                 try:
                     connection = self._idle.pop()
                 except IndexError:
-                    connection = client.connect(self._socket, "", [client.ALLOCATION])
+                    connection = client.connect(self.socket, "", [client.ALLOCATION])
                 yield connection
             except NbdError as error:
                 raise StorageError(f"{self._disk.id} cannot be read: {error}.") from error

@@ -14,7 +14,8 @@ from qmpbackup.model import Point, StoredDisk
 from qmpbackup.targets.folder import chains, image
 from qmpbackup.targets.folder.chains import OpenFile
 from qmpbackup.targets.folder.files import StoredFiles
-from qmpbackup.targets.stored_image import OpenDisks, StoredImage, Unproved
+from qmpbackup.targets.folder.image import FolderImage
+from qmpbackup.targets.stored_image import OpenDisks, Unproved
 
 
 @contextmanager
@@ -28,14 +29,15 @@ def opened(
 ) -> Iterator[OpenDisks]:
     """Open disks of a point for the block; see `Target.images`."""
     with ExitStack() as stack:
-        images: dict[str, StoredImage] = {}
+        images: dict[str, FolderImage] = {}
         unproved: dict[str, Unproved] = {}
         for disk in disks:
             files = stack.enter_context(chains.opened(target, points, point, disk))
             unproved[disk.id] = proof = _UnprovedChain(target, disk, files)
             chain = image.Chain(disk, tuple(file.layer for file in files), proof)
             images[disk.id] = stack.enter_context(image.opened(chain, to_read=to_read))
-        yield OpenDisks(images, unproved)
+        servers = {disk_id: each.socket for disk_id, each in images.items() if each.socket}
+        yield OpenDisks(images, unproved, servers)
 
 
 @dataclass(frozen=True, slots=True)
