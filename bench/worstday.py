@@ -10,6 +10,7 @@ repository and a folder. Measured in turn, the fastest runs count:
     server    all bytes by nbdcopy, after one time that does not count; against qemu-nbd on the chain
     settle    of a VM that runs; against `restore`
     drill     to its verdict
+    files     the first list of file systems, 10,000 small files, and a large one: whole commands
 """
 
 import argparse
@@ -29,6 +30,11 @@ from lab.booted import kill, listener
 from lab.disks import MIB, Disk, create
 from lab.guest import Guest, Shell
 from lab.patience import PATIENCE
+from stock import guest_disks
+
+SMALL_FILES = 10_000
+LARGE_MIB = 512
+FIRST_LIST = 5.0
 
 
 def main() -> None:
@@ -48,6 +54,7 @@ def main() -> None:
         bench.server()
         bench.settle()
         bench.drill()
+        bench.files()
 
 
 class _Bench:
@@ -165,6 +172,42 @@ class _Bench:
             command = [*QMPBACKUP, "drill", "--target", target]
             taken = self._fastest(lambda: measure(command).time)  # noqa: B023
             _row(f"drill from a {kind}", taken, 30.0, "1.00", "30 s")
+
+    def files(self) -> None:
+        """Out of a point of two file systems, into memory: a disk would be measured, too."""
+        tree = self.folder / "files"
+        for number in range(SMALL_FILES):
+            file = tree / "small" / str(number // 100) / str(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(os.urandom(300 + number % 8000))
+        (tree / "large").mkdir()
+        (tree / "large" / "file").write_bytes(os.urandom(LARGE_MIB * MIB))
+        sizes = {"small": 160 * MIB, "large": (LARGE_MIB + 128) * MIB}
+        disks = {
+            each: guest_disks.ext4(self.folder / each, tree / each, size)
+            for each, size in sizes.items()
+        }
+        for kind, target in (
+            ("repository", self.targets["repository"]),
+            ("folder", f"{self.folder / 'more'}"),
+        ):
+            guest_disks.backed_up(target, disks)
+            words = [*QMPBACKUP, "files"]
+            first = self._fastest(lambda: measure([*words, "ls", "--target", target]).time)  # noqa: B023
+            _row(f"files ls from a {kind}", first, FIRST_LIST, "1.00", "5 s")
+            small = self._copied(["-r", "--target", target, "small:/"])
+            _row(f"files cp, {SMALL_FILES} small", small, 10.0, "1.00", "10 s")
+            large = self._copied(["--target", target, "large:/file"])
+            bar = FIRST_LIST + LARGE_MIB / 100
+            _row(f"files cp, {LARGE_MIB} MiB", large, bar, "1.00", "5 s and 100 MiB/s")
+
+    def _copied(self, words: list[str]) -> float:
+        taken = []
+        for _ in range(self.runs):
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+                command = [*QMPBACKUP, "files", "cp", *words, f"{folder}/out"]
+                taken.append(measure(command).time)
+        return min(taken)
 
     def _fastest(self, run: Callable[[], float], *, warm: bool = False) -> float:
         taken = [run() for _ in range(self.runs + warm)]

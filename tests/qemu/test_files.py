@@ -41,7 +41,7 @@ def fill(tree: Path) -> None:
         file.seek(6 * MIB)
         file.write(b"end")
         file.truncate(500 * MIB)
-    (tree / "large").write_bytes(os.urandom(3 * MIB))
+    (tree / "large").write_bytes(os.urandom(9 * MIB))
     os.setxattr(tree / "large", "user.origin", b"here")
     os.utime(tree / "large", (1_000_000_000, 1_000_000_000))
     for name in HOSTILE:
@@ -111,6 +111,14 @@ def test_paths_lead_where_they_lead_for_the_guest(opened: Reading) -> None:
         list(opened.entries(opened.place("vda:part1:/etc/loop")))
     with pytest.raises(UsageError, match="no file"):
         b"".join(opened.contents(opened.place("vda:part1:/etc")))
+
+
+def test_a_large_file_and_small_ones_are_read_by_turns(stored: Path, opened: Reading) -> None:
+    """The one past the cache of the disk, the others through it."""
+    for _ in range(2):
+        large = b"".join(opened.contents(opened.place("vda:part1:/large")))
+        assert digest(large) == digest((stored / "tree/large").read_bytes())
+        assert b"".join(opened.contents(opened.place("vda:part1:/etc/hostname"))) == b"guest\n"
 
 
 def test_a_path_alone_is_looked_for_everywhere(opened: Reading) -> None:

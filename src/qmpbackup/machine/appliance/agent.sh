@@ -9,6 +9,7 @@
 # Programs that busybox has as well are named by their path: its shell takes its own first.
 export PATH=/bin LC_ALL=C.UTF-8
 readonly FORM='%y\0%m\0%U\0%G\0%s\0%T@\0%n\0%P\0%l\0'
+readonly LARGE=8388608
 readonly NOT_THERE=44 NOT_MOUNTED=45 NO_FILE=46
 
 mount -t devtmpfs dev /dev
@@ -17,7 +18,7 @@ prepare() {
     mount -t sysfs sys /sys
     mount -t devtmpfs dev /dev
     echo /bin/modprobe >/proc/sys/kernel/modprobe
-    for each in virtio_pci virtio_console virtio_blk; do
+    for each in virtio_pci virtio_console virtio_blk loop; do
         modprobe $each
     done
     mkdir -p /etc/lvm /run/lvm /run/lock/lvm /dev/mapper
@@ -56,19 +57,44 @@ answer() {
 devices() {
     for each in /sys/class/block/*; do
         case ${each##*/} in
-            vd* | dm-* | md*) echo "${each##*/}" ;;
+            vd* | dm-* | md* | loop*p*) echo "${each##*/}" ;;
         esac
     done
 }
 
 types() {
-    for each in $(devices); do
+    types_of $(devices)
+}
+
+types_of() {
+    for each; do
         /bin/blkid -p -s TYPE -o value "/dev/$each"
+    done
+}
+
+# The numbers in a partition table count sectors, and nothing in a disk says how large those were. This
+# kernel is given disks with sectors of 512 bytes. Where that leads to nothing, they had 4 KiB, if
+# that leads to anything.
+large_sectors() {
+    for disk in /sys/class/block/vd*; do
+        [ -e "$disk/partition" ] && continue
+        disk=${disk##*/}
+        [ "$(dd if="/dev/$disk" bs=1 skip=510 count=2 2>/dev/null | od -An -tx1)" = ' 55 aa' ] || continue
+        [ -z "$(types_of "$disk" $(partitions "$disk"))" ] || continue
+        loop=$(/bin/losetup --find --show --partscan --sector-size 4096 "/dev/$disk") || continue
+        [ -n "$(types_of $(partitions "${loop##*/}"))" ] || /bin/losetup --detach "$loop"
+    done
+}
+
+partitions() {
+    for each in "/sys/class/block/$1"/*/partition; do
+        [ -e "$each" ] && each=${each%/*} && echo "${each##*/}"
     done
 }
 
 # Mirrors are written to, but only what is asked for: they are not made whole again, which would read them.
 assemble() {
+    large_sectors
     case $(types) in *raid_member*)
         modprobe -a md_mod raid0 raid1 raid10 raid456 linear
         echo 0 >/proc/sys/dev/raid/speed_limit_min
@@ -118,6 +144,8 @@ identity() {
         echo "part $(cat "$sys/partition") $(identity "${parent##*/}")"
     elif [ -e "$sys/dm/name" ]; then
         echo "dm $(cat "$sys/dm/uuid") $(cat "$sys/dm/name")"
+    elif [ -e "$sys/loop/backing_file" ]; then
+        identity "$(sed 's|.*/||' "$sys/loop/backing_file")"
     elif [ -e "$sys/md" ]; then
         echo "md $(mdadm --detail --export "/dev/$1" | sed -n 's/^MD_NAME=//p')"
     else
@@ -138,28 +166,61 @@ opened() {
     root=/m/$1
     [ -d "$root" ] && return
     mkdir "$root"
+    read_ahead "$1"
     mounted "$1" "$2" || {
         rmdir "$root"
         return $NOT_MOUNTED
     }
 }
 
+# Questions to a disk take much longer than what it answers.
+read_ahead() {
+    sys=/sys/class/block/$1
+    [ -e "$sys/partition" ] && sys=$sys/..
+    echo 1024 >"$sys/queue/read_ahead_kb"
+}
+
 mounted() {
     safe=ro,nodev,nosuid,noexec
     case $2 in
-        ext2 | ext3 | ext4) mount -t ext4 -o $safe,errors=remount-ro "/dev/$1" "$root" ;;
-        xfs) mount -t xfs -o $safe,nouuid "/dev/$1" "$root" ;;
+        ext2 | ext3 | ext4) mount_cached ext4 "$1" errors=remount-ro ;;
+        xfs) mount_cached xfs "$1" nouuid ;;
         btrfs)
             modprobe btrfs
             btrfs device scan >/dev/null
             mount -t btrfs -o $safe,subvolid=5 "/dev/$1" "$root"
             ;;
-        vfat) mount -t vfat -o $safe,utf8,shortname=mixed "/dev/$1" "$root" ;;
-        exfat) mount -t exfat -o $safe,iocharset=utf8 "/dev/$1" "$root" ;;
+        vfat) mount_cached vfat "$1" utf8,shortname=mixed ;;
+        exfat) mount_cached exfat "$1" iocharset=utf8 ;;
         ntfs) modprobe fuse && ntfs-3g -o ro "/dev/$1" "$root" ;;
-        iso9660 | udf | squashfs | erofs) mount -t "$2" -o $safe "/dev/$1" "$root" ;;
+        iso9660 | udf | squashfs | erofs) mount_cached "$2" "$1" nodev ;;
         *) echo "nothing here reads file systems of this kind" >&2 && false ;;
     esac
+}
+
+# mount_cached TYPE DEVICE OPTIONS: by way of a loop device. What that reads comes out of the cache of
+# the disk, which is read ahead; so small files that lie beside each other are one question, and not one
+# each.
+mount_cached() {
+    loop=$(/bin/losetup --find --show "/dev/$2") || return
+    read_ahead "${loop##*/}"
+    mount -t "$1" -o "$safe,$3" "$loop" "$root" || {
+        /bin/losetup --detach "$loop"
+        return 1
+    }
+    echo "${loop##*/}" >"/tmp/loop-$2"
+}
+
+# Of a large file nothing else is read meanwhile, and the cache would only be one more copy: it is read
+# past it.
+cache_for() {
+    [ -e "/tmp/loop-$1" ] || return 0
+    loop=$(cat "/tmp/loop-$1") past=0
+    [ -f "$at" ] && [ "$(stat -c %s "$at")" -ge $LARGE ] && past=1
+    [ "$(cat "/sys/class/block/$loop/loop/dio")" = $past ] && return 0
+    case $past in 1) past=on ;; *) past=off ;; esac
+    /bin/losetup --direct-io=$past "/dev/$loop" 2>/dev/null
+    :
 }
 
 # place DEVICE TYPE PATH: `$at` is the path below the mounted file system. Links lead to where they lead
@@ -217,16 +278,18 @@ search() {
 send() {
     place "$1" "$2" "$3" || return
     [ -f "$at" ] || return $NO_FILE
+    cache_for "$1"
     cat "$at"
 }
 
 archive() {
     place "$1" "$2" "$3" || return
+    cache_for "$1"
     name=.
     [ -d "$at" ] || name=./${at##*/} at=${at%/*}
     /bin/tar --create --directory "$at" --format=pax --pax-option=delete=atime,delete=ctime \
         --numeric-owner --sparse --hole-detection=seek --xattrs '--xattrs-include=*' \
-        --blocking-factor=64 "$name"
+        --sort=inode --blocking-factor=64 "$name"
 }
 
 prepare 2>/dev/null

@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 _KERNEL = "linux-image-cloud-amd64"
 _PACKAGES = (
     *("busybox-static", "findutils", "tar", "util-linux", "ntfs-3g", "btrfs-progs"),
-    *("lvm2", "mdadm", "cryptsetup-bin"),
+    *("lvm2", "mdadm", "cryptsetup-bin", "mount"),
 )
-_PROGRAMS = ("find", "tar", "blkid", "ntfs-3g", "btrfs", "lvm", "mdadm", "cryptsetup")
+_PROGRAMS = ("find", "tar", "blkid", "ntfs-3g", "btrfs", "lvm", "mdadm", "cryptsetup", "losetup")
 _APPLETS = (
     *("cat", "ln", "mkdir", "modprobe", "mount", "poweroff", "readlink", "rmdir", "sed", "sh"),
     *("tail", "tr", "usleep"),
 )
 """What the agent uses of busybox."""
 _MODULES = (
-    *("virtio_pci", "virtio_console", "virtio_blk"),
+    *("virtio_pci", "virtio_console", "virtio_blk", "loop"),
     *("ext4", "xfs", "btrfs", "vfat", "exfat", "fuse", "isofs", "udf", "squashfs", "erofs"),
     *("nls_utf8", "nls_cp437", "nls_ascii", "nls_iso8859_1"),
     *("dm_mod", "dm_crypt", "dm_snapshot", "dm_mirror", "dm_raid", "dm_zero"),
