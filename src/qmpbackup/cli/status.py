@@ -190,6 +190,8 @@ def _last_run(standing: "Standing") -> str:
 
 
 def _remarks(found: "Survey") -> Iterator[str]:
+    from qmpbackup.targets.overview import SKEW
+
     for sight in found.sights:
         if sight.problem:
             yield f"target {sight.name}: {printable(sight.problem)}"
@@ -201,6 +203,8 @@ def _remarks(found: "Survey") -> Iterator[str]:
         yield printable(found.trouble)
     if found.last_run is None:
         yield "No run has been seen here yet: is qmpbackup.timer enabled?"
+    elif found.last_run - found.now > SKEW:
+        yield "The last run was at a time that is yet to come: was a clock wrong?"
     elif (found.now - found.last_run).total_seconds() > _LONGEST_UNREACHED:
         yield f"The last run was {age(found.now - found.last_run)} ago: is qmpbackup.timer enabled?"
 

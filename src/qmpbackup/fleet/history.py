@@ -41,6 +41,7 @@ T = TypeVar("T")
 _RUNS: Final = "runs"
 _ALIVE: Final = " alive"
 """The name under which it is kept when a run was alive; no message has such a one."""
+_REST: Final = timedelta(days=1)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _ATTEMPT: Final = tuple(each.name for each in fields(Attempt))
@@ -129,6 +130,13 @@ class History:
         """Note that some run is at work, or has found that nothing is due."""
         self.tell(_ALIVE, now)
 
+    def resume(self, now: datetime) -> None:
+        """Note that runs begin again: a time in which none was alive, or over which a clock leapt, makes no
+        VM that is off one that is not known any more."""
+        last = self.last_alive()
+        if last is not None and abs(now - last) > _REST:
+            self._file.do("UPDATE known_vm SET seen = seen + :rest", {"rest": _micros(now - last)})
+
     def last_alive(self) -> datetime | None:
         """When a run last was."""
         return self.told(_ALIVE)
@@ -204,6 +212,16 @@ class History:
         )
         return self._judged(found[0], {}) if found else None
 
+    def made(self, vm: str, target: str, point: str) -> Attempt | None:
+        """The backup that made a point, if it was noted."""
+        found = self._file.read(
+            f"{_SELECT_ATTEMPT} vm = :vm AND target = :target AND point = :point "
+            "ORDER BY key DESC LIMIT 1",
+            {"vm": _stored(vm), "target": _stored(target), "point": _stored(point)},
+            _attempt,
+        )
+        return found[0] if found else None
+
     def as_it_lies(self, vm: str, target: str) -> Attempt | None:
         """The backup of the images of a VM that is off, if it was off ever since, as far as attempts tell."""
         for each in self.attempts(vm=vm, target=target, work=Work.BACKUP, limit=1000):
@@ -245,7 +263,7 @@ class History:
         for vm in vms:
             self._file.do(
                 "INSERT INTO known_vm VALUES (:group, :vm, :seen, :seen) "
-                "ON CONFLICT DO UPDATE SET seen = :seen",
+                "ON CONFLICT DO UPDATE SET seen = :seen, first_seen = min(first_seen, :seen)",
                 {"group": _stored(group), "vm": _stored(vm), "seen": _stored(when)},
             )
 
@@ -330,7 +348,7 @@ def _values(record: Attempt | Holding) -> dict[str, Value]:
 def _stored(value: object) -> Value:
     match value:
         case datetime():
-            return (value - _EPOCH) // _MICROSECOND
+            return _micros(value - _EPOCH)
         case StrEnum():
             return value.value
         case str():
@@ -338,6 +356,10 @@ def _stored(value: object) -> Value:
         case int() | float() | None:
             return value
     raise TypeError(f"{value!r} is nothing that is kept")
+
+
+def _micros(span: timedelta) -> int:
+    return span // _MICROSECOND
 
 
 def _time(value: Value) -> datetime:

@@ -82,7 +82,8 @@ def look(
         known = before.get((vm.name, target.name), Holding(vm.name, target.name, now))
         last = history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
         found = seen[target.place(vm, host)]
-        holdings.append(_holding(vm, target, found, Clues(host, known, last), now))
+        holding = _holding(vm, target, found, Clues(host, known, last), now)
+        holdings.append(in_order(holding, history, last))
         if not history.read_only:
             history.note(holdings[-1])
     return Sightings(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
@@ -124,6 +125,17 @@ def _holding(
         identity.uuid,
         ahead=held.ahead,
     )
+
+
+def in_order(holding: Holding, history: History, last: Attempt | None) -> Holding:
+    """What is held, without a newest point that was made before the last, and dated later, by a clock that
+    was wrong: such a date comes true one day, when the VM may long be without any backup."""
+    if last is None or last.point == holding.newest_id:
+        return holding
+    made = history.made(holding.vm, holding.target, holding.newest_id)
+    if made is None or made.started <= last.started:
+        return holding
+    return replace(holding, newest=last.started, newest_id=last.point, consistency=last.consistency)
 
 
 def whose(vm: VmSettings, vms: Sequence[HeldVm], clues: Clues) -> HeldVm | None:

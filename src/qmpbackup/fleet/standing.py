@@ -16,6 +16,7 @@ from qmpbackup.fleet.records import DEGRADED, PASSED_OVER, SUCCEEDED, Attempt, H
 from qmpbackup.fleet.settings import VmSettings, WhenOff
 from qmpbackup.plan import calendar
 from qmpbackup.plan.ages import age
+from qmpbackup.targets.overview import is_ahead
 
 LONGEST_RUN: Final = timedelta(days=2)
 """For how long a backup may go on before it excuses nothing any more."""
@@ -130,16 +131,16 @@ def worst(severities: frozenset[Severity]) -> Severity:
 def judged(facts: Facts, now: datetime) -> Standing:
     """How a VM is protected in a target."""
     schedule = tuple(filter(None, facts.vm.schedule))
-    deadline = _deadline(facts, schedule)
+    deadline = _deadline(facts, schedule, now)
     state, why, since = _state(facts, schedule, deadline, now)
     following = calendar.next_after(schedule, now)
     return Standing(facts.vm.name, facts.target, state, why, since, deadline, following, facts)
 
 
-def _deadline(facts: Facts, schedule: tuple[str, ...]) -> datetime | None:
+def _deadline(facts: Facts, schedule: tuple[str, ...], now: datetime) -> datetime | None:
     """When its newest point is too old, or will be; None where no time is to be kept."""
     holding = facts.holding
-    counted = holding.newest if holding and holding.newest else facts.first_seen
+    counted = holding.newest if holding and holding.newest else _first_seen(facts, now)
     if facts.is_off and facts.vm.when_off is not WhenOff.FAIL:
         return _off_deadline(facts, counted)
     if not schedule:
@@ -148,6 +149,12 @@ def _deadline(facts: Facts, schedule: tuple[str, ...]) -> datetime | None:
         return datetime(1970, 1, 1, tzinfo=UTC)
     due = calendar.next_after(schedule, counted)
     return None if due is None else _later(due, grace(facts.vm, schedule, due))
+
+
+def _first_seen(facts: Facts, now: datetime) -> datetime | None:
+    """Since when it waits for its first point, if that is to be believed."""
+    is_believed = facts.first_seen is not None and not is_ahead(facts.first_seen, now)
+    return facts.first_seen if is_believed else None
 
 
 def _off_deadline(facts: Facts, counted: datetime | None) -> datetime | None:
@@ -235,7 +242,7 @@ def _unknown(facts: Facts) -> Finding | None:
 def _is_running(facts: Facts, now: datetime) -> bool:
     last = facts.last
     goes_on = last is not None and last.ended is None and last.exit_code is None
-    return goes_on and last is not None and now - last.started < LONGEST_RUN
+    return goes_on and last is not None and abs(now - last.started) < LONGEST_RUN
 
 
 def _running(facts: Facts, now: datetime) -> Finding | None:

@@ -16,6 +16,7 @@ from qmpbackup.fleet.looking import Sight, Sightings, Variables, look
 from qmpbackup.fleet.records import WAS_OFF, Attempt, Holding, Work
 from qmpbackup.fleet.settings import Configuration, Fault, VmSettings
 from qmpbackup.fleet.standing import WORST_FIRST, Facts, Severity, Standing, State, judged, worst
+from qmpbackup.targets.overview import is_ahead
 
 _REMOTE = "tcp:"
 
@@ -58,7 +59,7 @@ def judge(
 ) -> Survey:
     """Judge all VMs by what was seen."""
     holdings = {(each.vm, each.target): each for each in looked.holdings}
-    standings = [judged(facts, now) for facts in _facts(configuration.vms, history, holdings)]
+    standings = [judged(facts, now) for facts in _facts(configuration.vms, history, holdings, now)]
     standings += _others(configuration)
     standings.sort(key=lambda each: (WORST_FIRST.index(each.state), each.vm, each.target))
     last_run = history.last_alive()
@@ -67,7 +68,10 @@ def judge(
 
 
 def _facts(
-    vms: Iterable[VmSettings], history: History, holdings: dict[tuple[str, str], Holding]
+    vms: Iterable[VmSettings],
+    history: History,
+    holdings: dict[tuple[str, str], Holding],
+    now: datetime,
 ) -> Iterator[Facts]:
     for vm in vms:
         if not vm.enabled:
@@ -86,20 +90,22 @@ def _facts(
                 history.last(vm.name, target, Work.VERIFY),
                 history.last(vm.name, target, Work.DRILL),
                 first_seen,
-                is_off=is_off(vm, last),
+                is_off=is_off(vm, last, now),
                 as_it_lies=history.as_it_lies(vm.name, target),
             )
 
 
-def is_off(vm: VmSettings, last: Attempt | None) -> bool:
-    """Whether a VM is off: it has no socket, or still the one at which the last backup found nobody."""
+def is_off(vm: VmSettings, last: Attempt | None, now: datetime) -> bool:
+    """Whether a VM is off: it has no socket, or still the one at which the last backup found nobody. What a
+    clock that was wrong has dated into the future says nothing of now."""
+    was_off = last is not None and last.exit_code == WAS_OFF and not is_ahead(last.started, now)
     if vm.socket.startswith(_REMOTE):
-        return last is not None and last.exit_code == WAS_OFF
+        return was_off
     try:
         made = Path(vm.socket).stat().st_mtime
     except OSError:
         return True
-    return last is not None and last.exit_code == WAS_OFF and made < last.started.timestamp()
+    return was_off and last is not None and made < last.started.timestamp()
 
 
 def _others(configuration: Configuration) -> Iterator[Standing]:

@@ -54,7 +54,10 @@ class Agenda:
         good = self.history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
         took = (good.ended - good.started).total_seconds() if good and good.ended else 0.0
         failures = self.history.failures_in_a_row(vm.name, target.name)
-        return Past(last, failures, took, self.holdings.get((vm.name, target.name)))
+        holding = self.holdings.get((vm.name, target.name))
+        newest = holding.newest_id if holding else ""
+        is_noted = self.history.made(vm.name, target.name, newest) is not None
+        return Past(last, failures, took, holding, is_noted)
 
     def _proofs(self, now: datetime) -> Iterator[Duty]:
         """Sweeps, verifications and drills whose time has come."""

@@ -10,7 +10,7 @@ failure; all else that failed waits for its next time.
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from qmpbackup.fleet.records import ENDED, Attempt, Holding, Work
@@ -55,12 +55,14 @@ class Duty:
 @dataclass(frozen=True, slots=True)
 class Past:
     """What is known of a VM and a target, or of a target alone: the last attempt, how many have failed
-    since one that did not, how long the last good one took (seconds), and what is held."""
+    since one that did not, how long the last good one took (seconds), what is held, and whether the newest
+    point of that was noted as it was made."""
 
     last: Attempt | None = None
     failures: int = 0
     took: float = 0.0
     holding: Holding | None = None
+    is_noted: bool = False
 
 
 def backup_due(
@@ -85,12 +87,17 @@ def backup_due(
 
 
 def _begun(past: Past, now: datetime) -> datetime | None:
-    """When the last was begun, as far as that is to be believed: a point that came after all that was
-    noted was made while nothing could be, or by hand."""
-    times = (
-        past.last.started if past.last else None,
-        past.holding.newest if past.holding else None,
-    )
+    """When the last was begun, as far as that is to be believed.
+
+    A point that nothing was noted of was made while nothing could be, or by hand. Of those that were
+    noted, the last attempt alone counts: after a clock was set back, points of before have times that are
+    yet to come and come true, one a night, as if they were made then. So the first run after that is due.
+    """
+    last, holding = past.last, past.holding
+    if last is not None and last.started > now and holding and holding.ahead:
+        return None
+    is_newer = holding is not None and not (past.is_noted and last and last.started <= now)
+    times = (last.started if last else None, holding.newest if holding and is_newer else None)
     return max((each for each in times if each is not None and each <= now), default=None)
 
 
@@ -141,5 +148,6 @@ def wants_full(vm: VmSettings, last_full: Attempt | None, now: datetime) -> bool
     """Whether a folder is to get a full, as its last is older than `full_every`."""
     if not vm.full_every:
         return False
-    started = last_full.started if last_full else datetime(1970, 1, 1, tzinfo=UTC)
-    return now - started >= timedelta(seconds=vm.full_every)
+    if last_full is None or last_full.started > now:
+        return True
+    return now - last_full.started >= timedelta(seconds=vm.full_every)

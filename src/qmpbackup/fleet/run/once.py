@@ -173,6 +173,7 @@ def _run(night: _Night, report: Report) -> Outcome:
     if tells:
         telling.remember(state_folder(), configuration)
         telling.begun(configuration.notify, history, night.started, secrets.reveal)
+    history.resume(night.started)
     _remember(configuration, history, night.started)
     looked = look(configuration, history, night.started, secrets.environment)
     done = tuple(night.round(looked, report).perform())
