@@ -81,7 +81,7 @@ venv_is_whole() {
     [ -e "$STAMP" ] && [ "$(fingerprint)" = "$(cat "$STAMP")" ] &&
         [ -x .venv/bin/qmpbackup ] && [ -x .venv/bin/pytest ] && [ -x .venv/bin/mypy ] &&
         [ -x .venv/bin/ruff ] && [ -x .venv/bin/lint-imports ] &&
-        .venv/bin/python -c 'import nbd, blake3, cryptography, obstore, zstandard, msgspec, oncalendar, prometheus_client, moto, qmpbackup, qemu' 2>/dev/null
+        .venv/bin/python -c 'import nbd, blake3, cryptography, obstore, zstandard, msgspec, oncalendar, prometheus_client, rich, moto, qmpbackup, qemu' 2>/dev/null
 }
 
 make_venv() {

@@ -282,24 +282,36 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             say(*map(printable, _plan_lines(plan)))
         return 0
+    from qmpbackup.cli.backup_log import BackupLog
     from qmpbackup.cli.descriptors import telling
-    from qmpbackup.cli.progress import ProgressLine
+    from qmpbackup.cli.live_table import LiveRow, LiveTable
 
-    with ProgressLine(sys.stderr) as progress, telling(arguments.progress_fd) as tell:
+    is_wanted = arguments.log_format == "text"
+    with (
+        BackupLog(request.target) as said,
+        LiveTable(sys.stderr, ("DISK",), is_wanted=is_wanted) as table,
+        telling(arguments.progress_fd) as tell,
+    ):
 
         def watch(now: "Progress") -> None:
-            progress.show(now)
+            table.show(
+                [
+                    LiveRow((each.disk,), now.stage.value, each.done, each.total)
+                    for each in now.disks
+                ]
+            )
             tell(now)
+            said.watch(now)
 
         outcome = back_up(request, watch)
+        code = UnrecordedChanges.exit_code if outcome.alarm else DEGRADED if outcome.degraded else 0
+        said.ended(outcome, code)
     try:
         _print(outcome, arguments.json)
     except (StorageError, BrokenPipeError) as error:
         log.warning("Point %s is complete, but: %s", outcome.point.id, error)
         return DEGRADED
-    if outcome.alarm:
-        return UnrecordedChanges.exit_code
-    return DEGRADED if outcome.degraded else 0
+    return code
 
 
 def _request(arguments: argparse.Namespace) -> "Request":

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from qmpbackup import __version__, interrupt
 from qmpbackup.cli.arguments import Parser, add_shared_options
+from qmpbackup.cli.log_fields import is_for_people
 from qmpbackup.cli.printing import drop_output, printable
 from qmpbackup.errors import Interrupted
 
@@ -150,16 +151,31 @@ def _set_up_logging(arguments: argparse.Namespace, debug: bool) -> None:
     logging.raiseExceptions = False  # a log that cannot be written must not end a backup
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(_formatter(arguments))
+    if isinstance(terminal.formatter, _Plain):
+        terminal.addFilter(is_for_people)
     log = logging.getLogger("qmpbackup")
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
-    log.handlers[:] = [terminal]
+    log.handlers[:] = [_journal_or(terminal)]
     _keep_others_quiet(log)
     logfile = getattr(arguments, "logfile", None)
     if logfile:
         log.addHandler(_file_handler(logfile))
     if getattr(arguments, "syslog", False):
         log.addHandler(_syslog_handler())
+
+
+def _journal_or(terminal: logging.Handler) -> logging.Handler:
+    """Where standard error leads to the journal, sentences go there with their fields."""
+    if "JOURNAL_STREAM" not in os.environ or not isinstance(terminal.formatter, _Plain):
+        return terminal
+    from qmpbackup.cli.journal import JournalHandler, is_journal
+
+    if not is_journal(sys.stderr):
+        return terminal
+    handler = JournalHandler(instead=terminal)
+    handler.setFormatter(_OneLine())
+    return handler
 
 
 def _formatter(arguments: argparse.Namespace) -> logging.Formatter:

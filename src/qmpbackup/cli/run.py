@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from qmpbackup.plan.sizes import human
 if TYPE_CHECKING:
     from qmpbackup.fleet.run.due import Duty
     from qmpbackup.fleet.run.once import Outcome
-    from qmpbackup.fleet.run.rounds import Begun, Done, Underway
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,14 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run, saying what begins and what ends."""
+    from qmpbackup.cli.live_table import LiveTable
+    from qmpbackup.cli.run_report import COLUMNS, RunReport
     from qmpbackup.fleet.run import once
 
     request = once.Request(arguments.config, tuple(arguments.vms), arguments.all, arguments.dry_run)
     try:
-        outcome = once.run(request, _report)
+        with LiveTable(sys.stderr, COLUMNS, is_wanted=arguments.log_format == "text") as table:
+            outcome = once.run(request, RunReport(table))
     except Locked as error:
         log.info("%s Nothing was begun.", error.message)
         return 0
@@ -64,48 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _report(event: "Begun | Done | Underway") -> None:
-    """One line as work begins, and one as it ends."""
-    from qmpbackup.fleet.run.rounds import Begun, Underway
-
-    if isinstance(event, Underway):
-        return
-    what = _named(event.duty)
-    if isinstance(event, Begun):
-        log.info("%s begins.", what)
-    elif event.fine and not event.is_degraded:
-        log.info("%s: %s", what, _well(event))
-    else:
-        level = logging.WARNING if event.fine else logging.ERROR
-        again = f" Again at {event.again.astimezone():%H:%M}." if event.again else ""
-        log.log(
-            level,
-            "%s: exit code %s. %s%s",
-            what,
-            event.attempt.exit_code,
-            event.attempt.reason,
-            again,
-        )
-
-
-def _named(duty: "Duty") -> str:
-    vm = f"{duty.vm_name} " if duty.vm_name else ""
-    return f"{vm}→ {duty.target.name}: {duty.work}"
-
-
-def _well(done: "Done") -> str:
-    attempt = done.attempt
-    if attempt.exit_code:
-        return attempt.reason or "skipped."
-    took = f"{(attempt.ended - attempt.started).total_seconds():.0f} s" if attempt.ended else ""
-    if not attempt.point:
-        return f"done in {took}."
-    return (
-        f"{attempt.level}, {human(attempt.added)} in {took}, stopped {attempt.pause * 1000:.0f} ms, "
-        f"{attempt.consistency}-consistent."
-    )
-
-
 def _summary(outcome: "Outcome") -> str:
     final = outcome.final
     failed = sum(not each.fine for each in final)
@@ -122,8 +83,10 @@ def _summary(outcome: "Outcome") -> str:
 
 
 def _due_lines(due: "tuple[Duty, ...]") -> Iterator[str]:
+    from qmpbackup.cli.run_report import named
+
     if not due:
         yield "Nothing is due."
     for each in due:
         when = f"  since {each.scheduled.astimezone():%Y-%m-%d %H:%M}" if each.scheduled else ""
-        yield f"{_named(each)}{when}"
+        yield f"{named(each)}{when}"
