@@ -2,6 +2,7 @@
 """Drills of machines that show nothing, or whose points are damaged. Those of a Linux are in `guest/`."""
 
 import os
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,11 +11,21 @@ import pytest
 from lab import cli
 from lab.backups import back_up
 from lab.disks import MIB, Disk, create, pattern
+from lab.http_proxy import Fate, HttpProxy, Request
 from lab.patience import wait_until
 from lab.qemu import HALT, Firmware, Qemu
+from lab.repositories import Repository, Target, environment_of
+from lab.rest_server import RestServer
+from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.screen import Screen, look
+from stock.repositories import made as made_there
+from stock.repositories import repository
 
 RESET = HALT[:-16] + b"\xb0\xfe\xe6\x64\xf4\xeb\xfd" + HALT[:9]
 """A ROM that resets the machine by its keyboard controller."""
+
+FLOOD = HALT[:-16] + b"\xba\xf8\x03\xb0x\xee\xeb\xfd" + HALT[:8]
+"""A ROM that writes to the serial port, without an end."""
 
 
 @pytest.fixture
@@ -27,13 +38,14 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-def drill(target: Path, *more: cli.Argument) -> cli.Result:
+def drill(target: Target, *more: cli.Argument) -> cli.Result:
     """A drill of the newest point."""
-    env = {**os.environ, "XDG_STATE_HOME": str(target.parent / "state")}
-    return cli.run("drill", "--target", target, "--json", *more, env=env)
+    folder = target.folder if isinstance(target, Repository) else target.parent
+    told = {**environment_of(target), "XDG_STATE_HOME": str(folder / "state")}
+    return cli.run("drill", "--target", str(target), "--json", *more, env={**os.environ, **told})
 
 
-def folder_of(target: Path) -> Path | None:
+def folder_of(target: Target) -> Path | None:
     """The folder of a drill of this target."""
     for journal in Path("/var/tmp").glob("qmpb-drill-*/boot.json"):
         with suppress(OSError):
@@ -93,6 +105,15 @@ def test_a_machine_writes_no_more_than_it_may(target: Path) -> None:
     assert "more than it may" in found["reason"]
 
 
+def test_a_machine_that_says_more_and_more_is_ended(tmp_path: Path) -> None:
+    rom = tmp_path / "rom"
+    rom.write_bytes(HALT)
+    target = made(tmp_path, "-bios", str(rom), "-serial", "stdio")
+    rom.write_bytes(FLOOD)
+    found = drill(target, "--room", "2M").check(3).objects[0]
+    assert "more than it may" in found["reason"]
+
+
 def test_a_vm_that_shows_nothing_is_unknown_and_nothing_is_left(target: Path) -> None:
     found = drill(target, "--within", "1").check(3).objects[0]
     assert found["verdict"] == "unknown"
@@ -125,3 +146,62 @@ def test_a_damaged_point_is_no_success(target: Path) -> None:
     assert "damaged" in result.err
     (noted,) = drill(target, "--history").check().objects
     assert noted["verdict"] == "fail"
+
+
+def reading(folder: Path, target: Repository) -> list[Path]:
+    """A point in a repository of a VM that reads its boot sector; the packs with what is on its disk."""
+    disk = Disk("vda", create(folder / "vda", 4 * MIB, contents=pattern(4 * MIB, 1)))
+    with Qemu([disk], firmware="seabios") as vm:
+        back_up(vm, target)
+    return [each for each in folder.glob("**/data/*/*") if each.stat().st_size > MIB]
+
+
+def test_a_damaged_chunk_that_the_machine_reads_is_damage(tmp_path: Path) -> None:
+    target = repository(tmp_path)
+    for pack in reading(tmp_path, target):
+        damaged = bytearray(pack.read_bytes())
+        for at in range(0, len(damaged) * 9 // 10, 1000):
+            damaged[at] ^= 1
+        pack.chmod(0o600)
+        pack.write_bytes(damaged)
+    assert "blob" in drill(target).check(8).err.lower()
+    (noted,) = drill(target, "--history").check().objects
+    assert noted["verdict"] == "fail"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["403", "503"], ids=["refused", "tried again"])
+def test_a_target_that_cannot_be_read_is_said(tmp_path: Path, fate: Fate) -> None:
+    with RestServer(tmp_path / "served") as server, HttpProxy(server.url) as proxy:
+        target = made_there(Repository(f"rest:{proxy.url}/", tmp_path))
+        packs = {each.name for each in reading(tmp_path, target)}
+        assert packs
+
+        def hook(request: Request) -> Fate:
+            folder = folder_of(target)  # what finds and serves the point reads from them as well
+            is_served = folder is not None and any(folder.glob("*.overlay.qcow2"))
+            return fate if is_served and request.path.rpartition("/")[2] in packs else "pass"
+
+        proxy.hook = hook
+        assert "target could not be read" in drill(target, "--within", "90").check(7).err
+
+
+def test_a_picture_of_a_real_screen(tmp_path: Path) -> None:
+    splash = tmp_path / "splash.bmp"
+    pixels = bytes(
+        v for y in range(480) for x in range(640) for v in (x % 256, y % 256, x * y % 256)
+    )
+    head = struct.pack(
+        "<2sIIIIiiHHIIiiII", b"BM", 54 + len(pixels), 0, 54, 40, 640, 480, 1, 24, *[0] * 6
+    )
+    splash.write_bytes(head + pixels)
+    boot = f"menu=on,splash={splash},splash-time=60000"
+    with Qemu(args=("-device", "VGA", "-boot", boot), firmware="seabios") as vm:
+
+        def shown() -> Screen:
+            with Monitor.connect(str(vm.socket)) as monitor:
+                return look(monitor, tmp_path / "screen")
+
+        wait_until(lambda: shown().pixels.is_colourful, "a picture full of colours")
+        assert shown().pixels.is_like(shown().pixels)
+        assert shown().size == (640, 480)

@@ -9,11 +9,12 @@ import pytest
 
 from lab.scripted import ScriptedServer
 from qmpbackup import documents
-from qmpbackup.errors import ConnectError
+from qmpbackup.errors import ConnectError, DamagedError
 from qmpbackup.machine import booting
 from qmpbackup.plan.booting import Launch
 from qmpbackup.service.boot import Prepared
 from qmpbackup.service.boot_folder import Boot, BootFolder
+from qmpbackup.service.boot_keeper import PointServer
 from qmpbackup.service.booted import Seen
 from qmpbackup.service.throwaway import throwaway_folder
 
@@ -72,3 +73,20 @@ def test_runs_leave_the_folders_of_each_other_alone() -> None:
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_what_a_server_says_of_its_target(tmp_path: Path) -> None:
+    server = PointServer(BootFolder(tmp_path))
+    log = tmp_path / "serve.log"
+    server.require_whole()
+    assert server.trouble(waiting=True) == ""
+    log.write_text("Disk vda is proved: all is well.\nwarning: It answers 503. Trying again.\n")
+    assert server.trouble(waiting=False) == ""
+    assert server.trouble(waiting=True) == "It answers 503."
+    log.write_text("warning: vda could not be read: It answers 403.\n")
+    assert server.trouble(waiting=False) == "vda could not be read: It answers 403."
+    server.require_whole()
+    for said in ("vda is damaged: Blob 1 is not.", "Disk vda is served no more: File 1 is not."):
+        log.write_text(f"error: {said}\nerror: something else\n")
+        with pytest.raises(DamagedError, match="1 is not"):
+            server.require_whole()

@@ -2,11 +2,13 @@
 """What a screen shows, from what QEMU says of it."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qmpbackup.errors import CommandError
+from qmpbackup.machine.pixels import Pixels, pixels_of
 from qmpbackup.machine.screen import Screen, look, text_of
 from qmpbackup.plan.commands import Command
 
@@ -61,3 +63,46 @@ def test_a_picture_is_a_plain_file(tmp_path: Path) -> None:
             return {}
 
     assert look(Hostile(None), tmp_path / "s.png") == Screen()  # type: ignore[arg-type]
+
+
+def ppm(width: int, height: int, pixel: Callable[[int, int], tuple[int, int, int]]) -> bytes:
+    """A picture whose pixels are those."""
+    pixels = bytes(value for y in range(height) for x in range(width) for value in pixel(x, y))
+    return b"P6\n%d %d\n255\n" % (width, height) + pixels
+
+
+def photo(x: int, y: int) -> tuple[int, int, int]:
+    """Colours such as a desktop has."""
+    return x * 4 % 256, y * 5 % 256, (x + y) % 256
+
+
+def console(x: int, y: int) -> tuple[int, int, int]:
+    """White letters of several shades on black."""
+    return (x * 7 % 256,) * 3 if x % 16 < 4 and y % 16 < 8 else (0, 0, 0)
+
+
+def test_what_is_full_of_colours() -> None:
+    assert pixels_of(ppm(320, 200, photo)).is_colourful
+    assert not pixels_of(ppm(320, 200, console)).is_colourful
+    assert not pixels_of(ppm(320, 200, lambda _x, _y: (0, 0, 170))).is_colourful
+    assert not pixels_of(
+        ppm(320, 200, lambda x, _y: (x % 256,) * 3)
+    ).is_colourful  # a gradient alone
+
+
+def test_a_cursor_makes_no_other_picture() -> None:
+    def blinking(x: int, y: int) -> tuple[int, int, int]:
+        return (255, 255, 255) if 8 <= x < 16 and 16 <= y < 32 else photo(x, y)
+
+    shown = pixels_of(ppm(320, 200, photo))
+    assert pixels_of(ppm(320, 200, blinking)).is_like(shown)
+    assert not pixels_of(ppm(320, 200, console)).is_like(shown)
+    assert not pixels_of(ppm(200, 320, photo)).is_like(shown)
+
+
+@pytest.mark.parametrize(
+    "file", [b"", b"P6", b"P6\n2 2\n255\nxxx", b"P6\n99999 99999\n255\n", b"P5\n1 1\n255\nx"]
+)
+def test_what_is_no_picture_shows_nothing(file: bytes) -> None:
+    assert pixels_of(file) == Pixels()
+    assert not pixels_of(file).is_colourful

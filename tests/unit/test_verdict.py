@@ -3,7 +3,7 @@
 
 import pytest
 
-from qmpbackup.plan.verdict import BootVerdict, Observation, judged
+from qmpbackup.plan.verdict import BootVerdict, Observation, Ready, judged
 
 LONG = 100.0
 
@@ -44,3 +44,43 @@ LONG = 100.0
 def test_verdicts(seen: Observation, verdict: BootVerdict | None) -> None:
     found = judged(seen)
     assert (found[0] if found else None) == verdict
+
+
+PROMPT = Observation(console="\nvm login: ", has_agent=True)
+PICTURE = Observation(picture_still=LONG)
+
+
+@pytest.mark.parametrize(
+    ("seen", "ready", "passes"),
+    [
+        (PICTURE, Ready.ANY, True),
+        (Observation(picture_still=50), Ready.ANY, False),
+        (Observation(picture_still=LONG, has_agent=True), Ready.ANY, False),
+        (Observation(picture_still=200, has_agent=True), Ready.ANY, True),
+        (Observation(picture_still=LONG, has_agent=True), Ready.SCREEN, True),
+        (PICTURE, Ready.AGENT, False),
+        (PICTURE, Ready.LOGIN, False),
+        (PROMPT, Ready.LOGIN, True),
+        (PROMPT, Ready.ANY, False),
+        (PROMPT, Ready.SCREEN, False),
+        (Observation(console="\nvm login: ", still=LONG), Ready.AGENT, False),
+        (Observation(agent=True), Ready.LOGIN, True),
+    ],
+)
+def test_what_proves_that_it_came_up(seen: Observation, ready: Ready, passes: bool) -> None:
+    found = judged(seen, ready)
+    assert (found is not None and found[0] is BootVerdict.PASS) is passes
+
+
+@pytest.mark.parametrize(
+    "wrecked",
+    [
+        Observation(picture_still=LONG, resets=9),
+        Observation(picture_still=LONG, console="Kernel panic - not syncing: x"),
+        Observation(picture_still=LONG, console="\n(initramfs) ", still=LONG),
+    ],
+)
+def test_no_picture_outweighs_a_failure(wrecked: Observation) -> None:
+    found = judged(wrecked, Ready.SCREEN)
+    assert found
+    assert found[0] is BootVerdict.FAIL

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qmpbackup.cli.arguments import add_lock_wait, add_point, add_target, add_vm, seconds, size
 from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import UsageError
-from qmpbackup.plan.verdict import BootVerdict
+from qmpbackup.plan.verdict import BootVerdict, Ready
 
 if TYPE_CHECKING:
     from qmpbackup.service.drill_history import Drilled
@@ -22,7 +22,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="boot a point in a sandbox, and judge whether it comes up",
         description="Boot the VM of a restore point in a sandbox, without a network, and judge whether it "
         "comes up: its guest agent answers, or a login prompt is on a serial port or a text screen. Exit code 0: it does; "
-        "1: it does not; 3: that cannot be said; 8: the point is damaged. The verdict is noted in a history.",
+        "1: it does not; 3: that cannot be said; 7: the target cannot be read; 8: the point is damaged. The verdict is noted in a history.",
     )
     add = parser.add_argument
     add_target(parser, required=False)
@@ -34,6 +34,14 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         default=600.0,
         metavar="S",
         help="seconds that it has to come up (default: 600)",
+    )
+    add(
+        "--ready",
+        type=Ready,
+        choices=list(Ready),
+        default=Ready.ANY,
+        help="what proves that it has come up: its guest agent alone (agent); or a login prompt as well (login), "
+        "or a picture full of colours that is at rest (screen), at once; or any of these, the agent first (any, default)",
     )
     add(
         "--exec",
@@ -74,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             vm=arguments.vm,
             seconds=arguments.within,
             commands=tuple(arguments.commands),
+            ready=arguments.ready,
             accelerators=tuple(arguments.accel),
             lock_wait=arguments.lock_wait,
             room=ROOM if arguments.room is None else arguments.room,

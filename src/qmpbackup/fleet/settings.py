@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from qmpbackup.model import AUDIT, Level
+from qmpbackup.plan.verdict import Ready
 
 HOUR = 3600.0
 DAY = 24 * HOUR
@@ -73,7 +74,7 @@ class DrillPolicy:
     """How often (0: never) a newest point is booted, by what it is judged, how long that may take."""
 
     every: float = 0.0
-    ready: str = "agent"
+    ready: Ready = Ready.ANY
     timeout: float = 600.0
 
 

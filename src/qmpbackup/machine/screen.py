@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qmpbackup.errors import CommandError
 from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.pixels import LARGEST, Pixels, pixels_of
 from qmpbackup.plan.commands import Command
 
 _COLUMNS, _ROWS = 80, 25
@@ -27,10 +28,12 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """A picture (PNG; empty where there is none) and the text on it (empty where it is graphical)."""
+    """A picture (PNG; empty where there is none) and the text on it (empty where it is graphical);
+    `pixels` are those of a graphical one."""
 
     picture: bytes = b""
     text: str = ""
+    pixels: Pixels = Pixels()  # noqa: RUF009 - immutable
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,20 +50,29 @@ def look(monitor: Monitor, file: Path) -> Screen:
         monitor.execute(Command("screendump", {"filename": str(file), "format": "png"}))
     except CommandError:  # it has none, or this QEMU cannot write PNG
         return Screen()
-    found = Screen(_picture(file))
-    if found.size not in _TEXT_MODES:
-        return found
-    return Screen(found.picture, _text(monitor))
+    data = _written(file, _LARGEST)
+    found = Screen(data if data.startswith(_PNG) else b"")
+    if found.size in _TEXT_MODES:
+        return Screen(found.picture, _text(monitor))
+    return Screen(found.picture, pixels=_pixels(monitor, file)) if found.picture else found
 
 
-def _picture(file: Path) -> bytes:
-    """The picture that QEMU has written, unless it is something else."""
+def _pixels(monitor: Monitor, file: Path) -> Pixels:
+    """The same picture in a form that is looked at without unpacking it."""
+    try:
+        monitor.execute(Command("screendump", {"filename": str(file), "format": "ppm"}))
+    except CommandError:
+        return Pixels()
+    return pixels_of(_written(file, LARGEST))
+
+
+def _written(file: Path, most: int) -> bytes:
+    """What QEMU has written into a plain file."""
     with suppress(OSError):
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as opened:  # noqa: PTH123
             if stat.S_ISREG(os.fstat(fd).st_mode):
-                data = opened.read(_LARGEST)
-                return data if data.startswith(_PNG) else b""
+                return opened.read(most)
     return b""
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, Protocol
 
-from qmpbackup.errors import Interrupted, QmpBackupError
+from qmpbackup.errors import DamagedError, Interrupted, QmpBackupError
 from qmpbackup.nbd import protocol, relay
 from qmpbackup.nbd.protocol import (
     Answer,
@@ -33,6 +33,10 @@ _UNDER_WAY: Final = 64
 _HANDSHAKE_SECONDS: Final = 30.0
 _SEND_BUFFER: Final = 4 << 20
 _MOST_EXTENTS: Final = 1024
+
+IS_DAMAGED: Final = "is damaged"
+NOT_READ: Final = "could not be read"
+"""What the log says of an export, some of which could not be given to a client."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -266,7 +270,7 @@ class Conversation(threading.Thread):
         except OSError:
             self.hang_up()
         except QmpBackupError as error:
-            log.warning("%s: %s", self.export_name or "The export", error.message)
+            self._say(error)
             self._fail_late(request)
         except Interrupted as signal:
             self._server.interrupted(signal)
@@ -276,6 +280,14 @@ class Conversation(threading.Thread):
             self.hang_up()
         finally:
             self._room.release()
+
+    def _say(self, error: QmpBackupError) -> None:
+        level, what = (
+            (logging.ERROR, IS_DAMAGED)
+            if isinstance(error, DamagedError)
+            else (logging.WARNING, NOT_READ)
+        )
+        log.log(level, "%s %s: %s", self.export_name or "The export", what, error.message)
 
     def _read(self, export: Export, request: ClientRequest) -> None:
         """Read and answer, piece by piece; in one, where the client wants that."""

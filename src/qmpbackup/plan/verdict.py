@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a VM that was started has come up, judged by what it shows.
 
-    PASS      the guest agent answers, or a login prompt stands on a serial port or a text screen
+    PASS      the guest agent answers; or a login prompt stands on a serial port or a text screen; or
+              what a graphical screen shows is at rest and full of colours, as no console and no firmware is
     FAIL      QEMU ended, the kernel panicked, the machine resets itself again and again, or a text that
               tells of a failed start stands still
-    UNKNOWN   neither, in the time there was; never a guess. A graphical screen proves nothing
+    UNKNOWN   neither, in the time there was; never a guess. Any other graphical screen proves nothing
 
 Pure: observations in, a verdict out.
 """
@@ -25,6 +26,9 @@ MOST_RESETS = 4
 AGENT_SECONDS = 30.0
 """How long an agent has to answer after a login prompt is there, which is proof enough without it."""
 
+PICTURE_SECONDS = 60.0
+"""How long a picture hardly changes before it counts; three times that, where an agent may answer yet."""
+
 _PROMPT = re.compile(r"(?:^|\n)[^\n]*\blogin: ?$")
 _PANIC = re.compile(r"Kernel panic - not syncing[^\r\n]*")
 _STUCK = re.compile(
@@ -44,10 +48,20 @@ class BootVerdict(StrEnum):
     UNKNOWN = "unknown"
 
 
+class Ready(StrEnum):
+    """By what a VM is taken for one that has come up; its agent is proof in any case."""
+
+    AGENT = "agent"
+    LOGIN = "login"
+    SCREEN = "screen"
+    ANY = "any"
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What is seen of a VM. `still` is for how many seconds its consoles have said nothing more, and
-    `screen_still` the same of the text on its screen; `agent` is whether its guest agent answers and
+    `screen_still` the same of the text on its screen, and `picture_still` of a picture full of colours there;
+    `agent` is whether its guest agent answers and
     `has_agent` whether it has a port for one; `resets` is how often it has reset itself, `ended` how QEMU
     ended."""
 
@@ -55,13 +69,20 @@ class Observation:
     still: float = 0.0
     screen: str = ""
     screen_still: float = 0.0
+    picture_still: float = 0.0
     resets: int = 0
     agent: bool = False
     has_agent: bool = False
     ended: str = ""
 
 
-def judged(seen: Observation) -> tuple[BootVerdict, str] | None:
+Judgement = tuple[BootVerdict, str]
+"""A verdict and its reason."""
+
+_Shown = tuple[tuple[str, str, float], ...]
+
+
+def judged(seen: Observation, ready: Ready = Ready.ANY) -> Judgement | None:
     """The verdict and its reason, or `None` while there is none."""
     if seen.agent:
         return BootVerdict.PASS, "the guest agent answers"
@@ -69,22 +90,52 @@ def judged(seen: Observation) -> tuple[BootVerdict, str] | None:
         ("the serial port", _ESCAPES.sub("", seen.console)[-_LAST:], seen.still),
         ("the screen", seen.screen, seen.screen_still),
     )
+    return (
+        _broken_down(seen, shown)
+        or _prompting(seen, shown, ready)
+        or _standing_still(shown)
+        or _at_rest(seen, ready)
+    )
+
+
+def _broken_down(seen: Observation, shown: _Shown) -> Judgement | None:
     for _, text, _ in shown:
         panic = _PANIC.search(text)
         if panic:
             return BootVerdict.FAIL, panic.group()
-    if seen.ended or seen.resets > MOST_RESETS:
-        times = f"it has reset itself {seen.resets} times, and did not come up"
-        ended = f"the VM ended by itself: {seen.ended}"
-        return BootVerdict.FAIL, ended if seen.ended else times
+    if seen.ended:
+        return BootVerdict.FAIL, f"the VM ended by itself: {seen.ended}"
+    if seen.resets > MOST_RESETS:
+        return BootVerdict.FAIL, f"it has reset itself {seen.resets} times, and did not come up"
+    return None
+
+
+def _prompting(seen: Observation, shown: _Shown, ready: Ready) -> Judgement | None:
     for where, text, still in shown:
-        if _PROMPT.search(text) and (not seen.has_agent or still >= AGENT_SECONDS):
+        if _PROMPT.search(text) and _counts(Ready.LOGIN, ready, seen, still >= AGENT_SECONDS):
             return BootVerdict.PASS, f"a login prompt is on {where}"
+    return None
+
+
+def _standing_still(shown: _Shown) -> Judgement | None:
     for where, text, still in shown:
         stuck = _stuck(text, still)
         if stuck:
             return BootVerdict.FAIL, f"it stands still at: {stuck}, on {where}"
     return None
+
+
+def _at_rest(seen: Observation, ready: Ready) -> Judgement | None:
+    late = seen.picture_still >= 3 * PICTURE_SECONDS
+    if seen.picture_still >= PICTURE_SECONDS and _counts(Ready.SCREEN, ready, seen, late):
+        return BootVerdict.PASS, "the screen shows a picture that is at rest"
+    return None
+
+
+def _counts(sign: Ready, ready: Ready, seen: Observation, late: bool) -> bool:
+    """Whether a sign is proof: one that was asked for is at once, and any one is once an agent, if there is
+    one, is late."""
+    return ready is sign or (ready is Ready.ANY and (late or not seen.has_agent))
 
 
 def _stuck(text: str, still: float) -> str:

@@ -21,14 +21,11 @@ from pathlib import Path
 from qmpbackup import interrupt
 from qmpbackup.durable import TEMPORARY, storage_errors
 from qmpbackup.errors import (
-    DamagedError,
     Locked,
-    NoSuchTarget,
     QmpBackupError,
     StorageError,
     UsageError,
     VmError,
-    WrongPassword,
 )
 from qmpbackup.machine import booting, needed_files
 from qmpbackup.model import Point
@@ -42,7 +39,7 @@ from qmpbackup.service.boot_folder import (
     BootFolder,
     point_uri,
 )
-from qmpbackup.service.boot_keeper import launch_of, serve_command
+from qmpbackup.service.boot_keeper import error_of, launch_of, serve_command
 from qmpbackup.service.boot_original import signs_of
 from qmpbackup.service.booted import end
 from qmpbackup.service.show import chosen_disks, find_point
@@ -331,19 +328,5 @@ def _failure(journal: Path, began: int, child: "subprocess.Popen[bytes]") -> Qmp
         file.seek(began)
         lines = file.read(65536).decode(errors="replace").splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    kind = _KINDS.get(child.wait(), QmpBackupError)
+    kind = error_of(child.wait(), QmpBackupError)
     return kind(said[0] if said else "The VM does not start.", " ".join(said[1:]))
-
-
-_KINDS: Mapping[int, type[QmpBackupError]] = {
-    kind.exit_code: kind
-    for kind in (
-        UsageError,
-        VmError,
-        StorageError,
-        DamagedError,
-        NoSuchTarget,
-        Locked,
-        WrongPassword,
-    )
-}

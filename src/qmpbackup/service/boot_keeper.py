@@ -22,9 +22,21 @@ from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import CommandTimeout, ConnectionLost, DamagedError, StorageError, VmError
+from qmpbackup.errors import (
+    CommandTimeout,
+    ConnectionLost,
+    DamagedError,
+    Locked,
+    NoSuchTarget,
+    QmpBackupError,
+    StorageError,
+    UsageError,
+    VmError,
+    WrongPassword,
+)
 from qmpbackup.machine import booting
 from qmpbackup.machine.monitor import Monitor
+from qmpbackup.nbd.session import IS_DAMAGED, NOT_READ
 from qmpbackup.plan.booting import Launch, Setting, launch
 from qmpbackup.process import ours
 from qmpbackup.service import settle_steps
@@ -39,8 +51,14 @@ _SERVE_SECONDS = 600.0
 _IDLE_SECONDS = 60
 """How long a server without a client goes on, when its keeper has died."""
 _AGAIN_SECONDS = 2.0
-_WITHDRAWN = "is served no more"
-"""What `serve` says of a disk with a damaged file."""
+_DAMAGE = ("is served no more: ", f" {IS_DAMAGED}: ")
+"""What `serve` says of a disk with a damaged file, or in which something damaged was asked for."""
+
+_TROUBLE = (f" {NOT_READ}: ", "could not be proved: ")
+_WAITS = " Trying again."
+"""What it says of a target that cannot be read, or not at once."""
+
+_LOG_BYTES = 256 * 1024
 
 
 def launch_of(folder: BootFolder, boot: Boot, *, sandbox: bool = False) -> Launch:
@@ -81,9 +99,9 @@ def keep(folder: BootFolder, announce: Callable[[], None]) -> None:
         except ConnectionLost:
             log.info("The VM has ended.")
             server.end()
-        except VmError:
+        except VmError as error:
             server.end()
-            raise
+            raise server.cause_of(error) from error
         finally:
             folder.remove_sockets()
 
@@ -143,6 +161,7 @@ class PointServer:
         self._child: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
         self._given_up = False
+        self._failed = ""
         self._has_served = False
 
     @contextmanager
@@ -156,70 +175,94 @@ class PointServer:
                 self.end()
             raise
 
-    def ensure(self, boot: Boot) -> None:
-        """See that it is there if it is needed, and is not if not.
+    def ensure(self, boot: Boot) -> bool:
+        """See that it is there if it is needed, and is not if not; whether it was started.
 
         Raises:
             DamagedError: the point is damaged, when it is served first.
-            StorageError: it cannot be served, when it is served first.
+            QmpBackupError: it cannot be served for another reason, when it is served first.
         """
         if boot.phase not in {BootPhase.POINT, BootPhase.RESTORED}:
             self.end()
-            return
+            return False
         if self._is_there():
             self._has_served = True
-            return
+            return False
         if self._given_up or time.monotonic() < self._not_before:
-            return
+            return False
         first = not self._has_served
         if self._child is not None and self._child.returncode == DamagedError.exit_code:
             self._given_up = True
             log.error("The point is damaged, and is served no more. %s", self._last_words())
-            return
+            return False
         if not first:
             log.warning("The server of the point was lost; it is started again.")
         self._not_before = time.monotonic() + _AGAIN_SECONDS
-        self._start(boot, first)
+        return self._start(boot, first)
 
     def require_whole(self) -> None:
-        """Raise `DamagedError` if the server has found damage: it says so, and ends with that when it
-        ends."""
-        said = self._last_words()
-        ended = self._child is not None and self._child.poll() == DamagedError.exit_code
-        if ended or _WITHDRAWN in said:
-            raise DamagedError(f"The point is damaged. {said}")
+        """Raise `DamagedError` if the server has found damage: it says so, and may end with that."""
+        found = [each for each in self._said("error") if any(word in each for word in _DAMAGE)]
+        if self._child is not None and self._child.poll() == DamagedError.exit_code:
+            found = found or [self._last_words()]
+        if found:
+            raise DamagedError(f"The point is damaged. {found[-1]}")
+
+    def trouble(self, *, waiting: bool) -> str:
+        """Why something of the target could not be read; with `waiting`, or not at once. Empty: all was."""
+        words = (*_TROUBLE, _WAITS) if waiting else _TROUBLE
+        found = [each for each in self._said("warning") if any(word in each for word in words)]
+        return self._failed or (found[-1].removesuffix(_WAITS) if found else "")
+
+    def cause_of(self, error: VmError) -> QmpBackupError:
+        """Why a VM does not start: it may wait for what cannot be read."""
+        trouble = self.trouble(waiting=True)
+        if not trouble:
+            return error
+        return StorageError(
+            f"The VM does not start, as the target could not be read: {trouble}",
+            "Try again once the target can be read.",
+        )
 
     def _is_there(self) -> bool:
         if self._child is not None and self._child.poll() is None:
             return True
         return booting.is_there(self._folder.served)
 
-    def _start(self, boot: Boot, first: bool) -> None:
+    def _start(self, boot: Boot, first: bool) -> bool:
         told, said = opening.entrance(opening.place(boot.target)).handed_on()
         environment = {**os.environ, **(self._environment or {}), **said}
         command = [*self._begun_by, *serve_command(self._folder, replace(boot, target=told))]
         self._child = booting.detached(command, self._log, environment=environment)
         line = booting.first_line(self._child, _SERVE_SECONDS)
         if line:
-            self._has_served = True
-            return
+            self._has_served, self._failed = True, ""
+            return True
         if line is None:
             self._child.kill()
         code = self._child.wait()
         if first:
-            kind = DamagedError if code == DamagedError.exit_code else StorageError
-            raise kind(f"The point cannot be served. {self._last_words()}")
+            raise error_of(code, StorageError)(f"The point cannot be served. {self._last_words()}")
+        failed, self._failed = self._failed, self._last_words()
+        if failed != self._failed:  # once: what goes on for hours is no news
+            log.warning("The point cannot be served. %s", self._failed)
+        return False
 
     @property
     def _log(self) -> Path:
         return self._folder.path / "serve.log"
 
     def _last_words(self) -> str:
-        with suppress(OSError):
-            lines = self._log.read_text(errors="replace").splitlines()
-            said = [line for line in lines if line.startswith("error: ")]
-            return " ".join(line.removeprefix("error: ") for line in said[-2:])
-        return ""
+        return " ".join(self._said("error")[-2:])
+
+    def _said(self, *levels: str) -> list[str]:
+        """The lines of its log that are not only information."""
+        with suppress(OSError), self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - _LOG_BYTES))
+            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
+            heads = tuple(f"{level}: " for level in levels)
+            return [each.partition(": ")[2] for each in lines if each.startswith(heads)]
+        return []
 
     def end(self) -> None:
         """End it, also one that a keeper of before has started."""
@@ -230,6 +273,25 @@ class PointServer:
         if self._child is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(10.0)
+
+
+def error_of(code: int, other: type[QmpBackupError]) -> type[QmpBackupError]:
+    """The kind of error that a command of ours has ended with; `other`, where that has no code of its own."""
+    return _KINDS.get(code, other)
+
+
+_KINDS: Mapping[int, type[QmpBackupError]] = {
+    kind.exit_code: kind
+    for kind in (
+        UsageError,
+        VmError,
+        StorageError,
+        DamagedError,
+        NoSuchTarget,
+        Locked,
+        WrongPassword,
+    )
+}
 
 
 def serve_command(folder: BootFolder, boot: Boot) -> list[str]:

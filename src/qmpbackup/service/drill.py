@@ -13,25 +13,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from qmpbackup import interrupt
 from qmpbackup.durable import storage_errors
-from qmpbackup.errors import DamagedError, MonitorBusy, VmError
+from qmpbackup.errors import DamagedError, MonitorBusy, StorageError, VmError
 from qmpbackup.machine import booting
 from qmpbackup.machine.confining import SANDBOX, confined, hand_over
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.qemu_options import memory_of
 from qmpbackup.plan.sizes import human
-from qmpbackup.plan.verdict import BootVerdict, judged
+from qmpbackup.plan.verdict import BootVerdict, Ready, judged
 from qmpbackup.process import Child, available_memory
-from qmpbackup.service.boot import Request as Boot
+from qmpbackup.service.boot import Request as BootRequest
 from qmpbackup.service.boot import make_overlays, planned, require_possible
-from qmpbackup.service.boot_folder import BootFolder
+from qmpbackup.service.boot_folder import Boot, BootFolder
 from qmpbackup.service.boot_keeper import PointServer
 from qmpbackup.service.drill_history import Drilled, note
 from qmpbackup.service.drill_looks import Looks
@@ -55,7 +56,7 @@ _LARGEST_BROUGHT = 512 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Request:
     """Which point to boot, for how many seconds at most, and the commands that must succeed in it; `room`
-    is how many bytes it may write."""
+    is how many bytes it may write, `ready` by what it is taken for one that came up."""
 
     target: Address
     point: str
@@ -65,6 +66,7 @@ class Request:
     accelerators: tuple[str, ...] = ()
     lock_wait: float = 0.0
     room: int = ROOM
+    ready: Ready = Ready.ANY
 
 
 def drill(request: Request) -> Drilled:
@@ -72,13 +74,14 @@ def drill(request: Request) -> Drilled:
 
     Raises:
         DamagedError: the point is damaged; noted as a failure, too.
+        StorageError: the target cannot be read, so nothing can be said; noted as unknown.
         VmError: it cannot be booted here.
     """
     with interrupt.held(), ExitStack() as stack:
         request = replace(request, target=opening.entrance(request.target).asked())
         folder = stack.enter_context(throwaway_folder("drill"))
         found = planned(
-            Boot(
+            BootRequest(
                 target=request.target,
                 point=request.point,
                 vm=request.vm,
@@ -105,15 +108,40 @@ def drill(request: Request) -> Drilled:
         try:
             server.ensure(boot)
             make_overlays(folder, boot)
-            drilled, picture = _judged(
-                request, folder, found.launch, drilled, began, server.require_whole
-            )
+            watch = partial(_see_to, server, boot, folder)
+            drilled, picture = _judged(request, folder, found.launch, drilled, began, watch)
             server.end()
             server.require_whole()
         except DamagedError as error:
             note(replace(drilled, verdict=BootVerdict.FAIL, reason=error.message))
             raise
+        except VmError as error:
+            raise server.cause_of(error) from error
+        trouble = server.trouble(waiting=drilled.verdict is BootVerdict.UNKNOWN)
+    if trouble and drilled.verdict is not BootVerdict.PASS:
+        raise _not_read(drilled, picture, trouble)
     return note(drilled, picture)
+
+
+def _see_to(server: PointServer, boot: Boot, folder: BootFolder) -> None:
+    """Serve the point again, where its server was lost.
+
+    Raises:
+        DamagedError: the point is damaged.
+    """
+    if server.ensure(boot):
+        hand_over(folder.path)
+    server.require_whole()
+
+
+def _not_read(drilled: Drilled, picture: bytes, trouble: str) -> StorageError:
+    """What is said of a machine that had no chance: its disks could not be read."""
+    reason = f"the target could not be read: {trouble}"
+    note(replace(drilled, verdict=BootVerdict.UNKNOWN, reason=reason), picture)
+    return StorageError(
+        f"Whether the point boots cannot be said, as {reason}",
+        "Drill it again once the target can be read.",
+    )
 
 
 def _judged(
@@ -122,23 +150,23 @@ def _judged(
     launch: Launch,
     drilled: Drilled,
     began: float,
-    require_whole: Callable[[], None],
+    watch: Callable[[], None],
 ) -> tuple[Drilled, bytes]:
     """Start the VM, look at it until there is a verdict or no time, and end it; also the last picture."""
     argv = [*_brought(folder, launch), "-sandbox", SANDBOX]
     hand_over(folder.path)
     with (
         Child([*confined(_bounds(launch)), *argv]) as child,
-        _running(folder, child, require_whole) as monitor,
+        _running(folder, child, watch) as monitor,
+        closing(Looks(launch, child, monitor, folder.path)) as looks,
     ):
-        looks = Looks(launch, child, monitor, folder.path)
         found: tuple[BootVerdict, str] | None = None
         while found is None and time.monotonic() - began < request.seconds:
             interrupt.check()
             with suppress(VmError):
                 booting.let_run(monitor)
-            require_whole()
-            found = judged(looks.observe()) or _too_much(folder.path, request.room)
+            watch()
+            found = judged(looks.observe(), request.ready) or _too_much(folder.path, request.room)
             if found is None:
                 time.sleep(_LOOK_SECONDS)
         verdict, reason = found or (drilled.verdict, f"{drilled.reason}; {looks.shown()}")
@@ -171,16 +199,16 @@ def _greeting(folder: BootFolder) -> Monitor | None:
 
 
 @contextmanager
-def _running(
-    folder: BootFolder, child: Child, require_whole: Callable[[], None]
-) -> Iterator[Monitor]:
+def _running(folder: BootFolder, child: Child, watch: Callable[[], None]) -> Iterator[Monitor]:
     """The monitor of the VM that was started."""
     deadline = time.monotonic() + booting.START_SECONDS
     while (monitor := _greeting(folder)) is None:
         interrupt.check()
-        require_whole()
-        if child.ended or time.monotonic() > deadline:
+        watch()
+        if child.ended:
             raise VmError(f"QEMU does not start: {child.end(5.0).reason.rpartition('}: ')[2]}.")
+        if time.monotonic() > deadline:
+            raise VmError("QEMU was started and does not answer.")
         time.sleep(_LOOK_SECONDS / 10)
     with monitor:
         yield monitor

@@ -13,6 +13,7 @@ from qmpbackup import interrupt
 from qmpbackup.errors import QuiesceError, VmError
 from qmpbackup.machine.agent import Agent
 from qmpbackup.machine.monitor import Monitor
+from qmpbackup.machine.pixels import Pixels
 from qmpbackup.machine.screen import Screen, look
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.verdict import BootVerdict, Observation
@@ -21,6 +22,7 @@ from qmpbackup.process import Child
 _AGENT_SECONDS = 2.0
 _EXEC_SECONDS = 60.0
 _EXEC_POLL_SECONDS = 0.1
+_NO_CODE = -1
 _SCREEN_SECONDS = 1.0
 _CONSOLE_BYTES = 64 * 1024
 _LONGEST_LINE = 100
@@ -35,10 +37,16 @@ class Looks:
         self._child = child
         self._monitor = monitor
         self._picture = folder / "screen.png"
-        self._screen_since = self._screen_next = time.monotonic()
+        self._screen_since = self._picture_since = self._screen_next = time.monotonic()
         self._console = ""
         self._since = time.monotonic()
         self._agent: Agent | None = None
+        self._colourful = False
+
+    def close(self) -> None:
+        """Let go of the agent."""
+        if self._agent is not None:
+            self._agent.close()
 
     def observe(self) -> Observation:
         """What is seen now."""
@@ -56,6 +64,7 @@ class Looks:
             still=time.monotonic() - self._since,
             screen=self.screen.text,
             screen_still=time.monotonic() - self._screen_since,
+            picture_still=time.monotonic() - self._picture_since if self._colourful else 0.0,
             resets=self._monitor.resets,
             agent=self._agent is not None,
             has_agent=bool(self._launch.agent),
@@ -70,6 +79,14 @@ class Looks:
                 self._screen_next = time.monotonic() + _SCREEN_SECONDS
                 if before.text != self.screen.text:
                     self._screen_since = time.monotonic()
+                self._compare(before.pixels)
+
+    def _compare(self, before: Pixels) -> None:
+        """See whether the screen has shown the same picture full of colours since."""
+        colourful = self.screen.pixels.is_colourful
+        if not (colourful and self._colourful and self.screen.pixels.is_like(before)):
+            self._picture_since = time.monotonic()
+        self._colourful = colourful
 
     def shown(self) -> str:
         """What its screen shows, in words."""
@@ -90,13 +107,15 @@ class Looks:
                 return str(found.get("pretty-name", ""))[:200]
         return ""
 
-    def carry_out(self, commands: Sequence[str], reason: str) -> tuple[BootVerdict, str]:
-        """Have the guest carry out commands that must succeed."""
+    def carry_out(
+        self, commands: Sequence[str], reason: str, seconds: float = _EXEC_SECONDS
+    ) -> tuple[BootVerdict, str]:
+        """Have the guest carry out commands that must succeed, in so many seconds each."""
         if self._agent is None:
             return BootVerdict.UNKNOWN, "there is no guest agent to carry out --exec"
         for command in commands:
             try:
-                code = self._carried_out(self._agent, command)
+                code = self._carried_out(self._agent, command, seconds)
             except QuiesceError as error:
                 return BootVerdict.UNKNOWN, f"{command!r} could not be carried out: {error.message}"
             if code != 0:
@@ -104,16 +123,17 @@ class Looks:
         return BootVerdict.PASS, f"{reason}, and {len(commands)} commands succeeded"
 
     @staticmethod
-    def _carried_out(agent: Agent, command: str) -> int:
+    def _carried_out(agent: Agent, command: str, seconds: float) -> int:
         arguments = {"path": "/bin/sh", "arg": ["-c", command], "capture-output": False}
         begun = agent.execute("guest-exec", arguments)
         pid = begun.get("pid") if isinstance(begun, dict) else None
-        deadline = time.monotonic() + _EXEC_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             interrupt.check()
             state = agent.execute("guest-exec-status", {"pid": pid})
             if isinstance(state, dict) and state.get("exited"):
-                return int(state.get("exitcode", -int(state.get("signal", 1))))
+                code = state.get("exitcode")
+                return code if isinstance(code, int) else _NO_CODE  # such as ended by a signal
             time.sleep(_EXEC_POLL_SECONDS)
         raise QuiesceError("It does not end.")
 

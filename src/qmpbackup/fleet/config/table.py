@@ -26,6 +26,7 @@ from qmpbackup.fleet.settings import (
     WhenOff,
 )
 from qmpbackup.model import Level
+from qmpbackup.plan.verdict import Ready
 
 NEVER: Final = span(empty=0.0)
 ADDRESS: Final = one("socket: a path, or `tcp:HOST:PORT`", addresses.address)
@@ -147,9 +148,9 @@ VM: Final = (
                 Row("every", NEVER, "", "How often. Empty: never.", "7d"),
                 Row(
                     "ready",
-                    choice(("agent",)),
-                    "agent",
-                    "By what it is judged: the guest's agent, or a login prompt on a serial port.",
+                    choice(Ready, Ready),
+                    "any",
+                    "What proves that it came up, as `drill --ready` means it.",
                 ),
                 Row("timeout", span(), "10m", "How long it may take to come up."),
             ),

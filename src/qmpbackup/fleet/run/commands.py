@@ -80,6 +80,7 @@ def verify(place: str, whose: str, share: float) -> list[str]:
 def drill(vm: VmSettings, place: str, whose: str) -> list[str]:
     """See whether the newest point of a VM boots."""
     words = ["drill", "--json", "--target", place, *_LOCK_WAIT, "--within", f"{vm.drill.timeout:g}"]
+    words += ["--ready", vm.drill.ready]
     return [*words, *(("--vm", whose) if whose else ())]
 
 
