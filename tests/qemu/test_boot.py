@@ -300,6 +300,23 @@ def test_a_disk_that_only_its_node_names_is_known_again(tmp_path: Path) -> None:
             assert_restores(target, point["id"], contents, tmp_path)
 
 
+def test_firmware_that_is_elsewhere_is_found(tmp_path: Path) -> None:
+    kept, target = Path("/usr/share/seabios/bios-256k.bin"), tmp_path / "target"
+    recorded = tmp_path / "firmware"
+    shutil.copyfile(kept, recorded)
+    disk = Disk("vda", create(tmp_path / "vda", MIB))
+    with Qemu([disk], args=("-bios", str(recorded)), firmware=None) as vm:
+        back_up(vm, target)
+    recorded.unlink()
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    shown = cli.run("boot", "--print", "--target", target, env=env).check().out
+    assert "is not here" not in shown
+    assert f"-bios {kept.parent}" in shown
+    assert f"{recorded}, in whose place there is" in shown
+    with booted("--target", target, "--to", tmp_path / "vm", env=env) as again:
+        again.await_running()
+
+
 SCRIPT = """
 import os, sys
 from pathlib import Path

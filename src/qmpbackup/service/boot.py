@@ -122,7 +122,8 @@ def _planned(request: Request, sandbox: BootFolder | None) -> Prepared:
     ):
         point = find_point(target, target.load(), request.point)
     folder = sandbox or BootFolder(_folder(request, point))
-    recorded = point.vm.command_line
+    elsewhere = dict(needed_files.moved(point.vm.files))
+    recorded = needed_files.found_again(point.vm.command_line, elsewhere)
     named = node_names(recorded)
     disks = tuple(
         BootedDisk(
@@ -154,7 +155,10 @@ def _planned(request: Request, sandbox: BootFolder | None) -> Prepared:
         for each in needed_files.changed(point.vm.files)
         if each in launch.needs
     )
-    launch = replace(launch, left_out=(*launch.left_out, *others))
+    found = tuple(
+        f"{then}, in whose place there is {now}, the same" for then, now in elsewhere.items()
+    )
+    launch = replace(launch, left_out=(*launch.left_out, *others, *found))
     return Prepared(folder, boot, launch, _lacking(launch))
 
 
