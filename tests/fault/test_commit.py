@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.small import needs_root, small_folder
 from qmpbackup.errors import StorageError
 from qmpbackup.model import Level
 from qmpbackup.targets.folder.target import DirectoryTarget, Pending
@@ -98,17 +99,10 @@ def test_a_run_killed_anywhere_leaves_a_whole_point_or_none(tmp_path: Path, fate
     assert len(stored.target.load().points) == known + (fate == "commit")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+@needs_root
 def test_a_full_target_keeps_its_points_and_nothing_else(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
+    with small_folder(tmp_path / "small", MIB) as small:
         fill_up(Stored(small / "target", size=MIB))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def fill_up(stored: Stored) -> None:

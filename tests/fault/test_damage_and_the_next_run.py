@@ -3,7 +3,6 @@
 and the next run starts a new chain of just the disks that need it."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from lab import cli
 from lab.aftermath import manifests
 from lab.backups import restored
+from lab.damage import flip
 from lab.disks import first_difference
 from stock.scene import SIZES, Scene, scene
 
@@ -34,15 +34,6 @@ def stored(stage: Scene, number: int) -> Path:
 def newest(stage: Scene) -> Path:
     """The newest file of vda."""
     return stored(stage, -1)
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle of a file's data."""
-    with path.open("r+b") as file:
-        file.seek(-1000, os.SEEK_END)
-        (byte,) = file.read(1)
-        file.seek(-1000, os.SEEK_END)
-        file.write(bytes([byte ^ 8]))
 
 
 def marks(stage: Scene) -> list[str]:
@@ -75,7 +66,7 @@ def a_folder_in_its_place(stage: Scene) -> None:
 
 
 def flipped(stage: Scene) -> None:
-    flip(newest(stage))
+    flip(newest(stage), -1000)
 
 
 def exchanged(stage: Scene) -> None:
@@ -167,7 +158,7 @@ def test_damage_to_an_old_file_is_found_by_a_run_that_is_asked_to_look(
     for _ in range(2):
         stage.write()
         cli.run(*stage.arguments("inc", stage.vm.socket), "--verify-chain").check()
-    flip(stored(stage, 1))
+    flip(stored(stage, 1), -1000)
     stage.write()
     refused = cli.run(*stage.arguments("inc", stage.vm.socket), "--verify-chain").check(4)
     assert stored(stage, 1).name in refused.err
@@ -184,7 +175,7 @@ def test_a_flipped_bit_that_was_found_is_remembered(
     cli.run(*stage.arguments("inc", stage.vm.socket)).check()
     full = stored(stage, 0)
     good = full.read_bytes()
-    flip(full)
+    flip(full, -1000)
     output = ("--output", tmp_path / "no") if finder == "restore" else ()
     cli.run(finder, "--target", stage.target, *output).check(DAMAGED)
     assert marks(stage) == [f"vda.{full.name}.damaged"]
@@ -208,7 +199,7 @@ def test_a_flipped_bit_that_was_found_is_remembered(
 
 def test_damage_is_told_where_no_mark_can_be_left(stage: Scene, tmp_path: Path) -> None:
     full = stored(stage, 0)
-    flip(full)
+    flip(full, -1000)
     (stage.target / "points" / f"vda.{full.name}.damaged.tmp").mkdir()
     found = cli.run("verify", "--target", stage.target).check(DAMAGED)
     assert full.name in found.out

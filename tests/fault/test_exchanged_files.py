@@ -2,7 +2,6 @@
 """Somebody who may write where backups lie exchanges heads and names while we work: nothing of the host
 gets into what we write, nothing outside is written to, and we do not call it a success."""
 
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
+from lab.devices import loop_device
 from lab.disks import Disk, create
 from lab.exchanging import SECRET, attacking, flipping, forged_head, secret_file
 from lab.proxy import Place, Proxy
@@ -75,12 +75,8 @@ def merge(kind: str, stored: Stored, env: Mapping[str, str]) -> cli.Result:
 def device(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "device"
     file.write_bytes(bytes(4 * MIB))
-    try:
-        path = run("losetup", "--find", "--show", str(file)).strip()
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no loop devices here")
-    yield Path(path)
-    run("losetup", "--detach", path)
+    with loop_device(file) as device:
+        yield device
 
 
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])

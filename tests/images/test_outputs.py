@@ -4,7 +4,6 @@ files are neither followed nor replaced, and what is reported as restored is the
 
 import os
 import stat
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
+from lab.devices import loop_device
 from lab.small import needs_root, small_folder
 from qmpbackup.model import Level
 from stock.stored import MIB, Stored, Write, run
@@ -50,12 +50,8 @@ def device(tmp_path: Path) -> Iterator[Path]:
     """A block device full of ones."""
     file = tmp_path / "behind"
     file.write_bytes(b"\xff" * 4 * MIB)
-    attach = ["losetup", "--find", "--show", str(file)]
-    result = subprocess.run(attach, check=False, capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip("no loop devices here")
-    yield Path(result.stdout.strip())
-    run("losetup", "--detach", result.stdout.strip())
+    with loop_device(file) as device:
+        yield device
 
 
 def identity(path: Path) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab import cli
+from lab.damage import flip
 from lab.file_steps import held
 from lab.patience import wait_until
 from qmpbackup.errors import DamagedError, Locked, StorageError, UsageError
@@ -26,7 +27,7 @@ from qmpbackup.service.restore import Request as RestoreRequest
 from qmpbackup.service.restore import restore
 from qmpbackup.service.verify import Request as VerifyRequest
 from qmpbackup.service.verify import verify
-from stock.stored import MIB, Stored, Write, contents, run
+from stock.stored import MIB, Stored, Write, contents, run, tree
 
 COMMIT, SNAPSHOTS = Operation.COMMIT, Operation.SNAPSHOTS
 DISK = "hd0"
@@ -60,17 +61,6 @@ def name(stored: Stored, number: int) -> str:
 def request(stored: Stored, until: int | None = None, skip_check: bool = False) -> Request:
     last = "" if until is None else name(stored, until)
     return Request(folder(stored), until=last, skip_check=skip_check)
-
-
-def tree(path: Path) -> dict[str, bytes | str]:
-    """Everything in a folder, but for the files that locks are on."""
-    return {
-        str(each.relative_to(path)): str(each.readlink())
-        if each.is_symlink()
-        else each.read_bytes()
-        for each in path.rglob("*")
-        if (each.is_symlink() or each.is_file()) and not each.name.startswith(".lock")
-    }
 
 
 def assert_right(stored: Stored, points: list[Point], out: Path) -> None:
@@ -700,13 +690,6 @@ def test_what_is_wrong_is_said_in_a_sentence_with_its_exit_code(
     (tmp_path / "empty").mkdir()
     restored("rebase", "--dir", tmp_path / "empty").check(10)
     restored("commit", "--dir", folder(stored), "--rate-limit", "fast").check(2)
-
-
-def flip(file: Path, offset: int) -> None:
-    """Change one byte."""
-    data = bytearray(file.read_bytes())
-    data[offset] ^= 1
-    file.write_bytes(data)
 
 
 def contents_of_link(path: Path) -> bytes:

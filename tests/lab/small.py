@@ -20,7 +20,10 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def small_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder with room for so many bytes."""
     path.mkdir()
-    _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
     try:
         yield path
     finally:

@@ -3,7 +3,6 @@
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from lab import cli
 from lab.backups import assert_restores, back_up, leftovers, levels, try_backup
+from lab.devices import loop_device
 from lab.disks import MIB, Bus, Disk, contents, create, pattern, qemu_img
 from lab.qemu import Qemu, StartQemu
 
@@ -56,13 +56,8 @@ def test_raw_files_and_external_data_files(tmp_path: Path, start_qemu: StartQemu
 def block_device(tmp_path: Path) -> Iterator[Path]:
     """A block device with contents."""
     raw = create(tmp_path / "loop.raw", SIZE, "raw", contents=pattern(SIZE, 5))
-    losetup = ["losetup", "--find", "--show", str(raw)]
-    done = subprocess.run(losetup, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no loop device can be had here: {done.stderr.strip()}")
-    device = Path(done.stdout.strip())
-    yield device
-    subprocess.run(["losetup", "--detach", str(device)], check=True)
+    with loop_device(raw) as device:
+        yield device
 
 
 def test_block_devices(block_device: Path, tmp_path: Path, start_qemu: StartQemu) -> None:

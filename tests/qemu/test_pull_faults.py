@@ -3,7 +3,6 @@
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from lab.backups import leftovers
 from lab.disks import MIB, Disk, create, first_difference, pattern
 from lab.ports import free_port
 from lab.qemu import Qemu, StartQemu
+from lab.small import small_folder
 from qmpbackup import interrupt
 from qmpbackup.errors import ConnectionLost, Interrupted, JobError, StorageError
 from qmpbackup.machine.pull import Method
@@ -29,18 +29,6 @@ def one_disk(start_qemu: StartQemu, folder: Path, **options: object) -> Qemu:
     """A VM with one disk full of data."""
     image = create(folder / "a", SIZE, contents=pattern(SIZE, 1))
     return start_qemu([Disk("vda", image)], **options)
-
-
-@contextmanager
-def small(path: Path, size: int) -> Iterator[Path]:
-    """A folder with so little room."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    subprocess.run(mount, check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 @contextmanager
@@ -64,7 +52,7 @@ def test_a_full_scratch_fails_the_run_and_not_the_guest(
     start_qemu: StartQemu, tmp_path: Path
 ) -> None:
     vm = one_disk(start_qemu, tmp_path)
-    with small(tmp_path / "small", 4 * MIB) as folder:
+    with small_folder(tmp_path / "small", 4 * MIB) as folder:
         with Puller(vm, folder) as run:
             run.take()
             vm.write("vda", 0, SIZE, 9)
@@ -83,7 +71,10 @@ def test_a_scratch_that_fills_up_after_the_last_chunk_is_noticed(
 ) -> None:
     """What was read may be right, but nobody can tell any more."""
     vm = one_disk(start_qemu, tmp_path)
-    with small(tmp_path / "small", 4 * MIB) as folder, Puller(vm, folder, way=Method.V2) as run:
+    with (
+        small_folder(tmp_path / "small", 4 * MIB) as folder,
+        Puller(vm, folder, way=Method.V2) as run,
+    ):
         run.take()
         run.read()
         run.pull.finish()
@@ -95,7 +86,7 @@ def test_a_scratch_that_fills_up_after_the_last_chunk_is_noticed(
 @needs_root
 def test_a_full_stage_fails_the_run(start_qemu: StartQemu, tmp_path: Path) -> None:
     vm = one_disk(start_qemu, tmp_path)
-    with small(tmp_path / "small", 4 * MIB) as folder:
+    with small_folder(tmp_path / "small", 4 * MIB) as folder:
         run = Puller(vm, folder, way=Method.STAGED)
         with run, pytest.raises(StorageError):
             run.take()

@@ -27,6 +27,7 @@ from qmpbackup.targets.report import Proved, Report
 from qmpbackup.targets.stored_image import Extent, OpenDisks, Sink
 
 CHUNK: Final = MIB
+DAMAGE: Final = "A bit fell over"
 
 Key = tuple[str, str]
 """A disk of a point: the ids of both."""
@@ -50,7 +51,7 @@ class RememberedImage:
 
     def read(self, offset: int, length: int) -> bytes:
         if self.is_damaged:
-            raise DamagedError("A bit fell over.")
+            raise DamagedError(f"{DAMAGE}.")
         return self.data[offset : offset + length]
 
     def peek(self, offset: int, length: int) -> bytes:
@@ -137,7 +138,7 @@ class MemoryTarget:
 
     def _problems(self, point: Point) -> tuple[str, ...]:
         bad = (disk.id for disk in point.disks if self.disks[point.id, disk.id].is_damaged)
-        return tuple(f"Disk {each} is damaged." for each in bad)
+        return tuple(f"{DAMAGE} in disk {each}." for each in bad)
 
     def receive(
         self, point_id: str, disks: Sequence[Arrival], *, check: bool = False
@@ -342,7 +343,8 @@ def digest(data: Buffer) -> str:
     return f"blake3:{blake2b(data, digest_size=32).hexdigest()}"
 
 
-def damage(target: MemoryTarget, point: Point, disk_id: str) -> None:
-    """Spoil a disk of a point."""
+def damage(target: MemoryTarget, point: Point, disk_id: str) -> str:
+    """Spoil a disk of a point; how that is called."""
     key = point.id, disk_id
     target.disks[key] = replace(target.disks[key], is_damaged=True)
+    return DAMAGE

@@ -130,3 +130,14 @@ def contents(image: Path, format_: str) -> bytes:
         return copy.read_bytes()
     finally:
         copy.unlink()
+
+
+def tree(path: Path) -> dict[str, bytes | str]:
+    """Everything in a folder, but for the files that locks are on."""
+    return {
+        str(each.relative_to(path)): str(each.readlink())
+        if each.is_symlink()
+        else each.read_bytes()
+        for each in path.rglob("*")
+        if (each.is_symlink() or each.is_file()) and not each.name.startswith(".lock")
+    }

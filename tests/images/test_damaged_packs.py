@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify` finds all damage in a repository, names it, and says which points suffer from it."""
+"""`verify` of a repository: packs, indexes, snapshots and trees, with a cache and without.
+
+What holds for every kind of target is in `contract/test_verify.py`.
+"""
 
 import os
 import shutil
@@ -11,10 +14,9 @@ from random import Random
 import pytest
 
 from lab import cli
-from qmpbackup.errors import DamagedError, Locked, NoSuchTarget
-from qmpbackup.model import Location
+from lab.damage import flip
+from qmpbackup.errors import DamagedError
 from qmpbackup.service.verify import Report, Request, verify
-from stock.repositories import held_alone
 from stock.stored import MIB
 from stock.stored_repository import VM, StoredRepository
 
@@ -124,6 +126,8 @@ def test_a_missing_or_cut_pack_is_found_without_reading(
     assert "Disk hd1 lacks 1 of its chunks" in problems(report)[2]
     assert pack.name in problems(report)[2]
     assert [each.path for each in report.damaged] == [f"data/{pack.name}"]
+    assert look(stored, 1.0, stored.points[1].id).whole
+    assert not look(stored, point="latest").whole
 
 
 def test_bytes_behind_a_pack_are_found(stored: StoredRepository) -> None:
@@ -183,12 +187,6 @@ def test_a_damaged_tree_is_found_without_reading_everything(
     }
 
 
-def test_what_others_need_is_no_problem_of_one_point(stored: StoredRepository) -> None:
-    packs(stored)[2].unlink()
-    assert look(stored, 1.0, stored.points[1].id).whole
-    assert not look(stored, point="latest").whole
-
-
 def test_the_points_of_another_vm_are_its_own(stored: StoredRepository) -> None:
     stored.vm = replace(VM, name="other", uuid="")
     stored.points = []
@@ -198,11 +196,7 @@ def test_the_points_of_another_vm_are_its_own(stored: StoredRepository) -> None:
     assert report.whole
 
 
-def test_what_cannot_be_verified_at_all(stored: StoredRepository, tmp_path: Path) -> None:
-    with pytest.raises(NoSuchTarget):
-        verify(Request(Location(str(tmp_path / "nowhere"))))
-    with held_alone(stored.made), pytest.raises(Locked):
-        look(stored)
+def test_snapshots_that_are_all_damaged(stored: StoredRepository) -> None:
     for each in stored.files("snapshots"):
         flip(each, 60)
     shutil.rmtree(stored.made.folder / "cache")
@@ -246,13 +240,3 @@ def chunk_offset(stored: StoredRepository, number: int) -> int:
 
     wanted = hashlib.sha256(BASE[number * MIB : (number + 1) * MIB]).hexdigest()
     return next(int(each["offset"]) for each in stored.index_entries() if each["id"] == wanted)
-
-
-def flip(path: Path, offset: int) -> None:
-    """Change one byte of a file, which may be write-protected."""
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        old = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([old ^ 1]))

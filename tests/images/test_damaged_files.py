@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify` finds all damage, names it, and keeps apart what is not ours."""
+"""`verify` of a folder: each file and each manifest, what QEMU finds in them, and what is not ours.
+
+What holds for every kind of target is in `contract/test_verify.py`.
+"""
 
 import os
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from qmpbackup.errors import Locked, NoSuchTarget
 from qmpbackup.images.digest import digest
 from qmpbackup.model import Level, StoredDisk
 from qmpbackup.service.verify import Report, Request, verify
@@ -36,19 +37,6 @@ def test_a_whole_target_is_found_whole_and_each_file_is_read_once(stored: Stored
     assert problems(report) == ["", "", ""]
     assert report.files == 6
     assert report.size == sum(point.size for point in stored.points)
-
-
-def test_a_changed_byte_damages_the_points_that_need_it_and_no_other(stored: Stored) -> None:
-    path = stored.file(stored.points[1], "hd0")
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\xee")
-    report = verify(Request(stored.path))
-    found = problems(report)
-    assert found[0] == ""
-    assert str(path) in found[1]
-    assert str(path) in found[2]
-    assert not report.whole
 
 
 def test_a_missing_and_a_cut_file_are_named(stored: Stored) -> None:
@@ -115,29 +103,6 @@ def test_files_of_no_point_and_files_of_others_are_told_apart(stored: Stored) ->
 def test_files_of_others_alone_are_no_damage(stored: Stored) -> None:
     (stored.path / "hd1" / "image").symlink_to("FULL-1")
     assert verify(Request(stored.path)).whole
-
-
-def test_a_backup_in_progress_is_no_damage(stored: Stored) -> None:
-    with stored.target.lock(write=True):
-        now = datetime(2026, 11, 3, tzinfo=UTC)
-        pending = stored.target.begin("20261103T000000Z-ffffff", [("hd0", Level.FULL)], now)
-        assert verify(Request(stored.path)).whole
-        pending.abort()
-
-
-def test_one_point_alone(stored: Stored) -> None:
-    stored.file(stored.points[2], "hd0").unlink()
-    report = verify(Request(stored.path, stored.points[1].id))
-    assert report.whole
-    assert report.files == 4
-    assert not verify(Request(stored.path, "latest")).whole
-
-
-def test_what_cannot_be_verified_at_all(stored: Stored, tmp_path: Path) -> None:
-    with pytest.raises(NoSuchTarget):
-        verify(Request(tmp_path / "nowhere"))
-    with stored.target.lock(remove=True), pytest.raises(Locked):
-        verify(Request(stored.path))
 
 
 def refit(stored: Stored, disk_id: str, snapshot: str = "") -> None:
