@@ -17,12 +17,16 @@ from lab.qemu import Qemu
 from qmpbackup.cli.journal import MESSAGE_IDS
 from qmpbackup.cli.log_fields import Happening
 
+NO_JOURNAL = 99
 JOURNALD = Path("/usr/lib/systemd/systemd-journald")
 
 IN_A_JOURNAL = """
 mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/log && mkdir -p /run/systemd/journal || exit 99
 setpriv --pdeathsig KILL "$1" &
-until [ -S /run/systemd/journal/stdout ] && [ -S /run/systemd/journal/socket ]; do sleep 0.01; done
+until [ -S /run/systemd/journal/stdout ] && [ -S /run/systemd/journal/socket ]; do
+    kill -0 $! || exit 99
+    sleep 0.01
+done
 shift
 systemd-cat sh -c 'JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$@"' sh "$@"
 code=$?
@@ -34,8 +38,18 @@ exit $code
 """
 """A command whose streams lead to a journald of its own, as in a unit; then what that has of it."""
 
+
+def can_start_one() -> bool:
+    """Whether a journald can be started that nobody else sees."""
+    alone = ("unshare", "--mount", "true")
+    return (
+        JOURNALD.exists()
+        and subprocess.run(alone, check=False, capture_output=True).returncode == 0
+    )
+
+
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not JOURNALD.exists(), reason="only root can start a journald"
+    os.geteuid() != 0 or not can_start_one(), reason="only root can start a journald"
 )
 
 
@@ -62,7 +76,8 @@ def logged(*arguments: cli.Argument, env: Mapping[str, str]) -> Logged:
         timeout=PATIENCE,
         check=False,
     )
-    assert done.returncode != 99, done.stderr
+    if done.returncode == NO_JOURNAL:
+        pytest.skip(f"no journald can be started here: {done.stderr}")
     return Logged(done.returncode, [json.loads(line) for line in done.stdout.splitlines()])
 
 

@@ -171,11 +171,12 @@ def _journal_or(terminal: logging.Handler) -> logging.Handler:
         return terminal
     from qmpbackup.cli.journal import JournalHandler, is_journal
 
-    if not is_journal(sys.stderr):
-        return terminal
-    handler = JournalHandler(instead=terminal)
-    handler.setFormatter(_OneLine())
-    return handler
+    if is_journal(sys.stderr):
+        with suppress(OSError):  # sentences alone, where there is no descriptor for more
+            handler = JournalHandler(instead=terminal)
+            handler.setFormatter(_OneLine())
+            return handler
+    return terminal
 
 
 def _formatter(arguments: argparse.Namespace) -> logging.Formatter:
