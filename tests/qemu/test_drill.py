@@ -16,6 +16,7 @@ from lab.patience import wait_until
 from lab.qemu import HALT, Firmware, Qemu
 from lab.repositories import Repository, Target, environment_of
 from lab.rest_server import RestServer
+from qmpbackup.machine.knocking import Knocking
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.machine.screen import Screen, look
 from stock.repositories import made as made_there
@@ -205,3 +206,14 @@ def test_a_picture_of_a_real_screen(tmp_path: Path) -> None:
         wait_until(lambda: shown().pixels.is_colourful, "a picture full of colours")
         assert shown().pixels.is_like(shown().pixels)
         assert shown().size == (640, 480)
+
+
+def test_a_network_card_finds_us_and_an_address_in_the_closed_network() -> None:
+    card = ["-netdev", "hubport,id=net,hubid=1", "-device", "virtio-net-pci,netdev=net,bootindex=0"]
+    vm = Qemu(args=card, firmware="seabios")  # whose card asks by itself what to boot
+    with Knocking(vm.folder, [22]) as network:
+        vm.argv += network.options(vm.argv)
+        with vm:
+            wait_until(lambda: network.segment.guests, "an address")
+        assert set(network.segment.guests.values()) == {bytes((10, 0, 2, 15))}
+        assert network.closed == [22]

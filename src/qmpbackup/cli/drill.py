@@ -52,6 +52,15 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="a shell command that must succeed in the guest, by its agent; repeat",
     )
     add(
+        "--expect",
+        dest="ports",
+        type=port,
+        action="append",
+        default=[],
+        metavar="tcp:PORT",
+        help="a TCP port at which the guest must answer, in the closed network; repeat",
+    )
+    add(
         "--room",
         type=size,
         metavar="SIZE",
@@ -62,6 +71,14 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--json", action="store_true", help="print one JSON object a drill")
     add_lock_wait(parser)
     parser.set_defaults(run=run)
+
+
+def port(text: str) -> int:
+    """`tcp:PORT`."""
+    kind, _, number = text.partition(":")
+    if kind != "tcp" or not (number.isascii() and number.isdigit() and 0 < int(number) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form tcp:PORT")
+    return int(number)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             seconds=arguments.within,
             commands=tuple(arguments.commands),
             ready=arguments.ready,
+            ports=tuple(arguments.ports),
             accelerators=tuple(arguments.accel),
             lock_wait=arguments.lock_wait,
             room=ROOM if arguments.room is None else arguments.room,

@@ -24,11 +24,12 @@ from qmpbackup.durable import storage_errors
 from qmpbackup.errors import DamagedError, MonitorBusy, StorageError, VmError
 from qmpbackup.machine import booting
 from qmpbackup.machine.confining import SANDBOX, confined, hand_over
+from qmpbackup.machine.knocking import Knocking
 from qmpbackup.machine.monitor import Monitor
 from qmpbackup.plan.booting import Launch
 from qmpbackup.plan.qemu_options import memory_of
 from qmpbackup.plan.sizes import human
-from qmpbackup.plan.verdict import BootVerdict, Ready, judged
+from qmpbackup.plan.verdict import BootVerdict, Judgement, Ready, judged
 from qmpbackup.process import Child, available_memory
 from qmpbackup.service.boot import Request as BootRequest
 from qmpbackup.service.boot import make_overlays, planned, require_possible
@@ -56,7 +57,8 @@ _LARGEST_BROUGHT = 512 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Request:
     """Which point to boot, for how many seconds at most, and the commands that must succeed in it; `room`
-    is how many bytes it may write, `ready` by what it is taken for one that came up."""
+    is how many bytes it may write, `ready` by what it is taken for one that came up. At `ports`
+    somebody in it must answer by TCP."""
 
     target: Address
     point: str
@@ -67,6 +69,7 @@ class Request:
     lock_wait: float = 0.0
     room: int = ROOM
     ready: Ready = Ready.ANY
+    ports: tuple[int, ...] = ()
 
 
 def drill(request: Request) -> Drilled:
@@ -153,33 +156,50 @@ def _judged(
     watch: Callable[[], None],
 ) -> tuple[Drilled, bytes]:
     """Start the VM, look at it until there is a verdict or no time, and end it; also the last picture."""
-    argv = [*_brought(folder, launch), "-sandbox", SANDBOX]
-    hand_over(folder.path)
-    with (
-        Child([*confined(_bounds(launch)), *argv]) as child,
-        _running(folder, child, watch) as monitor,
-        closing(Looks(launch, child, monitor, folder.path)) as looks,
-    ):
-        found: tuple[BootVerdict, str] | None = None
-        while found is None and time.monotonic() - began < request.seconds:
-            interrupt.check()
-            with suppress(VmError):
-                booting.let_run(monitor)
-            watch()
-            found = judged(looks.observe(), request.ready) or _too_much(folder.path, request.room)
-            if found is None:
-                time.sleep(_LOOK_SECONDS)
-        verdict, reason = found or (drilled.verdict, f"{drilled.reason}; {looks.shown()}")
-        if verdict is BootVerdict.PASS and request.commands:
-            verdict, reason = looks.carry_out(request.commands, reason)
-        seconds = round(time.monotonic() - began, 1)
-        told = replace(
-            drilled, verdict=verdict, reason=reason, seconds=seconds, system=looks.system()
-        )
-        return told, looks.screen.picture
+    argv = [*confined(_bounds(launch)), *_brought(folder, launch), "-sandbox", SANDBOX]
+    with Knocking(folder.path, request.ports) as network:
+        hand_over(folder.path)
+        with (
+            Child([*argv, *network.options(argv)]) as child,
+            _running(folder, child, watch) as monitor,
+            closing(Looks(launch, child, monitor, folder.path)) as looks,
+        ):
+            deadline = began + request.seconds
+            found: Judgement | None = None
+            while found is None and time.monotonic() < deadline:
+                interrupt.check()
+                with suppress(VmError):
+                    booting.let_run(monitor)
+                watch()
+                found = judged(looks.observe(), request.ready)
+                found = found or _too_much(folder.path, request.room)
+                if found is None:
+                    time.sleep(_LOOK_SECONDS)
+            verdict, reason = found or (drilled.verdict, f"{drilled.reason}; {looks.shown()}")
+            if verdict is BootVerdict.PASS and request.commands:
+                verdict, reason = looks.carry_out(request.commands, reason)
+            if verdict is BootVerdict.PASS and request.ports:
+                verdict, reason = _answering(network, reason, deadline)
+            seconds = round(time.monotonic() - began, 1)
+            system = looks.system()
+            told = replace(drilled, verdict=verdict, reason=reason, seconds=seconds, system=system)
+            return told, looks.screen.picture
 
 
-def _too_much(folder: Path, room: int) -> tuple[BootVerdict, str] | None:
+def _answering(network: Knocking, reason: str, deadline: float) -> Judgement:
+    """Wait until the guest has answered at all ports."""
+    while network.closed and time.monotonic() < deadline:
+        interrupt.check()
+        time.sleep(_LOOK_SECONDS)
+    if not network.closed:
+        return BootVerdict.PASS, f"{reason}, and by TCP as expected"
+    ports = ", ".join(f"tcp:{port}" for port in network.closed)
+    if not network.segment.guests:
+        return BootVerdict.UNKNOWN, f"{reason}, but has shown no address at which {ports} could be"
+    return BootVerdict.FAIL, f"{reason}, but nobody answers at {ports}"
+
+
+def _too_much(folder: Path, room: int) -> Judgement | None:
     """What ends a drill of a machine that fills the disk."""
     written = 0
     for file in folder.iterdir():
