@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qmpbackup.errors import Exhausted, StorageError, lack_of
+from qmpbackup.errors import Exhausted, StorageError, Unreachable, lack_of
 
 TEMPORARY = ".tmp"
 """What a name ends with while its file is being written."""
@@ -45,6 +45,19 @@ HINTS = {
     errno.EIO: "Look at the storage itself: the kernel's log says more.",
 }
 
+_ABSENT = frozenset(
+    {
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+    }
+)
+"""What is said of something that is away, and whole where it is."""
+
 
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
@@ -69,7 +82,16 @@ def storage_error(action: str, error: OSError) -> StorageError:
     lacking = lack_of(error)
     if lacking is not None:
         raise Exhausted(f"Cannot {action}: {why}.", lacking.hint) from error
-    return StorageError(f"Cannot {action}: {why}.", HINTS.get(error.errno or 0, ""))
+    kind = Unreachable if is_absence(error) else StorageError
+    return kind(f"Cannot {action}: {why}.", HINTS.get(error.errno or 0, ""))
+
+
+def is_absence(error: BaseException) -> bool:
+    """Whether an error says that something is away, in place of what is wrong with it: a disk that was
+    taken out, a server that does not answer."""
+    if isinstance(error, ConnectionRefusedError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _ABSENT
 
 
 def sync_folder(fd: int) -> None:

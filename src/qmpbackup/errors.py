@@ -16,6 +16,7 @@
     │   ├── ConnectionLost             the monitor went away: outcome unknown
     │   └── JobError                   a block job of ours failed
     ├── StorageError                7  target or scratch: no room, no right, I/O error
+    │   └── Unreachable                what it lies on is not there now: not mounted, nobody answers
     ├── DamagedError                8  data is not what its manifest says
     ├── UnrecordedChanges           9  an audit found changes that no change bitmap had
     ├── NoSuchTarget               10  nothing of ours is there
@@ -128,6 +129,10 @@ class StorageError(QmpBackupError):
     """Target or scratch: no room, no right, or an I/O error."""
 
     exit_code = 7
+
+
+class Unreachable(StorageError):
+    """What it lies on is not there now: its server does not answer, its disk was taken away."""
 
 
 class DamagedError(QmpBackupError):

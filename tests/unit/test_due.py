@@ -158,16 +158,22 @@ def test_outside_of_the_window_nothing_is_begun_unless_somebody_asks() -> None:
 
 @pytest.mark.parametrize(("code", "is_tried"), [(5, True), (6, True), (7, True), (11, True), (4, False), (8, False), (13, False)])  # fmt: skip
 def test_only_what_may_pass_is_tried_again_after_all_others(code: int, is_tried: bool) -> None:
-    second = again(duty("a", urgency=9.0), code, NOW)
+    second = again(duty("a", urgency=9.0), code, 1000.0)
     assert (second is not None) == is_tried
     if second is not None:
-        assert choose([second], [], RunSettings(), NOW) is None
-        later = NOW + timedelta(minutes=10)
-        assert choose([second], [], RunSettings(), later) is second
-        assert choose([second, duty("b")], [], RunSettings(), later) == duty("b")
+        run, later = RunSettings(), 1600.0
+        assert choose([second], [], run, NOW, 1599.0) is None
+        assert choose([second], [], run, NOW, later) is second
+        assert choose([second, duty("b")], [], run, NOW, later) == duty("b")
         third = again(second, code, later)
         assert third is not None
         assert again(third, code, later) is None
+
+
+def test_a_clock_that_is_set_holds_up_no_second_try() -> None:
+    second = again(duty("a"), 7, 1000.0)
+    assert second
+    assert choose([second], [], RunSettings(), NOW - timedelta(days=30), 1600.0) is second
 
 
 def test_a_target_that_two_vms_in_a_row_cannot_use_is_given_up() -> None:

@@ -8,9 +8,8 @@ A run holds a lock for as long as it lives (`running`). An attempt that has no e
 none, was killed: it has an exit code, and still no end.
 """
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -20,8 +19,7 @@ from typing import Final, Self, TypeVar
 
 import msgspec
 
-from qmpbackup.durable import make_folders
-from qmpbackup.filelock import is_locked, locked
+from qmpbackup.fleet import living
 from qmpbackup.fleet.history_file import PATIENCE, HistoryFile, Row, Unreadable, Value
 from qmpbackup.fleet.records import (
     OFFLINE,
@@ -103,28 +101,14 @@ class History:
         """Be the run of this id, which others see to live, for the block."""
         self._mine.add(run)
         try:
-            fd = self._lock_of(run)
-            if fd is None:
-                yield
-                return
+            fd = living.hold(self._runs, run)
             try:
-                with locked(fd, "this run"):
-                    yield
+                yield
             finally:
-                with suppress(OSError):
-                    (self._runs / run).unlink()
-                os.close(fd)
+                if fd is not None:
+                    living.let_go(self._runs, run, fd)
         finally:
             self._mine.discard(run)
-
-    def _lock_of(self, run: str) -> int | None:
-        """A file to lock; None where there is no room for one, and so for no attempt either."""
-        try:
-            make_folders(self._runs)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            return os.open(self._runs / run, flags, 0o640)
-        except OSError:
-            return None
 
     def alive(self, now: datetime) -> None:
         """Note that some run is at work, or has found that nothing is due."""
@@ -143,16 +127,7 @@ class History:
 
     def lives(self, run: str) -> bool:
         """Whether the run of this id goes on, as far as we may know."""
-        if run in self._mine:
-            return True
-        if Path(run).name != run:
-            return False
-        try:
-            return is_locked(self._runs / run)
-        except PermissionError:
-            return True
-        except OSError:
-            return False
+        return run in self._mine or living.lives(self._runs, run)
 
     # Attempts
 
@@ -327,14 +302,7 @@ class History:
             "DELETE FROM told WHERE at < :when",
         ):
             self._file.do(statement, {"when": _stored(when)})
-        self._remove_locks()
-
-    def _remove_locks(self) -> None:
-        """Remove the locks of runs that were killed."""
-        with suppress(OSError):
-            for path in self._runs.iterdir():
-                if not self.lives(path.name):
-                    path.unlink(missing_ok=True)
+        living.bury(self._runs, self._mine)
 
 
 # Values as they are stored

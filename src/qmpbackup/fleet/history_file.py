@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS holding (
   vm TEXT NOT NULL, target TEXT NOT NULL, looked INTEGER NOT NULL, newest INTEGER,
   newest_id TEXT NOT NULL, consistency TEXT NOT NULL, points INTEGER NOT NULL, damaged INTEGER NOT NULL,
   host TEXT NOT NULL, uuid TEXT NOT NULL, problem TEXT NOT NULL, ahead INTEGER
-  NOT NULL, PRIMARY KEY (vm, target));
+  NOT NULL, place TEXT NOT NULL DEFAULT '', PRIMARY KEY (vm, target));
 CREATE TABLE IF NOT EXISTS known_vm (
   group_name TEXT NOT NULL, vm TEXT NOT NULL, first_seen INTEGER NOT NULL, seen INTEGER NOT NULL,
   PRIMARY KEY (group_name, vm));
@@ -55,6 +55,7 @@ CREATE TABLE IF NOT EXISTS told (key TEXT PRIMARY KEY, at INTEGER NOT NULL);
 PRAGMA user_version = 1;
 COMMIT;
 """
+_ADD_PLACE: Final = "ALTER TABLE holding ADD COLUMN place TEXT NOT NULL DEFAULT ''"
 _FAILED: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
 """How SQLite says that something is wrong; the second, where its own sentence is spoilt."""
 
@@ -131,10 +132,13 @@ class HistoryFile:
         )
         try:
             _prepare(connection, read_only=self._read_only)
+            if _is_complete(connection):
+                return connection
+            with closing(connection):  # an earlier version's, which may only be read
+                return _copied(connection)
         except BaseException:
             connection.close()
             raise
-        return connection
 
     def _rescue(self, error: Exception) -> None:
         """Have a database again after one has failed: what it knew, where that can be had."""
@@ -208,6 +212,14 @@ def _prepare(connection: sqlite3.Connection, *, read_only: bool) -> None:
             return
     if version != _VERSION or not names >= _NAMES:
         raise _Foreign("it is no history of this version")
+    if not (read_only or _is_complete(connection)):
+        connection.execute(_ADD_PLACE)
+
+
+def _is_complete(connection: sqlite3.Connection) -> bool:
+    """Whether it has what earlier versions did not make."""
+    columns = connection.execute("SELECT name FROM pragma_table_info('holding')")
+    return "place" in {name for (name,) in columns}
 
 
 class _Foreign(sqlite3.DatabaseError):

@@ -19,7 +19,7 @@ from typing import Final
 from qmpbackup.errors import Exhausted, NoSuchTarget, QmpBackupError
 from qmpbackup.fleet.config import host_name
 from qmpbackup.fleet.history import History
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import Attempt, Holding, Work, mark_of
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
 from qmpbackup.plan.room import Space
 from qmpbackup.service import room
@@ -79,7 +79,7 @@ def look(
     before = {(each.vm, each.target): each for each in history.holdings()}
     holdings = []
     for vm, target in wanted:
-        known = before.get((vm.name, target.name), Holding(vm.name, target.name, now))
+        known = _known(before, vm, target, now)
         last = history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
         found = seen[target.place(vm, host)]
         holding = _holding(vm, target, found, Clues(host, known, last), now)
@@ -87,6 +87,17 @@ def look(
         if not history.read_only:
             history.note(holdings[-1])
     return Sightings(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
+
+
+def _known(
+    before: Mapping[tuple[str, str], Holding], vm: VmSettings, target: TargetSettings, now: datetime
+) -> Holding:
+    """What was seen of a VM where its target is now; another place says nothing of this one."""
+    mark = mark_of(target.place(vm, host_name()))
+    known = before.get((vm.name, target.name), Holding(vm.name, target.name, now))
+    if known.place not in {"", mark}:
+        known = Holding(vm.name, target.name, now, host=known.host, uuid=known.uuid)
+    return replace(known, place=mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,10 @@ def _holding(
         found = Overview()  # the first backup makes it
     held = whose(vm, found.vms, clues)
     if held is None:
-        return Holding(vm.name, target.name, now, host=clues.known.host, uuid=clues.known.uuid)
+        known = clues.known
+        return Holding(
+            vm.name, target.name, now, host=known.host, uuid=known.uuid, place=known.place
+        )
     identity, newest = held.identity, held.newest
     return Holding(
         vm.name,
@@ -124,6 +138,7 @@ def _holding(
         identity.host,
         identity.uuid,
         ahead=held.ahead,
+        place=clues.known.place,
     )
 
 

@@ -4,6 +4,7 @@
 Times are aware and in UTC, sizes bytes, durations seconds.
 """
 
+import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -62,7 +63,7 @@ class Attempt:
 class Holding:
     """What a target held of a VM when it was looked at. `newest` is the newest point that is not known
     to be damaged, nor from the future, as `ahead` points are. `problem`: why nobody could look (then the
-    rest is from the last look, if any)."""
+    rest is from the last look, if any). `place` marks where that was (`mark_of`)."""
 
     vm: str
     target: str
@@ -76,3 +77,9 @@ class Holding:
     uuid: str = ""
     problem: str = ""
     ahead: int = 0
+    place: str = ""
+
+
+def mark_of(place: str) -> str:
+    """What tells a place from others, and does not tell what may be secret in it."""
+    return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:16]

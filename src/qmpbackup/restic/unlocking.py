@@ -91,7 +91,9 @@ def enter(
         sealed = config()
     except Missing as error:
         raise NoSuchTarget(
-            f"There is no repository at {storage.name}.", "Make one: qmpbackup init."
+            f"There is no repository at {storage.name}.",
+            "If there should be one, see that it is mounted, and check the location. To make one: "
+            "qmpbackup init.",
         ) from error
     opened = key()
     return opened, configs.parse(unseal(opened, sealed, "The repository's config"))

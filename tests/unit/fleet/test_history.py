@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The history: what was done is found again, and nothing that becomes of its file stops anybody."""
 
+import fcntl
 import logging
 import os
 import random
@@ -381,3 +382,39 @@ def test_nothing_is_made_where_it_is_only_read(tmp_path: Path) -> None:
 def test_names_that_are_no_text_are_kept_all_the_same(history: History) -> None:
     history.begin(replace(DONE, vm="d\udcffb", reason="\ud800"))
     assert len(history.attempts(vm="d\udcffb")) == 1
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_history_of_an_earlier_version_is_read(tmp_path: Path, read_only: bool) -> None:
+    """Which had no place in what targets held."""
+    with History.opened(tmp_path) as history:
+        history.note(Holding("db1", "main", NOW, points=3))
+    with closing(sqlite3.connect(tmp_path / "history.db")) as earlier:
+        earlier.execute("ALTER TABLE holding DROP COLUMN place")
+    with History.opened(tmp_path, read_only=read_only) as history:
+        assert [each.points for each in history.holdings()] == [3]
+        assert (history.trouble, history.lost) == ("", "")
+    with History.opened(tmp_path) as history:
+        history.note(Holding("db1", "main", NOW, points=4, place="here"))
+        assert [each.place for each in history.holdings()] == ["here"]
+
+
+def test_a_run_that_is_taken_for_dead_as_it_begins_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one removes the locks of dead runs between its file and its lock."""
+    with History.opened(tmp_path) as history, History.opened(tmp_path) as other:
+        flock = fcntl.flock
+        times: list[int] = []
+
+        def cleans_up_before(fd: int, how: int) -> None:
+            if how == fcntl.LOCK_EX and not times:
+                times.append(fd)
+                other.forget_before(NOW)
+            flock(fd, how)
+
+        monkeypatch.setattr(fcntl, "flock", cleans_up_before)
+        with history.running("r1"):
+            assert times
+            assert other.lives("r1")
+        assert not other.lives("r1")

@@ -14,7 +14,7 @@ from qmpbackup.errors import StorageError, UsageError
 from qmpbackup.fleet import looking
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Clues, look, whose
-from qmpbackup.fleet.records import Attempt, Holding, Work
+from qmpbackup.fleet.records import Attempt, Holding, Work, mark_of
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
 from qmpbackup.model import Consistency, Level, Point, VmConfig, VmIdentity
 from qmpbackup.targets.overview import HeldVm
@@ -76,7 +76,7 @@ def nothing(_target: TargetSettings) -> Mapping[str, str]:
 
 def test_a_target_that_is_not_there_yet_holds_nothing(history: History) -> None:
     found = look(Configuration(vms=(VM,), targets=(TARGET,)), history, NOW, nothing)
-    assert found.holdings == (Holding("db1", "main", NOW),)
+    assert found.holdings == (Holding("db1", "main", NOW, place=mark_of("/nowhere/db1")),)
     assert history.holdings() == [*found.holdings]
 
 
@@ -88,8 +88,15 @@ def test_a_target_that_is_gone_leaves_what_was_seen_last(
     history.note(before)
     target = replace(TARGET, when_gone=when_gone)
     (found,) = look(Configuration(vms=(VM,), targets=(target,)), history, NOW, nothing).holdings
-    assert replace(found, problem="") == before
+    assert replace(found, problem="", place="") == before
     assert bool(found.problem) == (when_gone is WhenGone.FAIL)
+
+
+def test_another_place_says_nothing_of_what_was_seen_before(history: History) -> None:
+    """As where a target was moved: its first backup there has lost nothing."""
+    history.note(Holding("db1", "main", NOW, NOW, "p", points=3, place=mark_of("/before/db1")))
+    found = look(Configuration(vms=(VM,), targets=(TARGET,)), history, NOW, nothing)
+    assert [(each.points, each.problem) for each in found.holdings] == [(0, "")]
 
 
 def test_a_secret_that_cannot_be_had_is_a_problem_of_its_target_alone(history: History) -> None:

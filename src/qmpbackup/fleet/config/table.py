@@ -283,7 +283,8 @@ TARGET: Final = (
         "when_gone",
         choice(WhenGone, WhenGone),
         "fail",
-        "`skip`: it is not always there, such as a disk that is taken away.",
+        "`skip`: it is not always there, such as a disk that is taken away: then what is due is due "
+        "until it is there. One that is there and fails is a failure all the same.",
     ),
 )
 

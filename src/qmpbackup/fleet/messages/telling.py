@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpbackup.durable import make_folders, replace_file
-from qmpbackup.errors import QmpBackupError
+from qmpbackup.errors import Interrupted, QmpBackupError
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.messages import ways
 from qmpbackup.fleet.messages.notices import Message, News, Notice, title
@@ -30,10 +30,11 @@ _KEPT: Final = "notify.json"
 
 class Scope(Enum):
     """What a report is of: all VMs, so that what it does not name is well; a configuration that stops a
-    run; one thing alone; or a test."""
+    run; a run that broke off; one thing alone; or a test."""
 
     ALL = "all"
     CONFIG = "config"
+    BROKEN_OFF = "broken off"
     ONE = "one"
     TEST = "test"
 
@@ -70,14 +71,16 @@ def tell(
             continue
         try:
             ways.send(each, message, reveal)
-        except QmpBackupError as error:
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, others are told
             log.warning("notify.%s could not be told: %s", each.name, error)
             history.tell(_UNHEARD + each.name, report.now)
             failed.append(each.name)
         else:
             history.tell(_UNHEARD + each.name, None)
             _note(each, message, report, history, scope)
-    if scope in {Scope.ALL, Scope.CONFIG}:
+    if scope in {Scope.ALL, Scope.CONFIG, Scope.BROKEN_OFF}:
         history.tell(_REPORTED, report.now)
     return tuple(failed)
 

@@ -6,6 +6,9 @@ agenda      the same of a configuration, by what is known of its VMs and targets
 choosing    which of it is next, within limits; pure
 commands    the command lines of the work, and what their answers say; pure
 orders      a piece of work as a command, when it begins
+presence    whether a target is there at all
+obstacles   what speaks against work before it is tried
+failing     what is said of whatever goes wrong
 workers     the processes
 rounds      from what is due to what was done
 

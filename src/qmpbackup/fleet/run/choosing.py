@@ -8,7 +8,7 @@ sweep shares its target with nobody.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from qmpbackup.fleet.records import Work
@@ -30,13 +30,15 @@ def choose(
     running: Collection[Duty],
     run: RunSettings,
     now: datetime,
+    clock: float = 0.0,
     *,
     asked: bool = False,
 ) -> Duty | None:
-    """What is to be begun now, if anything. What was `asked` for heeds no window."""
+    """What is to be begun now, if anything; `clock` is one that nobody sets (seconds). What was `asked`
+    for heeds no window."""
     if len(running) >= run.parallel or not (asked or calendar.is_within(run.window, now)):
         return None
-    ready = (each for each in waiting if _may_begin(each, running, run, now, asked=asked))
+    ready = (each for each in waiting if _may_begin(each, running, run, now, clock, asked=asked))
     return min(ready, key=_place, default=None)
 
 
@@ -45,10 +47,16 @@ def _place(duty: Duty) -> tuple[int, int, float]:
 
 
 def _may_begin(
-    duty: Duty, running: Collection[Duty], run: RunSettings, now: datetime, *, asked: bool
+    duty: Duty,
+    running: Collection[Duty],
+    run: RunSettings,
+    now: datetime,
+    clock: float,
+    *,
+    asked: bool,
 ) -> bool:
     beside = [each for each in running if each.target.name == duty.target.name]
-    if duty.not_before is not None and now < duty.not_before:
+    if duty.not_before is not None and clock < duty.not_before:
         return False
     if duty.vm_name and any(each.vm_name == duty.vm_name for each in running):
         return False
@@ -62,14 +70,13 @@ def _may_begin(
     return not (duty.is_long and run.parallel > 1 and long_ones >= run.parallel - 1)
 
 
-def again(duty: Duty, code: int, now: datetime) -> Duty | None:
+def again(duty: Duty, code: int, clock: float) -> Duty | None:
     """The same once more, later, if what it failed for may pass."""
     if duty.work is not Work.BACKUP or code not in MAY_PASS:
         return None
     if duty.tries >= duty.vm.retry.times:
         return None
-    later = now + timedelta(seconds=duty.vm.retry.wait)
-    return replace(duty, tries=duty.tries + 1, not_before=later)
+    return replace(duty, tries=duty.tries + 1, not_before=clock + duty.vm.retry.wait)
 
 
 @dataclass(slots=True)

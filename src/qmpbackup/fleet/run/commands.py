@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines of the work, and what is read from their answers. Pure: no secret is in a line, as
-they are for everybody to read."""
+they are for everybody to read. Names and paths stand behind a `=`, as they may begin with a dash."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,15 +17,15 @@ _LONGEST_REASON: Final = 2000
 
 def backup(vm: VmSettings, place: str, *, full: bool = False, chunked: bool = False) -> list[str]:
     """Back up a VM; `chunked`: into a repository, where some options mean nothing, and others something."""
-    words = ["--socket", vm.socket]
-    words += ["--agent-socket", vm.agent] if vm.agent else []
-    words += ["backup", "--json", "--target", place, *_LOCK_WAIT]
+    words = [f"--socket={vm.socket}"]
+    words += [f"--agent-socket={vm.agent}"] if vm.agent else []
+    words += ["backup", "--json", f"--target={place}", *_LOCK_WAIT]
     words += ["--level", Level.FULL.value if full else vm.level.value]
     words += _freezing(vm)
     for option, names in (("--include", vm.include), ("--exclude", vm.exclude)):
-        words += [word for name in names for word in (option, name)]
+        words += [f"{option}={name}" for name in names]
     words += _speed(vm)
-    words += ["--scratch", vm.scratch] if vm.scratch else []
+    words += [f"--scratch={vm.scratch}"] if vm.scratch else []
     if chunked:
         words += ["--check-written"] if vm.check_written else []
         return [*words, "--audit", f"{vm.audit * 100:g}%"]
@@ -49,39 +49,41 @@ def _freezing(vm: VmSettings) -> list[str]:
 
 def offline(vm: VmSettings, place: str, whose: str) -> list[str]:
     """Back up the images of a VM that is off; `whose` are its points, as `--vm` takes it."""
-    words = ["backup", "--offline", "--json", "--target", place, *_LOCK_WAIT, *_speed(vm)]
-    return [*words, *(("--vm", whose) if whose else ())]
+    words = ["backup", "--offline", "--json", f"--target={place}", *_LOCK_WAIT, *_speed(vm)]
+    return [*words, *_of(whose)]
 
 
 def forget(place: str, whose: str, keep: Keep, *, sweeps_later: bool) -> list[str]:
     """Remove the points of a VM that are not to be kept."""
-    words = ["prune", "--json", "--target", place, *_LOCK_WAIT]
-    words += ["--vm", whose] if whose else []
+    words = ["prune", "--json", f"--target={place}", *_LOCK_WAIT, *_of(whose)]
     words += ["--no-sweep"] if sweeps_later else []
     for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
         count = getattr(keep, name)
         words += [f"--keep-{name}", str(count)] if count else []
     words += ["--keep-within", keep.within] if keep.within else []
-    return [*words, *(word for tag in keep.tag for word in ("--keep-tag", tag))]
+    return [*words, *(f"--keep-tag={tag}" for tag in keep.tag)]
 
 
 def sweep(place: str) -> list[str]:
     """Remove from a repository what no point needs any more."""
-    return ["sweep", "--json", "--target", place, *_LOCK_WAIT]
+    return ["sweep", "--json", f"--target={place}", *_LOCK_WAIT]
 
 
 def verify(place: str, whose: str, share: float) -> list[str]:
     """Prove the points of a VM whole, reading a share of the data where that may be chosen."""
-    words = ["verify", "--json", "--target", place, *_LOCK_WAIT]
-    words += ["--vm", whose] if whose else []
+    words = ["verify", "--json", f"--target={place}", *_LOCK_WAIT, *_of(whose)]
     return [*words, *((f"--read-data={share * 100:g}%",) if share else ())]
 
 
 def drill(vm: VmSettings, place: str, whose: str) -> list[str]:
     """See whether the newest point of a VM boots."""
-    words = ["drill", "--json", "--target", place, *_LOCK_WAIT, "--within", f"{vm.drill.timeout:g}"]
-    words += ["--ready", vm.drill.ready]
-    return [*words, *(("--vm", whose) if whose else ())]
+    words = ["drill", "--json", f"--target={place}", *_LOCK_WAIT]
+    words += ["--within", f"{vm.drill.timeout:g}", f"--ready={vm.drill.ready}"]
+    return [*words, *_of(whose)]
+
+
+def _of(whose: str) -> list[str]:
+    return [f"--vm={whose}"] if whose else []
 
 
 # Answers

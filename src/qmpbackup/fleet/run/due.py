@@ -29,8 +29,8 @@ _EVER: Final = 1e9
 @dataclass(frozen=True, slots=True)
 class Duty:
     """A piece of work that is due. A sweep has a `vm` as well, one of those that are there. `scheduled` is
-    the time that it is for; `urgency` in intervals by which it is late. It is not begun before `not_before`, as
-    it was tried `tries` times in this run. `is_long`: it took long last time."""
+    the time that it is for; `urgency` in intervals by which it is late. It is not begun before `not_before` (by
+    a clock that nobody sets), as it was tried `tries` times in this run. `is_long`: it took long last time."""
 
     work: Work
     target: TargetSettings
@@ -38,7 +38,7 @@ class Duty:
     scheduled: datetime | None = None
     urgency: float = 0.0
     tries: int = 0
-    not_before: datetime | None = None
+    not_before: float | None = None
     is_long: bool = False
 
     @property
@@ -50,6 +50,11 @@ class Duty:
     def key(self) -> tuple[Work, str, str]:
         """What it is, whenever it is due."""
         return self.work, self.vm_name, self.target.name
+
+    @property
+    def occasion(self) -> tuple[tuple[Work, str, str], datetime | None]:
+        """What it is, and the time that it is for."""
+        return self.key, self.scheduled
 
 
 @dataclass(frozen=True, slots=True)

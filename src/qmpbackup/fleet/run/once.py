@@ -9,26 +9,29 @@ import hashlib
 import logging
 import os
 import secrets as randomness
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import QmpBackupError, UsageError
+from qmpbackup.errors import Locked, QmpBackupError, UsageError
 from qmpbackup.filelock import named_lock
 from qmpbackup.fleet import metrics, secrets
 from qmpbackup.fleet.config import host_name, load
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Sightings, look
 from qmpbackup.fleet.messages import notices, telling
-from qmpbackup.fleet.messages.notices import Notice
+from qmpbackup.fleet.messages.notices import News, Notice
 from qmpbackup.fleet.messages.telling import Scope
 from qmpbackup.fleet.records import DEGRADED
 from qmpbackup.fleet.run.due import Duty
+from qmpbackup.fleet.run.failing import code_of, said_of
 from qmpbackup.fleet.run.rounds import Done, Report, Round
 from qmpbackup.fleet.settings import Configuration, Event, Fault
+from qmpbackup.fleet.standing import Severity
 from qmpbackup.fleet.survey import Survey, judge
 from qmpbackup.plan.guessing import or_did_you_mean
 from qmpbackup.state import state_folder
@@ -36,6 +39,8 @@ from qmpbackup.state import state_folder
 log = logging.getLogger(__name__)
 
 SOME_FAILED, USAGE = 14, UsageError.exit_code
+_UNREAD: Final = Configuration(faults=(Fault("", "", "It could not be read."),))
+"""What is known of a configuration while nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,9 @@ class Outcome:
 
     @property
     def final(self) -> tuple[Done, ...]:
-        """Each piece of work once, as it ended."""
-        return tuple(each for each in self.done if each.again is None)
+        """Each piece of work once, as it ended at last: one that was to be tried again, and was not, as
+        where a window has closed, too."""
+        return tuple({each.duty.occasion: each for each in self.done}.values())
 
     @property
     def exit_code(self) -> int:
@@ -94,17 +100,50 @@ def run(request: Request, report: Report) -> Outcome:
         Interrupted: what ran was ended in order.
     """
     with interrupt.held(), History.opened(state_folder(), read_only=request.dry_run) as history:
-        configuration = load(request.path, history.known_vms())
+        with _heard(request, history):
+            configuration = load(request.path, history.known_vms())
         if not configuration.is_usable:
             return _unusable(request, configuration, history)
         _require_known(configuration, request.vms)
-        with _alone(request):
+        with ExitStack() as stack:
+            with _heard(request, history, configuration):
+                stack.enter_context(_alone(request))
             if request.dry_run:
                 return _planned(request, configuration, history)
             started = datetime.now(UTC)
             name = f"{started:%Y%m%dT%H%M%S}-{randomness.token_hex(3)}"
-            with history.running(name):
-                return _run(_Night(request, configuration, history, name, started), report)
+            stack.enter_context(history.running(name))
+            return _run(_Night(request, configuration, history, name, started), report)
+
+
+@contextmanager
+def _heard(
+    request: Request, history: History, configuration: Configuration | None = None
+) -> Iterator[None]:
+    """Tell people of whatever ends the block before its end. Who names VMs looks at it."""
+    try:
+        yield
+    except Locked:
+        raise
+    except Exception as error:
+        if not (request.vms or request.dry_run):
+            try:
+                _tell_of(error, configuration or _UNREAD, history)
+            except Exception as another:  # noqa: BLE001 - the first is what counts
+                log.warning("Nobody could be told: %s", said_of(another))
+        raise
+
+
+def _tell_of(error: Exception, configuration: Configuration, history: History) -> None:
+    """Tell that a run broke off, with what was seen last. Nothing is said to be well: nobody has looked."""
+    now = datetime.now(UTC)
+    sentence = f"The run broke off: {said_of(error)}"
+    log.warning("%s", sentence)
+    broke_off = Notice(Event.FAILED, "run", sentence, now, Severity.CRITICAL)
+    survey = judge(configuration, history, Sightings(tuple(history.holdings())), now)
+    news = notices.report(survey, host_name(), exit_code=code_of(error), more=(broke_off,))
+    ways = telling.to_be_told(state_folder(), configuration)
+    telling.tell(ways, news, history, secrets.reveal, scope=Scope.BROKEN_OFF)
 
 
 def _unusable(request: Request, configuration: Configuration, history: History) -> Outcome:
@@ -144,7 +183,7 @@ class _Night:
             self.history,
             self.name,
             report,
-            {(each.vm, each.target): each for each in looked.holdings},
+            {(each.vm, each.target): each for each in (*self.history.holdings(), *looked.holdings)},
             asked=frozenset(self.request.vms),
             all_vms=self.request.all_vms,
             alive=lambda now: self.show(looked, now),
@@ -169,8 +208,18 @@ class _Night:
 
 def _run(night: _Night, report: Report) -> Outcome:
     configuration, history = night.configuration, night.history
-    tells = not night.request.vms  # who names a VM looks at it
-    if tells:
+    with _heard(night.request, history, configuration):
+        outcome, news = _performed(night, report)
+    if night.request.vms:
+        return outcome
+    untold = telling.tell(configuration.notify, news, history, secrets.reveal)
+    return replace(outcome, untold=untold)
+
+
+def _performed(night: _Night, report: Report) -> tuple[Outcome, News]:
+    """Do what is due, and look at what has come of it."""
+    configuration, history = night.configuration, night.history
+    if not night.request.vms:  # who names a VM looks at it
         telling.remember(state_folder(), configuration)
         telling.begun(configuration.notify, history, night.started, secrets.reveal)
     history.resume(night.started)
@@ -188,11 +237,8 @@ def _run(night: _Night, report: Report) -> Outcome:
         log.warning("%s", each.sentence)
     troubles = (survey.trouble, *(each.sentence for each in more))
     outcome = replace(outcome, troubles=tuple(filter(None, troubles)))
-    if not tells:
-        return outcome
     news = notices.report(survey, host_name(), exit_code=outcome.exit_code, more=more)
-    untold = telling.tell(configuration.notify, news, history, secrets.reveal)
-    return replace(outcome, untold=untold)
+    return outcome, news
 
 
 def _remember(configuration: Configuration, history: History, now: datetime) -> None:
@@ -201,9 +247,23 @@ def _remember(configuration: Configuration, history: History, now: datetime) -> 
         there = [
             each.name
             for each in configuration.vms
-            if each.group == group and Path(each.socket).exists()
+            if each.group == group and _may_be_there(each.socket)
         ]
         history.know(group, there, now)
+
+
+def _may_be_there(socket: str) -> bool:
+    """Whether a VM may run, as far as its socket tells: of one on another host nobody knows, nor of one
+    in a folder that we may not enter."""
+    if socket.startswith("tcp:"):
+        return True
+    try:
+        Path(socket).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
 
 
 def _require_known(configuration: Configuration, names: Sequence[str]) -> None:

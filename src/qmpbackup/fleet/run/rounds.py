@@ -4,43 +4,55 @@
 due ─► waiting ─► running ─► ended ─► history
          ▲           │
          └── again ──┘   and what follows from it: forget, sweep, verify, drill
+
+Whatever becomes of one piece of work, a fault of ours included, is its own failure: the others have
+their turn.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from signal import SIGTERM
 from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import Exhausted, Interrupted, QmpBackupError
+from qmpbackup.errors import Interrupted
 from qmpbackup.fleet.history import History
-from qmpbackup.fleet.records import DEGRADED, OFFLINE, SUCCEEDED, WAS_OFF, Attempt, Holding, Work
+from qmpbackup.fleet.records import (
+    DEGRADED,
+    ENDED,
+    OFFLINE,
+    SUCCEEDED,
+    WAS_OFF,
+    Attempt,
+    Holding,
+    Work,
+)
 from qmpbackup.fleet.run import bandwidth, choosing, commands
-from qmpbackup.fleet.run.agenda import Agenda, is_repository
+from qmpbackup.fleet.run.agenda import Agenda
 from qmpbackup.fleet.run.choosing import Reach
 from qmpbackup.fleet.run.due import Duty
+from qmpbackup.fleet.run.failing import code_of, said_of
+from qmpbackup.fleet.run.obstacles import Obstacles
 from qmpbackup.fleet.run.orders import WHOLE, Orders
+from qmpbackup.fleet.run.presence import Hindrance
 from qmpbackup.fleet.run.workers import Order, Workers
-from qmpbackup.fleet.settings import Configuration, WhenGone, WhenOff
+from qmpbackup.fleet.settings import Configuration, WhenOff
 from qmpbackup.plan.progress import Progress
 from qmpbackup.process import Result
-from qmpbackup.service import room
 
 log = logging.getLogger(__name__)
 
-_STORAGE: Final = 7
 _TICK: Final = 0.2
-_ALIVE_EVERY: Final = timedelta(minutes=5)
-_LOOK_AGAIN: Final = timedelta(minutes=1)
-_SKIPPED_TARGET: Final = frozenset({7, 10})
+_ALIVE_EVERY: Final = 300.0
+_LOOK_AGAIN: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Work that runs: the attempt so far, and its key in the history (None: not noted there yet)."""
+    """Work that runs: the attempt so far, and its key in the history (None: it is not noted there)."""
 
     duty: Duty
     attempt: Attempt
@@ -50,7 +62,7 @@ class Begun:
 @dataclass(frozen=True, slots=True)
 class Done:
     """Work that has ended, for good unless it is tried `again`. It is `fine` if nobody needs to look:
-    it went well, or its VM may be off and is."""
+    it went well, or its VM or target need not be there and is not."""
 
     duty: Duty
     attempt: Attempt
@@ -77,7 +89,8 @@ Report = Callable[[Begun | Done | Underway], None]
 @dataclass(slots=True)
 class Round:
     """One run over what is due. `asked` are names of VMs that somebody wants backed up now (all of them
-    where `all_vms`). `alive` is called every now and then while it goes on."""
+    where `all_vms`). `alive` is called every now and then while it goes on. `clock` is one that nobody
+    sets."""
 
     configuration: Configuration
     history: History
@@ -87,6 +100,7 @@ class Round:
     asked: frozenset[str] = frozenset()
     all_vms: bool = False
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    clock: Callable[[], float] = time.monotonic
     alive: Callable[[datetime], None] = lambda _: None
     done: list[Done] = field(default_factory=list)
     waiting: list[Duty] = field(default_factory=list)
@@ -94,18 +108,20 @@ class Round:
     workers: Workers[Begun] = field(default_factory=Workers)
     agenda: Agenda = field(init=False)
     orders: Orders = field(init=False)
-    _looked: datetime | None = None
-    _alive: datetime | None = None
+    obstacles: Obstacles = field(init=False)
+    _looked: float | None = None
+    _alive: float | None = None
 
     def __post_init__(self) -> None:
         self.agenda = Agenda(
             self.configuration, self.history, self.holdings, self.asked, self.all_vms
         )
         self.orders = Orders(self.agenda)
+        self.obstacles = Obstacles(self.agenda, self.reach, self.clock)
 
     def plan(self) -> list[Duty]:
         """What is due now, in the order of its urgency."""
-        return self.agenda.plan(self.now())
+        return self.agenda.plan(self.now(), self._cannot_tell)
 
     def perform(self) -> list[Done]:
         """Do all that is due, and what becomes due meanwhile.
@@ -114,7 +130,7 @@ class Round:
             Interrupted: all that ran was ended in order.
         """
         self.waiting = self.plan()
-        self._looked = self.now()
+        self._looked = self.clock()
         try:
             while self.waiting or self.workers.running:
                 interrupt.check()
@@ -126,38 +142,59 @@ class Round:
                     self._end(*ended)
                 self._take_in()
         except Interrupted as error:
-            for begun, result in self.workers.end():
-                code = result.code if result.code < 0 else error.exit_status
-                self._note(begun, replace(result, code=code))
+            self._end_all(error.exit_status)
             raise
         return self.done
+
+    def _end_all(self, code: int) -> None:
+        """End what runs in order, as a signal came; what was quicker has ended as it ended."""
+        for begun, result in self.workers.end():
+            by_us = result.code in ENDED or result.code == -int(SIGTERM)
+            attempt = self._note(begun, replace(result, code=code) if by_us else result)
+            self._finish(Done(begun.duty, attempt, fine=attempt.exit_code in SUCCEEDED))
 
     # Going on
 
     def _show_alive(self) -> None:
-        now = self.now()
-        if self._alive is None or abs(now - self._alive) >= _ALIVE_EVERY:
-            self._alive = now
-            self.alive(now)
+        clock = self.clock()
+        if self._alive is not None and clock - self._alive < _ALIVE_EVERY:
+            return
+        self._alive = clock
+        try:
+            self.alive(self.now())
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001 - what is shown must not end what is done
+            log.warning("It cannot be shown that this run goes on: %s", said_of(error))
 
     def _take_in(self) -> None:
-        """Backups that have become due while others ran."""
-        now = self.now()
-        if self.agenda.is_asked or self._looked is None or abs(now - self._looked) < _LOOK_AGAIN:
+        """Backups that have become due while others ran: each once for its time, however it ended."""
+        clock = self.clock()
+        if self.agenda.is_asked or self._looked is None or clock - self._looked < _LOOK_AGAIN:
             return
-        self._looked = now
+        self._looked = clock
         if not self.waiting and not self.workers.running:
             return
         known = {each.key for each in self.waiting}
         known |= {each.duty.key for each in self.workers.running}
-        known |= {each.duty.key for each in self.done if each.attempt.exit_code != 0}
-        self.waiting += (each for each in self.agenda.backups(now) if each.key not in known)
+        done = {each.duty.occasion for each in self.done}
+        self.waiting += (
+            each
+            for each in self.agenda.backups(self.now(), self._cannot_tell)
+            if each.key not in known and each.occasion not in done
+        )
+
+    def _cannot_tell(self, duty: Duty, error: Exception) -> None:
+        """Whether something is due cannot be told: that is a failure of its own."""
+        log.debug("It cannot be told whether %s is due:", duty.key, exc_info=error)
+        if duty.key not in {each.duty.key for each in self.done}:
+            self._end(self._noted(duty), _failed(error))
 
     def _share_out(self) -> None:
         """Give each of what runs now its share of the bandwidth, and say how far it is."""
         duties, now = [each.duty for each in self.workers.running], self.now()
         self.workers.limit(lambda begun: bandwidth.share(begun.duty, duties, now))
-        self.report(Underway(tuple(self.workers.look()), len(self.waiting)))
+        self._tell(Underway(tuple(self.workers.look()), len(self.waiting)))
 
     def _first_share(self, duty: Duty) -> int | None:
         """What a backup is given from its first byte on; None for other work, which is given nothing."""
@@ -171,119 +208,158 @@ class Round:
     def _begin_some(self) -> None:
         while True:
             running = [each.duty for each in self.workers.running]
-            chosen = choosing.choose(
-                self.waiting,
-                running,
-                self.configuration.run,
-                self.now(),
-                asked=self.agenda.is_asked,
-            )
+            chosen = self._choose(self.waiting, running)
             if chosen is None:
                 self._drop_closed(running)
                 return
             self.waiting.remove(chosen)
             self._begin(chosen)
 
-    def _drop_closed(self, running: list[Duty]) -> None:
+    def _choose(self, waiting: Sequence[Duty], running: Sequence[Duty]) -> Duty | None:
+        run, asked = self.configuration.run, self.agenda.is_asked
+        return choosing.choose(waiting, running, run, self.now(), self.clock(), asked=asked)
+
+    def _drop_closed(self, running: Sequence[Duty]) -> None:
         """Let what is not begun outside of the window be due another time."""
         if running or not self.waiting:
             return
         later = [each for each in self.waiting if each.not_before is not None]
-        now = self.now()
         could = [replace(each, not_before=None) for each in later]
-        if (
-            choosing.choose(could, (), self.configuration.run, now, asked=self.agenda.is_asked)
-            is None
-        ):
-            self.waiting.clear()
-        else:
-            self.waiting = later
+        self.waiting = later if self._choose(could, ()) is not None else []
 
     def _begin(self, duty: Duty, *, is_offline: bool = False) -> None:
-        attempt = Attempt(
+        begun = Begun(duty, self._attempt(duty, is_offline=is_offline))
+        self._tell(begun)
+        try:
+            obstacle = self.obstacles.before(duty, self._made(duty))
+            if obstacle is not None and obstacle.is_gone:
+                self._pass_over(begun, obstacle)
+                return
+            begun = self._noted(duty, is_offline=is_offline)
+            if obstacle is None:
+                command = self.orders.command(duty, begun.attempt)
+                self.workers.start(Order(begun, *command, self._first_share(duty)))
+                return
+            result = Result("qmpbackup", obstacle.code, b"", f"error: {obstacle.sentence}")
+        except Interrupted:
+            raise
+        except Exception as error:
+            log.debug("It could not be begun:", exc_info=error)
+            result = _failed(error)
+        self._end(begun if begun.key is not None else self._noted(duty), result)
+
+    def _made(self, duty: Duty) -> int:
+        """How many points this run has made of a VM in a target."""
+        what = duty.vm.name, duty.target.name
+        attempts = [
+            each.attempt for each in self.done if (each.duty.vm_name, each.duty.target.name) == what
+        ]
+        return sum(bool(each.point) and each.exit_code in SUCCEEDED for each in attempts)
+
+    def _attempt(self, duty: Duty, *, is_offline: bool = False) -> Attempt:
+        return Attempt(
             duty.work,
             duty.vm_name,
             duty.target.name,
             self.run,
             self.now(),
             scheduled=duty.scheduled,
-            level=WHOLE if self.orders.reads_all(duty, self.now()) else "",
             consistency=OFFLINE if is_offline else "",
         )
-        may_be_gone = duty.target.when_gone is WhenGone.SKIP and duty.work is Work.BACKUP
-        key = None if may_be_gone else self.history.begin(attempt)
-        begun = Begun(duty, attempt, key)
-        self.report(begun)
-        obstacle = self._obstacle(duty)
-        try:
-            if not obstacle:
-                command = self.orders.command(duty, attempt)
-                self.workers.start(Order(begun, *command, self._first_share(duty)))
-                return
-            code = _STORAGE
-        except QmpBackupError as error:
-            obstacle, code = str(error), error.exit_code
-        except Exhausted as error:
-            obstacle, code = str(error), error.exit_code
-        self._end(begun, Result("qmpbackup", code, b"", f"error: {obstacle}"))
 
-    def _obstacle(self, duty: Duty) -> str:
-        """Why it is not even tried; empty if nothing speaks against it."""
-        if duty.target.name in self.reach.given_up:
-            said = self.reach.given_up[duty.target.name]
-            return f"The target was given up for this run, as two VMs could not use it. {said}"
-        place = self.agenda.place(duty.vm, duty.target.name)
-        if duty.work is not Work.BACKUP or is_repository(place) or not duty.target.min_free:
-            return ""
-        with suppress(OSError):
-            found = room.space(Path(place))
-            if found is not None and found.free < duty.target.min_free * found.total:
-                return (
-                    f"Only {found.free / found.total:.1%} of the file system of {place} are free, and "
-                    f"`min_free` is {duty.target.min_free:.1%}."
-                )
-        return ""
+    def _noted(self, duty: Duty, *, is_offline: bool = False) -> Begun:
+        """Work that begins, as it is in the history."""
+        attempt = self._attempt(duty, is_offline=is_offline)
+        if self.orders.reads_all(duty, attempt.started):
+            attempt = replace(attempt, level=WHOLE)
+        return Begun(duty, attempt, self.history.begin(attempt))
+
+    def _pass_over(self, begun: Begun, obstacle: Hindrance) -> None:
+        """The target need not be there, and is not: nothing has failed."""
+        attempt = replace(
+            begun.attempt, ended=self.now(), exit_code=obstacle.code, reason=obstacle.sentence
+        )
+        self._finish(Done(begun.duty, attempt))
 
     # Ending
 
     def _end(self, begun: Begun, result: Result) -> None:
+        try:
+            self._ended(begun, result)
+        except Interrupted:
+            raise
+        except Exception as error:
+            log.debug("It could not be ended:", exc_info=error)
+            attempt = self._plainly(begun, result.code or 1, said_of(error))
+            self._finish(Done(begun.duty, attempt, fine=False))
+
+    def _ended(self, begun: Begun, result: Result) -> None:
+        duty = begun.duty
         attempt = self._note(begun, result)
         code = attempt.exit_code or 0
-        duty = begun.duty
         if code == WAS_OFF and self._goes_offline(begun):
             self._begin(replace(duty, not_before=None), is_offline=True)
             return
-        is_gone = duty.target.when_gone is WhenGone.SKIP and code in _SKIPPED_TARGET
-        if duty.target.name not in self.reach.given_up and duty.vm_name:
-            self.reach.note(duty, code, attempt.reason)
-        later = None
-        if not is_gone and duty.target.name not in self.reach.given_up:
-            later = choosing.again(duty, code, self.now())
-        if later is not None:
-            self.waiting.append(later)
-        fine = (
-            code in SUCCEEDED
-            or is_gone
-            or (code == WAS_OFF and duty.vm.when_off is not WhenOff.FAIL)
-        )
-        done = Done(duty, attempt, later.not_before if later else None, fine)
-        self.done.append(done)
-        self.report(done)
+        self._mind_target(duty, attempt)
+        later = self._again(duty, code)
+        fine = code in SUCCEEDED or (code == WAS_OFF and duty.vm.when_off is not WhenOff.FAIL)
+        self._finish(Done(duty, attempt, later, fine))
         if code in SUCCEEDED:
             self._follow(begun, result)
 
+    def _finish(self, done: Done) -> None:
+        self.done.append(done)
+        self._tell(done)
+
+    def _tell(self, event: Begun | Done | Underway) -> None:
+        try:
+            self.report(event)
+        except Exception as error:  # as above: what is shown must not end what is done
+            log.debug("It cannot be shown:", exc_info=error)
+
     def _note(self, begun: Begun, result: Result) -> Attempt:
         """Note how it ended."""
-        longest = begun.duty.vm.limits.pause
-        attempt = commands.ended(
-            begun.attempt, result.code, result.output, result.messages, longest
-        )
-        attempt = replace(attempt, ended=self.now())
+        try:
+            longest = begun.duty.vm.limits.pause
+            attempt = commands.ended(
+                begun.attempt, result.code, result.output, result.messages, longest
+            )
+        except Exception as error:  # an answer that nobody can read is no success
+            log.debug("Its answer cannot be read:", exc_info=error)
+            return self._plainly(begun, result.code or 1, f"Its answer cannot be read: {error!r}.")
+        return self._kept(begun, replace(attempt, ended=self.now()))
+
+    def _plainly(self, begun: Begun, code: int, reason: str) -> Attempt:
+        """Note an end of which there is nothing but this to say."""
+        attempt = replace(begun.attempt, ended=self.now(), exit_code=code, reason=reason)
+        return self._kept(begun, attempt)
+
+    def _kept(self, begun: Begun, attempt: Attempt) -> Attempt:
         if begun.key is not None:
             self.history.end(begun.key, attempt)
-        elif attempt.exit_code not in _SKIPPED_TARGET:
-            self.history.end(self.history.begin(begun.attempt), attempt)
         return attempt
+
+    def _mind_target(self, duty: Duty, attempt: Attempt) -> None:
+        """Give up a target that several cannot use; then nothing waits for it any more."""
+        name = duty.target.name
+        if name in self.reach.given_up or not duty.vm_name:
+            return
+        self.reach.note(duty, attempt.exit_code or 0, attempt.reason)
+        if name in self.reach.given_up:
+            self.waiting = [
+                replace(each, not_before=None) if each.target.name == name else each
+                for each in self.waiting
+            ]
+
+    def _again(self, duty: Duty, code: int) -> datetime | None:
+        """Have it tried again, and say when, if it may help; who has named a VM wants to know now."""
+        if self.asked or duty.target.name in self.reach.given_up:
+            return None
+        later = choosing.again(duty, code, self.clock())
+        if later is None:
+            return None
+        self.waiting.append(later)
+        return self.now() + timedelta(seconds=duty.vm.retry.wait)
 
     def _goes_offline(self, begun: Begun) -> bool:
         """Whether the images of a VM that is off are to be backed up: once, until it has run again."""
@@ -303,3 +379,7 @@ class Round:
         self.orders.learn(duty, result.output)
         if duty.target.keep:
             self.waiting.append(Duty(Work.FORGET, duty.target, duty.vm))
+
+
+def _failed(error: Exception) -> Result:
+    return Result("qmpbackup", code_of(error), b"", f"error: {said_of(error)}")

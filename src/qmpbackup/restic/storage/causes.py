@@ -29,11 +29,13 @@ _LONGEST: Final = 300
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A clause; what to do, if there is anything; and whether it may pass by itself."""
+    """A clause; what to do, if there is anything; whether it may pass by itself, and whether there is
+    somebody who answers."""
 
     said: str
     hint: str = ""
     passes: bool = True
+    answers: bool = True
 
 
 DENIED: Final = Cause(
@@ -42,9 +44,13 @@ DENIED: Final = Cause(
 _SIGNS: Final = (
     (
         "dns error",
-        Cause("its name leads nowhere", "Check the address, and this host's name server."),
+        Cause(
+            "its name leads nowhere",
+            "Check the address, and this host's name server.",
+            answers=False,
+        ),
     ),
-    ("kind: ConnectionRefused", Cause("nobody listens there", _ADDRESS)),
+    ("kind: ConnectionRefused", Cause("nobody listens there", _ADDRESS, answers=False)),
     (
         "InvalidCertificate(",
         Cause("its certificate is not trusted", "Let this host trust who issued it.", passes=False),
@@ -54,7 +60,7 @@ _SIGNS: Final = (
         Cause("it does not speak TLS", "Write http:// where a server has none.", passes=False),
     ),
     ("IncompleteMessage", Cause("it ended the connection", "A server with TLS wants https://.")),
-    ("kind: Timeout", Cause("it does not answer in time", _ADDRESS)),
+    ("kind: Timeout", Cause("it does not answer in time", _ADDRESS, answers=False)),
     (
         "incorrectly configured region",
         Cause("it sends us elsewhere, as for a wrong region", _REGION, passes=False),

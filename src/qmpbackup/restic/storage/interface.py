@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from qmpbackup.errors import StorageError
+from qmpbackup.errors import StorageError, Unreachable
 
 _NAME = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -72,6 +72,10 @@ class Missing(StorageError):
 
 class Temporary(StorageError):
     """It failed for a reason that may pass (a timeout, a lost connection, 5xx): worth a retry."""
+
+
+class Unanswered(Temporary, Unreachable):
+    """The same, and nobody answered at all."""
 
 
 class Refused(StorageError):

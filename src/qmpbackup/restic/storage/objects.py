@@ -23,6 +23,7 @@ from qmpbackup.restic.storage.interface import (
     Refused,
     Storage,
     Temporary,
+    Unanswered,
     is_name,
 )
 from qmpbackup.restic.storage.listing import Listing
@@ -203,7 +204,9 @@ def _failure(cannot: str, error: Exception, scheme: str) -> StorageError:
     passing = status is None or (status >= 500 and status not in _LASTING) or status in _PASSING
     passing = passing and found.passes and not any(sign in text for sign in _NOT_UNDERSTOOD)
     lost = isinstance(error, exceptions.GenericError | TimeoutError | ConnectionError)
-    return Temporary(said, found.hint) if lost and passing else StorageError(said, found.hint)
+    if not (lost and passing):
+        return StorageError(said, found.hint)
+    return (Temporary if found.answers else Unanswered)(said, found.hint)
 
 
 def _status(error: Exception) -> int | None:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Final, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from qmpbackup.durable import is_absence
 from qmpbackup.errors import StorageError, UsageError
 from qmpbackup.restic.storage import listing
 from qmpbackup.restic.storage.connections import ByProxy, ProxyRefuses, Tunnelled
@@ -29,6 +30,7 @@ from qmpbackup.restic.storage.interface import (
     Refused,
     Storage,
     Temporary,
+    Unanswered,
 )
 from qmpbackup.restic.storage.listing import Listing
 from qmpbackup.restic.storage.proxies import proxy_for
@@ -251,9 +253,9 @@ class RestStorage(Storage):
             if lasting := refusal(f"Cannot {action}", error):
                 raise lasting from error
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise Temporary(
-                f"Cannot {action}: {why}.", "See that the server can be reached."
-            ) from (error)
+            is_away = isinstance(error, socket.gaierror) or is_absence(error)
+            kind = Unanswered if is_away else Temporary
+            raise kind(f"Cannot {action}: {why}.", "See that the server can be reached.") from error
         finally:
             self._asking.discard(connection)
             if is_usable and connection.sock is not None:
