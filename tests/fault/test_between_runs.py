@@ -48,8 +48,7 @@ class Yard:
     def back_up(self, level: str = "auto") -> dict[str, str]:
         """A point that restores to the disks as they are; the levels of its disks."""
         point: dict[str, Any] = back_up(self.vm, self.target, level)
-        live = {disk.id: self.vm.contents(disk.id) for disk in self.vm.disks}
-        assert_restores(self.target, point["id"], live, self.folder)
+        assert_restores(self.target, point["id"], self.vm.live(), self.folder)
         return levels(point)
 
     def refuse(self, *words: str) -> None:

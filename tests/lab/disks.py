@@ -134,6 +134,20 @@ def create(
     return path
 
 
+def filled(
+    folder: Path,
+    name: str,
+    seed: int = 1,
+    form: str = "qcow2",
+    *,
+    size: int = 16 * MIB,
+    **options: Any,
+) -> Disk:
+    """A disk of a VM, with contents."""
+    image = create(folder / f"{name}.{form}", size, form, contents=pattern(size, seed))
+    return Disk(name, image, form, **options)
+
+
 def write_contents(path: Path, contents: bytes, format: str = "qcow2") -> None:  # noqa: A002
     """Make an existing image hold these bytes; it must be of just their length."""
     with tempfile.NamedTemporaryFile(dir=path.parent) as raw:

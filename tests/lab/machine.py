@@ -93,6 +93,10 @@ class Machine(ABC):
         image, image_format = self.image(disk)
         return images.contents(image, image_format)
 
+    def live(self) -> dict[str, bytes]:
+        """The live contents of all disks."""
+        return {each.id: self.contents(each.id) for each in self.disks}
+
     def image(self, disk: str) -> tuple[Path, str]:
         """The active image of a disk, below all filters, and its format."""
         path = self.qdev(disk)

@@ -66,8 +66,3 @@ def managed(
         host.try_virsh("undefine", name, "--managed-save", "--snapshots-metadata")
         for image in host.images.glob(f"{name}-*"):
             image.unlink()
-
-
-def live(vm: Managed) -> dict[str, bytes]:
-    """What all disks hold now."""
-    return {each.id: vm.contents(each.id) for each in vm.disks}

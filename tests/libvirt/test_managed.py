@@ -17,7 +17,7 @@ from lab.patience import wait_until
 from lab.repositories import Repository, Target
 from stock.repositories import repository
 
-from .conftest import SDB, VDA, VDB, live, managed, started
+from .conftest import SDB, VDA, VDB, managed, started
 
 ROOT = "ua-root"
 StartManaged = Callable[..., Managed]
@@ -34,14 +34,14 @@ def assert_incremental(vm: Managed, target: Target, folder: Path) -> None:
     """The next run is an incremental, and right."""
     point = back_up(vm, target, "inc")
     assert set(levels(point).values()) == {"inc"}
-    assert_restores(target, point["id"], live(vm), folder)
+    assert_restores(target, point["id"], vm.live(), folder)
 
 
 def test_fulls_incrementals_and_restarts(
     start_managed: StartManaged, target: Target, tmp_path: Path
 ) -> None:
     vm = start_managed("plain")
-    assert_restores(target, back_up(vm, target, "full")["id"], live(vm), tmp_path)
+    assert_restores(target, back_up(vm, target, "full")["id"], vm.live(), tmp_path)
     vm.write(VDA, 2 * MIB, MIB, 1)
     vm.write(VDB, 0, 4096, 2)
     assert_incremental(vm, target, tmp_path)
@@ -71,7 +71,7 @@ def test_qemu_is_killed(start_managed: StartManaged, tmp_path: Path) -> None:
     assert "QEMU was killed" in try_backup(vm, target, "inc").check(NO_INCREMENTAL).err
     point = back_up(vm, target)
     assert levels(point) == {VDA: "full", VDB: "full"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
 
 
 def test_a_snapshot_makes_a_full(
@@ -89,7 +89,7 @@ def test_a_snapshot_makes_a_full(
     assert "snapshot" in try_backup(vm, target, "inc").check(NO_INCREMENTAL).err
     point = back_up(vm, target)
     assert levels(point) == {VDA: "full", VDB: "full"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
     vm.write(VDB, 5 * MIB, MIB, 3)
     assert_incremental(vm, target, tmp_path)
     assert leftovers(vm) == []  # bitmaps stay in the image below, which nobody writes to
@@ -98,7 +98,7 @@ def test_a_snapshot_makes_a_full(
     vm.write(VDA, 7 * MIB, MIB, 4)
     point = back_up(vm, target)
     assert levels(point) == {VDA: "full", VDB: "full"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
     assert_clean(vm, target)
 
 

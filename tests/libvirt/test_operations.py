@@ -17,7 +17,7 @@ from lab.disks import CLUSTER, MIB
 from lab.libvirt import Libvirt, Managed
 from lab.qmp import QmpError
 
-from .conftest import SDA, VDA, VDB, live, managed, started
+from .conftest import SDA, VDA, VDB, managed, started
 
 StartManaged = Callable[..., Managed]
 NO_INCREMENTAL, VM_ERROR = 4, 6
@@ -104,7 +104,7 @@ def test_an_external_snapshot(start_managed: StartManaged, tmp_path: Path) -> No
     """The point of the run is right; the bitmaps that libvirt copied to the overlay are not used."""
     vm, target = start_managed("during"), tmp_path / "target"
     back_up(vm, target)
-    expected = live(vm)
+    expected = vm.live()
     with copying(vm, target) as running:
         for offset in CHANGED:
             after = expected[VDA][offset + CLUSTER :]
@@ -118,7 +118,7 @@ def test_an_external_snapshot(start_managed: StartManaged, tmp_path: Path) -> No
     assert "snapshot" in try_backup(vm, target, "inc").check(NO_INCREMENTAL).err
     point = back_up(vm, target)
     assert levels(point) == {VDA: "full", VDB: "full"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
     assert leftovers(vm) == []
 
 

@@ -98,7 +98,7 @@ def test_the_next_backup_is_an_incremental(
     point = back_up(vm, earlier.target)
     assert levels(point)["vda"] == "inc"
     assert earlier.points() == [*before, point["id"]]
-    live = {disk.id: vm.contents(disk.id) for disk in vm.disks}
+    live = vm.live()
     assert {disk: hashlib.sha256(data).hexdigest() for disk, data in live.items()} == (
         earlier.expected["at last"]
     )

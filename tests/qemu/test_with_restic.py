@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backups of a running QEMU into a restic repository, read back and judged by the real restic."""
+"""Backups of a running QEMU into a restic repository beside the real restic, which reads, holds and changes it.
 
-import json
+What holds for folders as well is in `test_backup.py`.
+"""
+
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,8 +13,7 @@ import pytest
 
 from lab.aftermath import assert_clean, manifests
 from lab.backups import assert_restores, back_up, bitmaps, leftovers, levels, restored, try_backup
-from lab.disks import MIB, Disk, create, pattern
-from lab.load import Writer, instants
+from lab.disks import MIB, Disk, create, filled
 from lab.patience import wait_until
 from lab.qemu import Qemu, StartQemu
 from lab.repositories import Repository
@@ -20,18 +21,7 @@ from lab.restic import Backing, Restic
 from stock.repositories import held_alone, made, repository
 
 SIZE = 16 * MIB
-USAGE, NO_INCREMENTAL, UNRECORDED, NONE, LOCKED, PASSWORD = 2, 4, 9, 10, 11, 12
-
-
-def disk(folder: Path, name: str, seed: int = 1, form: str = "qcow2", **options: object) -> Disk:
-    """A disk with contents."""
-    image = create(folder / f"{name}.{form}", SIZE, form, contents=pattern(SIZE, seed))
-    return Disk(name, image, form, **options)  # type: ignore[arg-type]
-
-
-def live(vm: Qemu) -> dict[str, bytes]:
-    """What all disks hold now."""
-    return {each.id: vm.contents(each.id) for each in vm.disks}
+USAGE, NO_INCREMENTAL, NONE, LOCKED, PASSWORD = 2, 4, 10, 11, 12
 
 
 @pytest.fixture
@@ -49,30 +39,8 @@ def reasons(point: dict[str, object]) -> dict[str, str]:
     return {each["id"]: each["reason"] for each in found}
 
 
-def test_every_point_shows_one_instant_of_all_disks_under_load(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    disks = [disk(tmp_path, "vda", 1), disk(tmp_path, "vdb", 2, "raw"), disk(tmp_path, "vdc", 3)]
-    vm = start_qemu(disks, name="loaded")
-    before = live(vm)
-    with Writer(vm, {each.id: SIZE for each in disks}) as load:
-        load.wait_for(20)
-        points = [back_up(vm, target)]
-        for level in ("inc", "copy", "auto"):
-            load.wait_for(20)
-            points.append(back_up(vm, target, level))
-        load.wait_for(20)
-    assert [point["level"] for point in points] == ["full", "inc", "copy", "inc"]
-    last = back_up(vm, target, "inc")
-    assert_restores(target, last["id"], live(vm), tmp_path)
-    counts = [instants(before, load.log, target.restored(p["id"])) for p in points]
-    assert all(counts), "a point shows no single instant"
-    assert [max(each) for each in counts] == sorted(max(each) for each in counts)
-    assert_clean(vm, target)
-
-
 def test_snapshots_read_well(tmp_path: Path, start_qemu: StartQemu, target: Repository) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")], name="web server")
+    vm = start_qemu([filled(tmp_path, "vda")], name="web server")
     points = [back_up(vm, target), back_up(vm, target)]
     first, second = target.snapshots()
     assert [first["paths"], second["paths"]] == [["/web%20server"]] * 2
@@ -84,25 +52,25 @@ def test_snapshots_read_well(tmp_path: Path, start_qemu: StartQemu, target: Repo
     assert {"/web%20server/vda.raw", "/web%20server/manifest.json"} <= set(listed)
 
 
-def test_unchanged_disks_cost_next_to_nothing(
+def test_the_same_bytes_are_stored_once_and_looking_at_them_stores_none(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
-    vm = start_qemu([disk(tmp_path, "vda"), disk(tmp_path, "vdb", 1, "raw")])
+    vm = start_qemu([filled(tmp_path, "vda"), filled(tmp_path, "vdb", 1, "raw")])
     first = back_up(vm, target)
-    assert first["disks"][1]["file_size"] == 0, "the same bytes are stored once"
+    assert first["disks"][1]["file_size"] == 0
     point = back_up(vm, target, "inc", "--audit", "0")
     assert [each["file_size"] for each in point["disks"]] == [0, 0]
     vm.write("vda", 5 * MIB + 7 * 512, 512, 1)
     point = back_up(vm, target, "inc", "--audit", "100%")
     assert 0 < point["disks"][0]["file_size"] < 2 * MIB
     assert point["disks"][1]["file_size"] == 0
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
 
 
 def test_what_makes_no_sense_is_refused(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
+    vm = start_qemu([filled(tmp_path, "vda")])
     back_up(vm, target)
     try_backup(vm, target, "diff").check(USAGE)
     try_backup(vm, target, "inc", "--monthly").check(USAGE)
@@ -124,7 +92,7 @@ def test_disks_too_large_for_one_point_are_refused(
 def test_a_repository_that_is_not_there_or_not_ours(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
+    vm = start_qemu([filled(tmp_path, "vda")])
     missing = Repository(str(tmp_path / "missing"), tmp_path / "missing-caches")
     assert "init" in try_backup(vm, missing).check(NONE).err
     assert not Path(missing.location).exists()
@@ -138,7 +106,7 @@ def test_a_repository_that_is_not_there_or_not_ours(
 def test_restic_beside_us_and_alone(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
+    vm = start_qemu([filled(tmp_path, "vda")])
     with Backing(target.restic):
         wait_for_locks(target, 1)
         back_up(vm, target)
@@ -154,34 +122,12 @@ def wait_for_locks(target: Repository, count: int) -> None:
     wait_until(lambda: len(target.restic("list", "locks", "--no-lock").text.split()) >= count)
 
 
-def test_a_dry_run_changes_nothing(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
-    result = try_backup(vm, target, "auto", "--dry-run", "--json").check()
-    assert [each["level"] for each in json.loads(result.out)["disks"]] == ["full"]
-    assert target.snapshots() == []
-    assert bitmaps(vm) == set()
-
-
-def test_small_disks_and_chosen_disks(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    small = create(tmp_path / "small", 3 * MIB + 512, contents=pattern(3 * MIB + 512, 4))
-    vm = start_qemu([disk(tmp_path, "vda"), Disk("nvram", small), disk(tmp_path, "vdb", 5)])
-    assert levels(back_up(vm, target)) == {"vda": "full", "nvram": "full", "vdb": "full"}
-    point = back_up(vm, target, "inc", "--exclude", "vdb")
-    assert levels(point) == {"vda": "inc", "nvram": "full"}
-    vm.write("vdb", 3 * MIB, MIB, 8)
-    point = back_up(vm, target, "inc")
-    assert levels(point) == {"vda": "inc", "nvram": "full", "vdb": "inc"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
-    assert_clean(vm, target)
-
-
 def test_disks_in_iothreads(tmp_path: Path, start_qemu: StartQemu, target: Repository) -> None:
     vm = start_qemu(
-        [disk(tmp_path, "vda", 1, iothread="io"), disk(tmp_path, "vdb", 2, "raw", iothread="io")],
+        [
+            filled(tmp_path, "vda", 1, iothread="io"),
+            filled(tmp_path, "vdb", 2, "raw", iothread="io"),
+        ],
         iothreads=["io"],
         firmware="seabios",
     )
@@ -190,7 +136,7 @@ def test_disks_in_iothreads(tmp_path: Path, start_qemu: StartQemu, target: Repos
         vm.write("vda", block * 5 * MIB + 512, 70000 // 512 * 512, block + 1)
     vm.write("vdb", SIZE - 512, 512, 9)
     point = back_up(vm, target, "inc", "--audit", "10%")
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
     assert_clean(vm, target)
 
 
@@ -199,94 +145,34 @@ def test_vms_share_a_repository_and_repositories_a_vm(
 ) -> None:
     other = repository(tmp_path / "other")
     one = start_qemu(
-        [disk(tmp_path, "one")], name="one", uuid="00000000-0000-0000-0000-000000000001"
+        [filled(tmp_path, "one")], name="one", uuid="00000000-0000-0000-0000-000000000001"
     )
-    two = start_qemu([disk(tmp_path, "two", 2)], name="two")
+    two = start_qemu([filled(tmp_path, "two", 2)], name="two")
     for vm in (one, two, one, two):
         back_up(vm, target)
     back_up(one, other)
     one.write("one", MIB, MIB, 7)
     for each in (target, other):
         point = back_up(one, each, "inc")
-        assert_restores(each, point["id"], live(one), tmp_path)
-    assert_restores(target, back_up(two, target, "inc")["id"], live(two), tmp_path)
+        assert_restores(each, point["id"], one.live(), tmp_path)
+    assert_restores(target, back_up(two, target, "inc")["id"], two.live(), tmp_path)
     paths = [each["paths"] for each in target.snapshots()]
     assert paths.count(["/one"]) == paths.count(["/two"]) == 3
     namesake = start_qemu(
-        [disk(tmp_path, "three", 3)], name="one", uuid="00000000-0000-0000-0000-000000000002"
+        [filled(tmp_path, "three", 3)], name="one", uuid="00000000-0000-0000-0000-000000000002"
     )
     assert levels(back_up(namesake, target)) == {"three": "full"}
     assert levels(back_up(namesake, target, "inc")) == {"three": "inc"}
-    assert_restores(target, back_up(one, target, "inc")["id"], live(one), tmp_path)
+    assert_restores(target, back_up(one, target, "inc")["id"], one.live(), tmp_path)
     other.assert_whole()
-
-
-def test_an_audit_finds_what_was_written_past_qemu(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    raw, other = disk(tmp_path, "vda", 1, "raw"), disk(tmp_path, "vdb", 2)
-    vm = start_qemu([raw, other])
-    back_up(vm, target)
-    write_past_qemu(raw, 5 * MIB + 512)
-    vm.write("vdb", 5 * MIB, MIB, 3)
-    refused = try_backup(vm, target, "inc", "--audit", "100%").check(UNRECORDED)
-    assert "recorded: vda." in refused.err
-    assert len(target.snapshots()) == 1
-    again = try_backup(vm, target, "inc", "--audit", "100%").check(NO_INCREMENTAL)
-    assert "vda" in again.err
-    point = back_up(vm, target)
-    assert levels(point) == {"vda": "full", "vdb": "inc"}
-    assert_restores(target, point["id"], live(vm), tmp_path)
-    assert_clean(vm, target)
-
-
-def test_an_audit_that_finds_something_makes_auto_read_the_disk_whole(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    raw, other = disk(tmp_path, "vda", 1, "raw"), disk(tmp_path, "vdb", 2)
-    vm = start_qemu([raw, other])
-    back_up(vm, target)
-    write_past_qemu(raw, 5 * MIB + 512)
-    result = try_backup(vm, target, "auto", "--audit", "100%", "--json").check(UNRECORDED)
-    outcome = json.loads(result.out)
-    assert "vda" in outcome["alarm"]
-    point = outcome["point"]
-    assert levels(point) == {"vda": "full", "vdb": "inc"}
-    assert "audit" in reasons(point)["vda"]
-    assert "superfluous" not in result.err
-    assert_restores(target, point["id"], live(vm), tmp_path)
-    assert_clean(vm, target)
-    vm.write("vda", MIB, MIB, 4)
-    point = back_up(vm, target, "inc", "--audit", "100%")
-    assert_restores(target, point["id"], live(vm), tmp_path)
-
-
-def test_an_audit_of_a_disk_that_the_guest_writes_to_is_no_alarm(
-    tmp_path: Path, start_qemu: StartQemu, target: Repository
-) -> None:
-    vm = start_qemu([disk(tmp_path, "vda", 1, "raw"), disk(tmp_path, "vdb", 2)])
-    before = live(vm)
-    back_up(vm, target)
-    with Writer(vm, {"vda": SIZE, "vdb": SIZE}) as load:
-        load.wait_for(20)
-        points = [back_up(vm, target, "inc", "--audit", "100%") for _ in range(3)]
-        load.wait_for(20)
-    assert all(instants(before, load.log, target.restored(p["id"])) for p in points)
-
-
-def write_past_qemu(disk: Disk, offset: int) -> None:
-    """Write to a raw image as `dd` would."""
-    with disk.image.open("r+b") as image:
-        image.seek(offset)
-        image.write(b"past QEMU")
 
 
 def test_written_data_can_be_opened_again(
     tmp_path: Path, start_qemu: StartQemu, target: Repository
 ) -> None:
-    vm = start_qemu([disk(tmp_path, "vda")])
+    vm = start_qemu([filled(tmp_path, "vda")])
     point = back_up(vm, target, "full", "--check-written")
-    assert_restores(target, point["id"], live(vm), tmp_path)
+    assert_restores(target, point["id"], vm.live(), tmp_path)
 
 
 class TestAfterRestic:
@@ -294,7 +180,9 @@ class TestAfterRestic:
 
     @pytest.fixture
     def vm(self, tmp_path: Path, start_qemu: StartQemu) -> Qemu:
-        return start_qemu([disk(tmp_path, "vda"), disk(tmp_path, "vdb", 2, "raw")], name="tended")
+        return start_qemu(
+            [filled(tmp_path, "vda"), filled(tmp_path, "vdb", 2, "raw")], name="tended"
+        )
 
     def test_forget_and_prune_of_older_points(
         self, tmp_path: Path, vm: Qemu, target: Repository
@@ -316,7 +204,7 @@ class TestAfterRestic:
         vm.write("vdb", 2 * MIB + 512, 512, len(manifests(target)))
         point = back_up(vm, target, "inc", "--audit", "100%")
         assert levels(point) == {"vda": "inc", "vdb": "inc"}
-        assert_restores(target, point["id"], live(vm), folder)
+        assert_restores(target, point["id"], vm.live(), folder)
         assert_clean(vm, target)
 
     def test_the_newest_point_is_forgotten(
@@ -331,7 +219,7 @@ class TestAfterRestic:
         assert levels(point) == {"vda": "full", "vdb": "full"}
         assert "bitmap is gone" in reasons(point)["vda"]
         assert point["sequence"] > middle["sequence"]
-        assert_restores(target, point["id"], live(vm), tmp_path)
+        assert_restores(target, point["id"], vm.live(), tmp_path)
         self.goes_on(tmp_path, vm, target)
 
     def test_all_points_but_the_full_are_forgotten(
@@ -365,7 +253,7 @@ class TestAfterRestic:
         assert "missing" in refused.err
         point = back_up(vm, target)
         assert "missing" in reasons(point)["vda"]
-        assert_restores(target, point["id"], live(vm), tmp_path)
+        assert_restores(target, point["id"], vm.live(), tmp_path)
         # What was in the pack and is not on the disks any more, such as its manifest, is lost.
         target.restic("forget", target.snapshots()[0]["id"], "--prune")
         target.assert_whole(read_data=True)
@@ -394,7 +282,7 @@ class TestAfterRestic:
         (tmp_path / "kept").rename(target.location)
         try_backup(vm, target, "inc").check(NO_INCREMENTAL)
         point = back_up(vm, target)
-        assert_restores(target, point["id"], live(vm), tmp_path)
+        assert_restores(target, point["id"], vm.live(), tmp_path)
         self.goes_on(tmp_path, vm, target)
 
     def test_indexes_are_rebuilt_and_points_tagged_and_rewritten(
@@ -429,6 +317,6 @@ class TestAfterRestic:
         self.goes_on(tmp_path, vm, target)
         assert "gone" in try_backup(vm, second, "inc").check(NO_INCREMENTAL).err
         point = back_up(vm, second)
-        assert_restores(second, point["id"], live(vm), tmp_path)
+        assert_restores(second, point["id"], vm.live(), tmp_path)
         self.goes_on(tmp_path, vm, second)
         self.goes_on(tmp_path, vm, target)
