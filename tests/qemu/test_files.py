@@ -16,7 +16,7 @@ import pytest
 
 from lab import cli
 from lab.disks import MIB
-from lab.patience import wait_until
+from lab.patience import PATIENCE, wait_until
 from qmpbackup.errors import NoSuchTarget, UsageError, VmError
 from qmpbackup.service.files.reading import Place, Reading, Request, reading
 from stock import guest_disks
@@ -170,6 +170,55 @@ def test_an_archive_keeps_all(stored: Path, tmp_path: Path) -> None:
         assert digest(data.read()) == digest((stored / "tree/large").read_bytes())
     again = files(stored, "tar", "-f", tmp_path / "all.tar", "vda:part1:/").check(2)
     assert "is there" in again.err
+
+
+def shell(stored: Path, *lines: str, code: int = 0) -> tuple[str, str]:
+    """What a shell says for these lines, and what it complains of."""
+    command = [cli.executable("qmpbackup"), "files", "shell", "--target", f"{stored / 'target'}"]
+    given = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    done = subprocess.run(command, input=given, capture_output=True, check=False, timeout=PATIENCE)
+    out, err = done.stdout.decode(errors="surrogateescape"), done.stderr.decode()
+    assert done.returncode == code, (out, err)
+    return out, err
+
+
+def test_a_shell_answers_one_line_after_the_other(stored: Path, tmp_path: Path) -> None:
+    out, err = shell(
+        stored,
+        "ls",
+        "cd vda:part1:etc/..",
+        "cd vda:part1:/absolute",
+        "cat hostname",
+        "cat hostname # again",
+        "cd ..",
+        "pwd",
+        "cat '/etc'",
+        "nothing",
+        "cp -x",
+        "cp / out",
+        f"cp -r etc {tmp_path / 'etc'}",
+        f"cp -r nowhere {tmp_path / 'nowhere'}",
+        "find --name h* --type f",
+        "'",
+        "cat \\'\\\"\\\\/in",
+        "cat '\udcff\udcfe/in'",
+        "exit",
+        "cat etc/hostname",
+        code=2,
+    )
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["vda:part1:", "vda:part2:"]
+    assert lines[2:6] == ["guest", "guest", "vda:part1:/", "vda:part1:/etc/hostname"]
+    assert "".join(lines[6:]) == "'\"\\\udcff\udcfe"
+    assert (tmp_path / "etc/hostname").read_text() == "guest\n"
+    assert [line.partition(":")[0] for line in err.splitlines()].count("error") >= 8
+    for said in ("'nothing'", "no file", "is a folder", "There is no vda:part1:/nowhere"):
+        assert said in err
+
+
+def test_a_shell_prints_hostile_names_on_their_line(stored: Path) -> None:
+    out, _ = shell(stored, "cd vda:part1:/", "ls")
+    assert "new\\nline" in out.splitlines()
 
 
 def test_journals_are_replayed_out_of_a_repository(tmp_path: Path) -> None:

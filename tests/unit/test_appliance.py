@@ -51,6 +51,19 @@ def test_an_answer_ends_with_its_mark_wherever_it_is_split() -> None:
     assert end == End(3, "it failed")
 
 
+def test_what_was_not_read_of_an_answer_is_passed_over() -> None:
+    def talk(port: socket.socket, mark: bytes) -> None:
+        port.sendall(b"long" * 1000 + mark + b"0 \n")
+        second = b""
+        while not second.endswith(b"\n"):
+            second += port.recv(4096)
+        port.sendall(b"short" + second.split(b" ")[1] + b"1 \n")
+
+    with talking(talk) as agent:
+        next(iter(agent.ask("archive")))
+        assert agent.told("is_there") == (b"short", End(1, ""))
+
+
 def test_an_answer_may_be_empty() -> None:
     with talking(lambda port, mark: port.sendall(mark + b"0 \n")) as agent:
         assert agent.told("scan") == (b"", End(0, ""))

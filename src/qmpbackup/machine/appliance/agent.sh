@@ -260,6 +260,10 @@ is_there() {
     place "$@"
 }
 
+is_folder() {
+    place "$@" && [ -d "$at" ]
+}
+
 list() {
     place "$1" "$2" "$3" || return
     if [ -d "$at" ]; then

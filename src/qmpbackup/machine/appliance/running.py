@@ -47,6 +47,7 @@ _FIRST_SLOT = 4
 _PIECE = 256 * 1024
 _LONGEST_END = 8192
 _LARGEST_ANSWER = 64 * 1024 * 1024
+_LONGEST_REST = 1024 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class GuestAgent:
         self._port = port
         self._child = child
         self._kept = b""
+        self._answer: GuestAnswer | None = None
 
     def wait_until_ready(self) -> None:
         """Wait until it has started."""
@@ -79,11 +81,15 @@ class GuestAgent:
         self._kept = b""
 
     def ask(self, question: str, *words: str | bytes) -> "GuestAnswer":
-        """Have it carry out a function; the answer must be read to its end before the next question."""
+        """Have it carry out a function; what is not read of its answer before the next question is passed
+        over then."""
+        if self._answer is not None:
+            self._answer.pass_over()
         mark = os.urandom(24).hex().encode()
         line = b" ".join([b"answer", mark, question.encode(), *(quoted(_bytes(w)) for w in words)])
         self._send(line + b"\n")
-        return GuestAnswer(self, mark)
+        self._answer = GuestAnswer(self, mark)
+        return self._answer
 
     def told(self, question: str, *words: str | bytes) -> tuple[bytes, "End"]:
         """A short answer as a whole, and how it ended."""
@@ -150,22 +156,39 @@ class GuestAnswer:
     def __init__(self, agent: GuestAgent, mark: bytes) -> None:
         self._agent = agent
         self._mark = mark
+        self._kept = b""
+        self._is_over = False
         self.end = End(-1, "")
 
     def __iter__(self) -> Iterator[bytes]:
-        kept = b""
-        while True:
-            kept += self._agent._more()  # noqa: SLF001 - two halves of one thing
+        while not self._is_over:
+            kept = self._kept + self._agent._more()  # noqa: SLF001 - two halves of one thing
             at = kept.find(self._mark)
             if at >= 0:
+                self._is_over = True
+                self._finish(kept[at + len(self._mark) :])
                 if at:
                     yield kept[:at]
-                self._finish(kept[at + len(self._mark) :])
                 return
-            ready = len(kept) - len(self._mark)
-            if ready > 0:
+            ready = max(len(kept) - len(self._mark), 0)
+            self._kept = kept[ready:]
+            if ready:
                 yield kept[:ready]
-                kept = kept[ready:]
+
+    def pass_over(self) -> None:
+        """Read what is left of it, for nobody.
+
+        Raises:
+            VmError: that is too much.
+        """
+        size = 0
+        for piece in self:
+            size += len(piece)
+            if size > _LONGEST_REST:
+                raise VmError(
+                    "What was not read of the last answer is too much to be passed over.",
+                    "Start again.",
+                )
 
     def _finish(self, rest: bytes) -> None:
         while b"\n" not in rest:

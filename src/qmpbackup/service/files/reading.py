@@ -159,6 +159,18 @@ class Reading:
 
     # What is asked of a place
 
+    def is_folder(self, place: Place) -> bool:
+        """Whether it is a folder, or a link to one.
+
+        Raises:
+            NoSuchTarget: there is nothing.
+        """
+        system = place.system
+        end = self._agent.told("is_folder", system.device, system.type, place.path)[1]
+        if end.status != 1:
+            self._require_well(place, end)
+        return end.status == 0
+
     def entries(self, place: Place) -> Iterator[GuestFile]:
         """What is in a folder, or the one file."""
         return self._files(place, self._ask("list", place))
