@@ -8,7 +8,7 @@ import pwd
 import signal
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +16,15 @@ import pytest
 
 from lab import cli
 from lab.disks import MIB
+from lab.http_proxy import HttpProxy
 from lab.patience import PATIENCE, wait_until
-from qmpbackup.errors import NoSuchTarget, UsageError, VmError
+from lab.repositories import Repository
+from lab.rest_server import RestServer
+from qmpbackup.errors import NoSuchTarget, StorageError, UsageError, VmError
 from qmpbackup.service.files.reading import Place, Reading, Request, reading
+from qmpbackup.targets import opening
 from stock import guest_disks
-from stock.repositories import repository
+from stock.repositories import made, repository
 
 HOSTILE = [b"new\nline", b"$(reboot)", b"'\"\\", b"-rf", b"\xff\xfe", b"...", b" ", b"*"]
 
@@ -172,11 +176,16 @@ def test_an_archive_keeps_all(stored: Path, tmp_path: Path) -> None:
     assert "is there" in again.err
 
 
-def shell(stored: Path, *lines: str, code: int = 0) -> tuple[str, str]:
+def shell(
+    target: Path | str, *lines: str, code: int = 0, env: Mapping[str, str] | None = None
+) -> tuple[str, str]:
     """What a shell says for these lines, and what it complains of."""
-    command = [cli.executable("qmpbackup"), "files", "shell", "--target", f"{stored / 'target'}"]
+    command = [cli.executable("qmpbackup"), "files", "shell", "--target", str(target)]
     given = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
-    done = subprocess.run(command, input=given, capture_output=True, check=False, timeout=PATIENCE)
+    told = {**os.environ, **(env or {})}
+    done = subprocess.run(
+        command, input=given, capture_output=True, check=False, timeout=PATIENCE, env=told
+    )
     out, err = done.stdout.decode(errors="surrogateescape"), done.stderr.decode()
     assert done.returncode == code, (out, err)
     return out, err
@@ -184,7 +193,7 @@ def shell(stored: Path, *lines: str, code: int = 0) -> tuple[str, str]:
 
 def test_a_shell_answers_one_line_after_the_other(stored: Path, tmp_path: Path) -> None:
     out, err = shell(
-        stored,
+        stored / "target",
         "ls",
         "cd vda:part1:etc/..",
         "cd vda:part1:/absolute",
@@ -217,7 +226,7 @@ def test_a_shell_answers_one_line_after_the_other(stored: Path, tmp_path: Path) 
 
 
 def test_a_shell_prints_hostile_names_on_their_line(stored: Path) -> None:
-    out, _ = shell(stored, "cd vda:part1:/", "ls")
+    out, _ = shell(stored / "target", "cd vda:part1:/", "ls")
     assert "new\\nline" in out.splitlines()
 
 
@@ -389,8 +398,31 @@ def test_a_damaged_chunk_of_a_repository_is_named(stored: Path, tmp_path: Path) 
         file.write(b"damage")
     words = ("--target", str(which), "vda:/large", tmp_path / "large")
     done = cli.run("files", "cp", *words, env=which.environment).check(8)
-    assert "vda: " in done.err
+    assert "vda is damaged: " in done.err
     assert not (tmp_path / "large").exists()
+    lines = ("cd vda:", "cat large", "cat etc/hostname")
+    said, err = shell(str(which), *lines, code=8, env=which.environment)
+    assert said.endswith("guest\n"), "what is whole can be had"
+    assert "vda is damaged: " in err
+
+
+def test_a_target_that_cannot_be_read_is_no_damage(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RestServer(tmp_path / "served") as server, HttpProxy(server.url) as proxy:
+        which = made(Repository(f"rest:{proxy.url}/", tmp_path))
+        guest_disks.backed_up(str(which), {"vda": stored / "system"}, **which.environment)
+
+        for name, value in which.environment.items():
+            monkeypatch.setenv(name, value)
+        with reading(Request(opening.place(str(which)), "latest")) as found:
+            place = found.place("vda:/large")
+            proxy.hook = lambda request: "403" if "/data/" in request.path else "pass"
+            with pytest.raises(StorageError, match="403"):
+                b"".join(found.contents(place))
+            proxy.hook = lambda _: "pass"
+            whole = b"".join(found.contents(place))
+        assert digest(whole) == digest((stored / "tree/large").read_bytes())
 
 
 def test_an_appliance_that_is_there_is_not_made_again(stored: Path) -> None:

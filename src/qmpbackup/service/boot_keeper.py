@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,8 @@ _SERVE_SECONDS = 600.0
 _IDLE_SECONDS = 60
 """How long a server without a client goes on, when its keeper has died."""
 _AGAIN_SECONDS = 2.0
-_DAMAGE = ("is served no more: ", f" {IS_DAMAGED}: ")
+_WITHDRAWN = ("is served no more: ",)
+_DAMAGE = (*_WITHDRAWN, f" {IS_DAMAGED}: ")
 """What `serve` says of a disk with a damaged file, or in which something damaged was asked for."""
 
 _TROUBLE = (f" {NOT_READ}: ", "could not be proved: ")
@@ -202,11 +203,24 @@ class PointServer:
 
     def require_whole(self) -> None:
         """Raise `DamagedError` if the server has found damage: it says so, and may end with that."""
-        found = [each for each in self._said("error") if any(word in each for word in _DAMAGE)]
+        self._require_none(_DAMAGE)
+
+    def require_served(self) -> None:
+        """Raise `DamagedError` if nothing more of a disk can be read; other damage is of what it is in alone."""
+        self._require_none(_WITHDRAWN)
+
+    def _require_none(self, damage: Sequence[str]) -> None:
+        found = [each for each in self._said("error") if any(word in each for word in damage)]
         if self._child is not None and self._child.poll() == DamagedError.exit_code:
             found = found or [self._last_words()]
         if found:
             raise DamagedError(f"The point is damaged. {found[-1]}")
+
+    def unread(self) -> list[str]:
+        """What could not be read of the point so far, each sentence once."""
+        words = (*_DAMAGE, *_TROUBLE)
+        found = [each for each in self._said("error", "warning") if any(w in each for w in words)]
+        return list(dict.fromkeys(found))
 
     def trouble(self, *, waiting: bool) -> str:
         """Why something of the target could not be read; with `waiting`, or not at once. Empty: all was."""

@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -22,6 +23,7 @@ from qmpbackup.errors import (
     DamagedError,
     NoSuchTarget,
     QmpBackupError,
+    StorageError,
     UsageError,
     VmError,
 )
@@ -44,7 +46,6 @@ log = logging.getLogger(__name__)
 
 _LARGEST_OVERLAY = 4 * 1024**3
 _LOOK_SECONDS = 0.5
-_LARGEST_LOG = 1024 * 1024
 _MOST_UNREAD = 5
 _LONGEST_PASSPHRASE = 64 * 1024
 
@@ -78,9 +79,14 @@ class Reading:
     """A point that is being read."""
 
     def __init__(
-        self, point: Point, disks: Sequence[BootedDisk], agent: running.GuestAgent
+        self,
+        point: Point,
+        disks: Sequence[BootedDisk],
+        agent: running.GuestAgent,
+        cause_of: Callable[[QmpBackupError], QmpBackupError] = lambda error: error,
     ) -> None:
         self.point = point
+        self._cause_of = cause_of
         self._agent = agent
         self._disks = [each.id for each in disks]
         self.systems: list[GuestFileSystem] = []
@@ -98,14 +104,15 @@ class Reading:
         locked = [each for each in self.systems if each.type == LUKS]
         ends = [self._agent.told("unlock", each.device, passphrase)[1] for each in locked]
         if all(end.status for end in ends):
-            raise UsageError(
+            raise self._because(
+                UsageError,
                 f"The passphrase unlocks nothing of point {self.point.id}"
                 + (
                     f": {ends[0].said}"
                     if ends
                     else ", which holds nothing that is encrypted by LUKS"
                 )
-                + "."
+                + ".",
             )
         self.systems = self._scan()
 
@@ -126,7 +133,8 @@ class Reading:
         readable = self.readable()
         found = [each for each in readable if len(readable) == 1 or self._has(each, path)]
         if not found:
-            raise NoSuchTarget(
+            raise self._because(
+                NoSuchTarget,
                 f"There is no {path} in point {self.point.id}.",
                 "`qmpbackup files ls` shows its file systems.",
             )
@@ -214,18 +222,25 @@ class Reading:
     def _require_well(self, place: Place, end: running.End) -> None:
         if end.status == 0:
             return
+        shown, system = place.shown, place.system
         if end.status == running.NOT_THERE:
-            raise NoSuchTarget(f"There is no {place.shown} in point {self.point.id}.")
+            raise self._because(NoSuchTarget, f"There is no {shown} in point {self.point.id}.")
         if end.status == running.NO_FILE:
-            raise UsageError(f"{place.shown} is no file.", "`cp -r` and `tar` take folders.")
+            raise self._because(
+                UsageError, f"{shown} is no file.", "`cp -r` and `tar` take folders."
+            )
         if end.status == running.NOT_MOUNTED:
-            raise DamagedError(
-                f"The file system {place.system.name} ({place.system.type}) cannot be opened: "
-                f"{end.said}.",
+            raise self._because(
+                DamagedError,
+                f"The file system {system.name} ({system.type}) cannot be opened: {end.said}.",
                 "It may have been damaged in the guest already; `qmpbackup verify` says whether the "
                 "point is what was backed up.",
             )
-        raise DamagedError(f"Not all of {place.shown} can be read: {end.said}.")
+        raise self._because(DamagedError, f"Not all of {shown} can be read: {end.said}.")
+
+    def _because(self, kind: type[QmpBackupError], message: str, hint: str = "") -> QmpBackupError:
+        """An error, or what it comes from: to a guest's kernel, all that cannot be read is the same."""
+        return self._cause_of(kind(message, hint))
 
 
 def _require_readable(system: GuestFileSystem) -> None:
@@ -239,6 +254,7 @@ def reading(request: Request) -> Iterator[Reading]:
 
     Raises:
         DamagedError: the point is damaged, or it was found to be while it was read.
+        StorageError: its target could not be read.
         VmError: the appliance cannot be made or started.
     """
     passphrase = _passphrase(request.passphrase)
@@ -265,23 +281,37 @@ def reading(request: Request) -> Iterator[Reading]:
         )
         hand_over(folder.path)
         # A disk that was withdrawn is asked for again and again by QEMU: nobody need wait for that.
-        stack.enter_context(interrupt.asking(_now_and_then(server.require_whole)))
+        stack.enter_context(interrupt.asking(_now_and_then(server.require_served)))
+        cause_of = partial(_cause, server, point)
         try:
             agent = stack.enter_context(running.running(machine))
-            found = Reading(point, boot.disks, agent)
+            found = Reading(point, boot.disks, agent, cause_of)
             found.look(passphrase)
             yield found
-        except QmpBackupError as error:
-            server.require_whole()  # which says more than what became of it
-            for each in _unread(folder)[:1]:
-                raise DamagedError(
-                    f"Not all of point {point.id} can be read: {each}", f"So: {error.message}"
-                ) from error
-            raise
+        except VmError as error:
+            raise cause_of(error) from error
         server.end()
-        server.require_whole()
-        for each in _unread(folder):
+        server.require_served()
+        for each in server.unread()[:_MOST_UNREAD]:
             log.warning("Not all of point %s can be read: %s", point.id, each)
+
+
+def _cause(server: PointServer, point: Point, error: QmpBackupError) -> QmpBackupError:
+    """Why something failed in the appliance, by what the server of the point says: it is damaged, or its
+    target could not be read; else that is a matter of the guest's."""
+    try:
+        server.require_whole()
+    except DamagedError as damage:
+        return DamagedError(
+            f"Not all of point {point.id} can be read. {damage.message}", f"So: {error.message}"
+        )
+    trouble = server.trouble(waiting=isinstance(error, VmError))
+    if not trouble:
+        return error
+    return StorageError(
+        f"Not all of point {point.id} could be read: {trouble}",
+        f"Try again once the target can be read. So: {error.message}",
+    )
 
 
 def _now_and_then(question: Callable[[], None]) -> Callable[[], None]:
@@ -295,15 +325,6 @@ def _now_and_then(question: Callable[[], None]) -> Callable[[], None]:
             question()
 
     return ask
-
-
-def _unread(folder: BootFolder) -> list[str]:
-    """What the server of the point has said of what it could not read: some of its sentences, each once."""
-    with suppress(OSError), (folder.path / "serve.log").open(errors="replace") as file:
-        lines = file.read(_LARGEST_LOG).splitlines()
-        said = dict.fromkeys(line for line in lines if line.startswith("warning: "))
-        return [each.removeprefix("warning: ") for each in said][:_MOST_UNREAD]
-    return []
 
 
 def _point(request: Request) -> Point:
