@@ -36,6 +36,8 @@ readonly PACKAGES=(
     xfsprogs        # makes other file systems of guests
     btrfs-progs
     ntfs-3g
+    exfatprogs
+    genisoimage     # and discs
     e2fsprogs       # looks at its file systems, and makes some for tests
     git
     make

@@ -309,6 +309,58 @@ def test_volumes_raid_encryption_and_other_file_systems(open_folder: Path, tmp_p
     assert "unlocks nothing" in wrong.err
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to nobody")
+def test_partitions_of_all_kinds_and_what_is_on_cards_and_discs(
+    open_folder: Path, tmp_path: Path
+) -> None:
+    """Also disks whose sectors had 4 KiB, which the appliance's do not have."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "hostname").write_text("guest\n")
+    (tree / "A long name.txt").write_text("long\n")
+    two = guest_disks.ext4(tmp_path / "two", tree, 8 * MIB, "ext2")
+    three = guest_disks.ext4(tmp_path / "three", tree, 8 * MIB, "ext3")
+    card = guest_disks.exfat(open_folder / "card")
+    script = "modprobe exfat; mkdir /b; mount -t exfat /dev/vda /b; echo guest >/b/hostname; busybox umount /b"
+    guest_disks.worked_on(open_folder, script, card)
+    gpt, mbr = guest_disks.gpt, guest_disks.partitioned
+    disks = {
+        "gpt": gpt(tmp_path / "gpt", two, three, card),
+        "hybrid": guest_disks.hybrid(gpt(tmp_path / "hybrid", two)),
+        "large": gpt(tmp_path / "large", two, three, sector=4096),
+        "older": mbr(tmp_path / "older", three, sector=4096),
+        "disc": guest_disks.iso(tmp_path / "disc", tree),
+        "win": guest_disks.bitlocker(tmp_path / "win"),
+        "swap": guest_disks.blank(tmp_path / "swap", MIB),
+        "empty": gpt(tmp_path / "empty"),
+    }
+    guest_disks.run("mkswap", disks["swap"])
+    guest_disks.backed_up(tmp_path / "target", disks)
+    shown = {each["name"]: each for each in files(tmp_path, "ls", "--json").check().objects}
+    assert {name: each["kind"] for name, each in shown.items()} == {
+        "gpt:part1": "ext2",
+        "gpt:part2": "ext3",
+        "gpt:part3": "exfat",
+        "hybrid:part1": "ext2",
+        "large:part1": "ext2",
+        "large:part2": "ext3",
+        "older:part1": "ext3",
+        "disc": "iso9660",
+        "win": "BitLocker",
+        "swap": "swap",
+    }
+    assert "BitLocker, which cannot be opened here" in shown["win"]["note"]
+    with reading(Request(tmp_path / "target", "latest")) as found:
+        for system in found.readable():
+            place = Place(system, "/hostname")
+            assert b"".join(found.contents(place)) == b"guest\n", system.name
+        for name in ("win", "swap"):
+            with pytest.raises(UsageError, match=f"{name} cannot be opened"):
+                found.place(f"{name}:/hostname")
+        assert b"".join(found.contents(found.place("disc:/A long name.txt"))) == b"long\n"
+
+
 def processes(folder: Path) -> list[int]:
     """What runs for a folder."""
     found = []
