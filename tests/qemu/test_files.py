@@ -20,7 +20,8 @@ from lab.http_proxy import HttpProxy
 from lab.patience import PATIENCE, wait_until
 from lab.repositories import Repository
 from lab.rest_server import RestServer
-from qmpbackup.errors import NoSuchTarget, StorageError, UsageError, VmError
+from qmpbackup.errors import DamagedError, NoSuchTarget, StorageError, UsageError, VmError
+from qmpbackup.service.files.copying import Wishes, copy
 from qmpbackup.service.files.reading import Place, Reading, Request, reading
 from qmpbackup.targets import opening
 from stock import guest_disks
@@ -482,6 +483,78 @@ def test_an_appliance_that_is_there_is_not_made_again(stored: Path) -> None:
     first, second = (cli.run("files", "prepare", "--if-missing").check().out for _ in range(2))
     assert first == second
     assert (Path(first.strip()) / "initramfs").exists()
+
+
+def test_a_file_system_that_is_made_to_harm_harms_nothing(tmp_path: Path) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    deep = tree / "deep" / "/".join("d" * 600)
+    deep.mkdir(parents=True)
+    (tree / "good").write_text("good\n")
+    with (tree / "bomb").open("wb") as file:
+        file.truncate(1024 * 1024 * MIB)
+    disk = guest_disks.hostile(tmp_path / "disk", tree)
+    guest_disks.backed_up(tmp_path / "target", {"vda": disk})
+    out.mkdir()
+    with reading(Request(tmp_path / "target", "latest")) as found:
+
+        def copied(path: str) -> int:
+            place = found.place(f"vda:{path}")
+            return copy(found.archive(place), place, out, Wishes(recursive=True))
+
+        assert copied("/nodes") == 1
+        assert copied("/bomb") == 0
+        assert copied("/deep") > 0
+        for bad in ("/bad", "/loop", "/"):
+            with pytest.raises(DamagedError):
+                copied(bad)
+        assert b"".join(found.contents(found.place("vda:/good"))) == b"good\n"
+        assert all(b"/" not in each.path for each in found.search(found.place("vda:/nodes"), []))
+    assert sorted(each.name for each in out.iterdir()) == ["bomb", "deep", "nodes"]
+    assert not list((out / "nodes").iterdir())
+    assert (out / "bomb").stat().st_size == 1024 * 1024 * MIB
+    assert (out / "bomb").stat().st_blocks * 512 < MIB
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_is_lost_is_started_again(stored: Path, number: signal.Signals) -> None:
+    large = digest((stored / "tree/large").read_bytes())
+    with reading(Request(stored / "target", "latest")) as found:
+        place = found.place("vda:part1:/large")
+        for server in servers():
+            os.kill(server, number)
+
+        def is_read() -> bool:
+            with suppress(StorageError):  # where this machine is slow to start one
+                return digest(b"".join(found.contents(place))) == large
+            return False
+
+        wait_until(is_read, "a server that answers")
+    assert not servers()
+
+
+def servers() -> list[int]:
+    """The servers that this process has started."""
+    return [
+        each
+        for each in children_of(os.getpid())
+        if b"serve" in Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
+    ]
+
+
+def test_a_machine_that_is_killed_ends_the_run_and_nothing_is_left(
+    stored: Path, tmp_path: Path
+) -> None:
+    words = ("--target", stored / "target", "-r", "vda:part1:/", tmp_path / "out")
+    with cli.start("files", "cp", *words) as running:
+        wait_until(running.unless_over(lambda: machine_of(running)), "its machine")
+        machine = machine_of(running)
+        assert machine
+        folder = folder_of(machine)
+        os.kill(machine, signal.SIGKILL)
+        running.wait().check(6)
+    assert not processes(folder)
+    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrecked_file_system_is_named(tmp_path: Path) -> None:

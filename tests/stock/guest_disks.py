@@ -16,6 +16,7 @@ from qmpbackup.machine.appliance.building import Appliance, appliance
 from qmpbackup.machine.appliance.running import Machine, running
 
 _LINUX = 0x83
+_WITHOUT_SUMS = "^metadata_csum,^dir_index,^has_journal"
 _LINUX_DATA = uuid.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4").bytes_le
 
 
@@ -36,6 +37,20 @@ def blank(path: Path, size: int) -> Path:
 def ext4(path: Path, tree: Path, size: int = 24 * MIB, kind: str = "ext4") -> Path:
     """An ext4, or one of those before it, with what is in a folder."""
     run("mke2fs", "-q", "-t", kind, "-F", "-L", "sys", "-d", tree, blank(path, size))
+    return path
+
+
+def hostile(path: Path, tree: Path) -> Path:
+    """An ext4 with what is in a folder, and with what no kernel would write: in `bad`, a name that leads to
+    this host's /etc, in `loop`, the root itself; and in `nodes` a device that could be this host's disk."""
+    for each in ("bad", "loop", "nodes"):
+        (tree / each).mkdir()
+    (tree / "bad/AA_AA_etc").mkdir()
+    run("mke2fs", "-q", "-t", "ext4", "-F", "-O", _WITHOUT_SUMS, "-d", tree, blank(path, 24 * MIB))
+    lines = "link <2> /loop/root\ncd nodes\nmknod disk b 8 0\n"
+    run("debugfs", "-w", "-f", "-", path, given=lines.encode())
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"AA_AA_etc", b"../../etc"))
     return path
 
 

@@ -172,6 +172,33 @@ def test_the_reserve_is_kept(tmp_path: Path) -> None:
     copied(data, tmp_path / "out", Wishes(reserve=0))
 
 
+def test_folders_that_lie_too_deep_are_left_out_and_a_failed_copy_leaves_none(
+    tmp_path: Path,
+) -> None:
+    deep = copying._DEEPEST + 100
+    data = archive(TOP, *(("./" + "d/" * each, tarfile.DIRTYPE, b"") for each in range(1, deep)))
+    assert copied(data, tmp_path / "out") == 100
+    copying._remove(tmp_path / "out")
+    with pytest.raises(VmError):
+        copied(data[:-20000], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_removed_may_be_deeper_than_any_path_is_long(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("folder", 0o700, dir_fd=fd)
+        below = os.open("folder", os.O_RDONLY, dir_fd=fd)
+        os.symlink("/etc", "link", dir_fd=below)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    copying._remove(top)
+    assert not top.exists()
+
+
 def test_what_a_killed_copy_left_is_removed_by_the_next(tmp_path: Path) -> None:
     data = archive(TOP, ("./x", tarfile.REGTYPE, b"x"))
     with copying._beside(tmp_path / "out") as (folder, _):

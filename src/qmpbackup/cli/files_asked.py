@@ -5,8 +5,10 @@
 """
 
 import argparse
+import json
 import os
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_reserve, path
@@ -22,6 +24,9 @@ PLACE_HELP = (
     "FS:/PATH, where FS is a file system as `files ls` shows it: a disk (vda), a partition (vda:part1), a "
     "logical volume (vg/lv), a RAID (md/0). A path alone is looked for on all file systems"
 )
+
+_MOST_SORTED = 100_000
+"""Of more, the rest comes as it comes: nobody's memory is for as many names as a guest likes."""
 
 
 def register_ls(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +73,17 @@ def show_entries(found: "Reading", place: "Place", arguments: argparse.Namespace
     """What is in a folder, by the options of `ls`."""
     from qmpbackup import documents
 
-    entries = sorted(found.entries(place), key=lambda each: each.path)
-    if arguments.json:
-        say_json(*(documents.guest_file(_whole(place, each), each) for each in entries))
-    elif arguments.long:
-        say(*(_long(each) for each in entries))
-    else:
-        say(*(_text(each.path) for each in entries))
+    entries = found.entries(place)
+    first = sorted(islice(entries, _MOST_SORTED), key=lambda each: each.path)
+
+    def line(each: "GuestFile") -> str:
+        if arguments.json:
+            return json.dumps(documents.guest_file(_whole(place, each), each))
+        return _long(each) if arguments.long else _text(each.path)
+
+    say(*map(line, first))
+    for each in entries:
+        say(line(each))
 
 
 def show_systems(found: "Reading", *, as_json: bool) -> None:

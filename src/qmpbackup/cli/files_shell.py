@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import NoReturn
 
 from qmpbackup import interrupt
@@ -36,6 +37,9 @@ help, exit"""
 
 _GOES_ON = (UsageError, NoSuchTarget, StorageError, DamagedError)
 """What a line may fail with without an end of all."""
+
+
+_MOST_COMPLETED = 10_000
 
 
 class _LineParser(argparse.ArgumentParser):
@@ -203,7 +207,7 @@ class FilesShell:
             return commands
         found = [
             f"{above}{slash}{os.fsdecode(each.path)}{'/' if each.kind == 'd' else ''}"
-            for each in self._reading.entries(place)
+            for each in islice(self._reading.entries(place), _MOST_COMPLETED)
             if os.fsdecode(each.path).startswith(begun)
         ]
         return [*commands, *(each for each in sorted(found) if shlex.quote(each) == each)]

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import posixpath
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +41,9 @@ log = logging.getLogger(__name__)
 _LOOK_BYTES = 32 * 1024 * 1024
 _LOOK_FILES = 500
 _MOST_NAMED = 20
+_DEEPEST = 500
+"""Folders below each other: more can hardly be named, and each file costs a look at all of them."""
+
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _COPY = "copy"
@@ -145,13 +147,40 @@ def _put(made: Path, final: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, whatever its modes."""
+    """Remove a folder with all that is in it, whatever its modes, and however deep: each round takes one level
+    away, as what is in the folders below moves up."""
     with suppress(OSError):
-        for _, folders, _, fd in os.fwalk(folder):
-            for name in folders:  # of which some may be links to others
-                if stat.S_ISDIR(os.lstat(name, dir_fd=fd).st_mode):
-                    os.chmod(name, 0o700, dir_fd=fd)
-    shutil.rmtree(folder, ignore_errors=True)
+        top = os.open(folder, _FOLDER_FLAGS)
+        try:
+            while names := os.listdir(top):  # noqa: PTH208 - by a descriptor
+                for name in names:
+                    _raise_up(top, name)
+        finally:
+            os.close(top)
+        folder.rmdir()
+
+
+def _raise_up(top: int, name: str) -> None:
+    """Remove a file, or a folder, whose folders go where it was."""
+    if not _is_folder(top, name):
+        os.unlink(name, dir_fd=top)
+        return
+    os.chmod(name, 0o700, dir_fd=top)
+    below = os.open(name, _FOLDER_FLAGS, dir_fd=top)
+    try:
+        for each in os.listdir(below):  # noqa: PTH208 - by a descriptor
+            if _is_folder(below, each):
+                os.chmod(each, 0o700, dir_fd=below)  # else it could not be moved
+                os.rename(each, os.urandom(16).hex(), src_dir_fd=below, dst_dir_fd=top)
+            else:
+                os.unlink(each, dir_fd=below)
+    finally:
+        os.close(below)
+    os.rmdir(name, dir_fd=top)
+
+
+def _is_folder(above: int, name: str) -> bool:
+    return stat.S_ISDIR(os.lstat(name, dir_fd=above).st_mode)
 
 
 class _Meter:
@@ -232,7 +261,9 @@ class _Writer:
             raise UsageError("It is a folder.", "Copy it with -r.")
 
     def _one(self, archive: Archive, member: ArchiveMember, parts: Parts) -> None:
-        if member.kind == FOLDER:
+        if max(len(parts), len(member.linked)) > _DEEPEST:
+            self._leave_out(parts, "it lies too deep")
+        elif member.kind == FOLDER:
             os.mkdir(parts[-1], 0o700, dir_fd=self._folder(parts[:-1]))
             self._open.append(_Open(parts, member))
         elif member.kind == FILE:

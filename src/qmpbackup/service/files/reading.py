@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from qmpbackup import interrupt
@@ -280,38 +279,63 @@ def reading(request: Request) -> Iterator[Reading]:
             largest_file=_bound(folder.path),
         )
         hand_over(folder.path)
-        # A disk that was withdrawn is asked for again and again by QEMU: nobody need wait for that.
-        stack.enter_context(interrupt.asking(_now_and_then(server.require_served)))
-        cause_of = partial(_cause, server, point)
+        served = _Server(server, boot, folder)
+        # A disk that was withdrawn is asked for again and again by QEMU: nobody need wait for that. A server
+        # that was lost is asked for again as well, for as long as it takes to start another.
+        stack.enter_context(interrupt.asking(_now_and_then(served.see_to)))
         try:
             agent = stack.enter_context(running.running(machine))
-            found = Reading(point, boot.disks, agent, cause_of)
+            found = Reading(point, boot.disks, agent, served.cause_of)
             found.look(passphrase)
             yield found
         except VmError as error:
-            raise cause_of(error) from error
+            raise served.cause_of(error) from error
         server.end()
         server.require_served()
         for each in server.unread()[:_MOST_UNREAD]:
             log.warning("Not all of point %s can be read: %s", point.id, each)
 
 
-def _cause(server: PointServer, point: Point, error: QmpBackupError) -> QmpBackupError:
-    """Why something failed in the appliance, by what the server of the point says: it is damaged, or its
-    target could not be read; else that is a matter of the guest's."""
-    try:
-        server.require_whole()
-    except DamagedError as damage:
-        return DamagedError(
-            f"Not all of point {point.id} can be read. {damage.message}", f"So: {error.message}"
+class _Server:
+    """What serves the point, for as long as it is read."""
+
+    def __init__(self, server: PointServer, boot: Boot, folder: BootFolder) -> None:
+        self._server = server
+        self._boot = boot
+        self._folder = folder
+        self._was_lost = False
+
+    def see_to(self) -> None:
+        """Serve the point again, where its server was lost.
+
+        Raises:
+            DamagedError: a disk was withdrawn.
+        """
+        self._server.require_served()
+        if self._server.ensure(self._boot):
+            self._was_lost = True
+            hand_over(self._folder.path)
+
+    def cause_of(self, error: QmpBackupError) -> QmpBackupError:
+        """Why something failed in the appliance, by what the server of the point says: it is damaged, or its
+        target could not be read; else that is a matter of the guest's."""
+        point = f"point {self._boot.point}"
+        try:
+            self._server.require_whole()
+        except DamagedError as damage:
+            return DamagedError(
+                f"Not all of {point} can be read. {damage.message}", f"So: {error.message}"
+            )
+        trouble = self._server.trouble(waiting=isinstance(error, VmError))
+        was_lost, self._was_lost = self._was_lost, False
+        if was_lost and not trouble:
+            trouble = "its server was lost."
+        if not trouble:
+            return error
+        return StorageError(
+            f"Not all of {point} could be read: {trouble}",
+            f"Try again once the target can be read. So: {error.message}",
         )
-    trouble = server.trouble(waiting=isinstance(error, VmError))
-    if not trouble:
-        return error
-    return StorageError(
-        f"Not all of point {point.id} could be read: {trouble}",
-        f"Try again once the target can be read. So: {error.message}",
-    )
 
 
 def _now_and_then(question: Callable[[], None]) -> Callable[[], None]:
