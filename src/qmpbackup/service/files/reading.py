@@ -10,7 +10,6 @@ appliance writes to the overlays alone: journals are replayed there.
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from qmpbackup.errors import (
     DamagedError,
     NoSuchTarget,
     QmpBackupError,
-    StorageError,
     UsageError,
     VmError,
 )
@@ -35,6 +33,7 @@ from qmpbackup.plan.guest_files import LUKS, GuestFile, GuestFileSystem
 from qmpbackup.service.boot import make_overlays
 from qmpbackup.service.boot_folder import Boot, BootedDisk, BootFolder, nodes_of
 from qmpbackup.service.boot_keeper import PointServer
+from qmpbackup.service.files.serving import WatchedServer
 from qmpbackup.service.room import space
 from qmpbackup.service.show import chosen_disks, find_point
 from qmpbackup.service.throwaway import throwaway_folder
@@ -44,7 +43,6 @@ from qmpbackup.targets.interface import Address
 log = logging.getLogger(__name__)
 
 _LARGEST_OVERLAY = 4 * 1024**3
-_LOOK_SECONDS = 0.5
 _MOST_UNREAD = 5
 _LONGEST_PASSPHRASE = 64 * 1024
 
@@ -279,10 +277,10 @@ def reading(request: Request) -> Iterator[Reading]:
             largest_file=_bound(folder.path),
         )
         hand_over(folder.path)
-        served = _Server(server, boot, folder)
+        served = WatchedServer(server, boot, folder)
         # A disk that was withdrawn is asked for again and again by QEMU: nobody need wait for that. A server
         # that was lost is asked for again as well, for as long as it takes to start another.
-        stack.enter_context(interrupt.asking(_now_and_then(served.see_to)))
+        stack.enter_context(interrupt.asking(served.see_to))
         try:
             agent = stack.enter_context(running.running(machine))
             found = Reading(point, boot.disks, agent, served.cause_of)
@@ -294,61 +292,6 @@ def reading(request: Request) -> Iterator[Reading]:
         server.require_served()
         for each in server.unread()[:_MOST_UNREAD]:
             log.warning("Not all of point %s can be read: %s", point.id, each)
-
-
-class _Server:
-    """What serves the point, for as long as it is read."""
-
-    def __init__(self, server: PointServer, boot: Boot, folder: BootFolder) -> None:
-        self._server = server
-        self._boot = boot
-        self._folder = folder
-        self._was_lost = False
-
-    def see_to(self) -> None:
-        """Serve the point again, where its server was lost.
-
-        Raises:
-            DamagedError: a disk was withdrawn.
-        """
-        self._server.require_served()
-        if self._server.ensure(self._boot):
-            self._was_lost = True
-            hand_over(self._folder.path)
-
-    def cause_of(self, error: QmpBackupError) -> QmpBackupError:
-        """Why something failed in the appliance, by what the server of the point says: it is damaged, or its
-        target could not be read; else that is a matter of the guest's."""
-        point = f"point {self._boot.point}"
-        try:
-            self._server.require_whole()
-        except DamagedError as damage:
-            return DamagedError(
-                f"Not all of {point} can be read. {damage.message}", f"So: {error.message}"
-            )
-        trouble = self._server.trouble(waiting=isinstance(error, VmError))
-        was_lost, self._was_lost = self._was_lost, False
-        if was_lost and not trouble:
-            trouble = "its server was lost."
-        if not trouble:
-            return error
-        return StorageError(
-            f"Not all of {point} could be read: {trouble}",
-            f"Try again once the target can be read. So: {error.message}",
-        )
-
-
-def _now_and_then(question: Callable[[], None]) -> Callable[[], None]:
-    """The same question, which is not asked more often than needed."""
-    last = time.monotonic()
-
-    def ask() -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LOOK_SECONDS:
-            last = time.monotonic()
-            question()
-
-    return ask
 
 
 def _point(request: Request) -> Point:
