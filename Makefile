@@ -13,7 +13,7 @@
 #   make test-all       everything, the slow tests too; EXAMPLES=n documents for each parser
 #   make test-fresh     demo and test as a newcomer's, on a minimal Debian 12 and 13 of their own
 #   make deb            one package for Debian 12 and 13 and Ubuntu 24.04, in build/deb
-#   make test-deb       it is installed, makes a backup, is upgraded, removed and purged, on fresh Debians
+#   make test-deb       it is installed, makes backups by its timer, is upgraded, removed, on booted fresh Debians
 #   make dist           wheel and sdist, in build/dist
 #   make soak MINUTES=n  a VM, its target and accidents in random order; SEED=… repeats a failure
 #   make guest          the small Linux that tests and demo boot, and that which reads their files

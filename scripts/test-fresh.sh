@@ -10,6 +10,7 @@
 #   scripts/test-fresh.sh SUITE [COMMAND…]     one of them, and perhaps another command
 #
 # $FRESH_FILE names a file that git does not know and the command needs; it gets the same place there.
+# Where $FRESH_BOOT is set, the system is booted with its systemd, and the command is a service there.
 # The roots get packages from where this system gets its own, with the settings of its apt and pip.
 # They need 4 GiB below ${TMPDIR:-/var/tmp}, and root's rights.
 set -euo pipefail
@@ -21,6 +22,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 readonly SUITES=(bookworm trixie)
 readonly NEWCOMER=(make demo test)
+readonly BROUGHT=make${FRESH_BOOT:+,systemd-sysv,dbus}
 readonly CHECKOUT=/srv/qmpbackup # in the fresh root, where other users may go, as some tests do
 
 # Where pip looks for its settings, and the variables that programs which fetch something obey.
@@ -52,7 +54,7 @@ make_root() {
     from=$(archive)
     [ -n "$from" ] || fail "the package sources name no Debian archive"
     say "making a minimal $suite"
-    debootstrap --variant=minbase --include=make "$suite" "$root" "$from" >"$root.log" 2>&1 ||
+    debootstrap --variant=minbase --include="$BROUGHT" "$suite" "$root" "$from" >"$root.log" 2>&1 ||
         { tail -n 20 "$root.log" >&2 && fail "debootstrap could not make $suite"; }
     apt-config dump | grep -E '^Acquire::(https?::|Check-|Retries|ForceIP)' >"$root/etc/apt/apt.conf.d/99host" || true
     for setting in "${PIP_SETTINGS[@]}" "${CERTIFICATES[@]}" /etc/resolv.conf /etc/hosts; do
@@ -83,6 +85,30 @@ mount_around() {
     done
 }
 
+# Instead of a chroot: a container with an init of its own, which ends with the command's exit code.
+boot() {
+    local folder folders=() environment each
+    mapfile -t environment < <(variables)
+    {
+        echo '[Service]'
+        echo "WorkingDirectory=$CHECKOUT"
+        for each in HOME=/root LANG=C.UTF-8 "${environment[@]}"; do
+            printf 'Environment="%s"\n' "$each"
+        done
+        echo 'StandardOutput=file:/dev/console'
+        printf 'ExecStart=/bin/sh -c '"'"'"$$@"; systemctl exit $$?'"'"' sh'
+        printf ' "%s"' "$@"
+    } >"$root/etc/systemd/system/fresh.service"
+    ln -s ../fresh.service "$root/etc/systemd/system/multi-user.target.wants/"
+    ln -s /dev/null "$root/etc/systemd/system/console-getty.service" # which would take the terminal
+    while read -r folder; do
+        folders+=("--bind-ro=$folder")
+    done < <(folders_of_pip)
+    SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet --directory "$root" --boot \
+        --register=no --keep-unit --console=read-only "${folders[@]}" \
+        systemd.show_status=no systemd.log_target=null
+}
+
 # All of it, in namespaces of its own for mounts and processes, and in the folder $1.
 inside() {
     local suite=$2 root=$1/root
@@ -90,8 +116,9 @@ inside() {
     mount --make-rprivate /
     mount -t proc proc /proc
     make_root "$suite"
-    mount_around
     say "$suite: $*"
+    [ -z "${FRESH_BOOT:-}" ] || boot "$@"
+    mount_around
     mapfile -t environment < <(variables)
     # The shell stays, as the process 1 that collects orphans.
     exec chroot "$root" /usr/bin/env --ignore-environment "${environment[@]}" \
@@ -116,7 +143,7 @@ if [ "${1:-}" = --inside ]; then
     inside "$@"
 fi
 [ "$(id -u)" -eq 0 ] || fail "Run it as root: it makes a system of its own and mounts what that needs"
-scripts/setup.sh debootstrap git
+scripts/setup.sh debootstrap git ${FRESH_BOOT:+systemd-container}
 if [ $# -gt 1 ]; then
     try "$@"
 else

@@ -109,7 +109,7 @@ def test_what_is_well_is_counted_and_what_is_not_is_said(host: Host) -> None:
 def test_nagios_hears_what_it_wants(host: Host) -> None:
     known(host)
     seen = host.run("status", "--check").check(OK)
-    assert seen.out.startswith("QMPBACKUP OK - 3 VMs are well | ")
+    assert seen.out.startswith("QMPBACKUP OK - 3 VMs well | ")
     assert "ok=" in seen.out
     assert seen.out.count("\n") == 1
     known(host, attempt("vm1", 7, "503"))

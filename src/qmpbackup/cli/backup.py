@@ -22,10 +22,10 @@ from qmpbackup.cli.arguments import (
     size,
 )
 from qmpbackup.cli.descriptors import descriptor
-from qmpbackup.cli.printing import count_of, printable, say, say_json
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import StorageError, UnrecordedChanges, UsageError
 from qmpbackup.model import AUDIT, Level, Quiesce
-from qmpbackup.plan.sizes import human
+from qmpbackup.plan.sizes import count_of, human
 
 if TYPE_CHECKING:
     from qmpbackup.plan.progress import Progress

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_config
-from qmpbackup.cli.printing import count_of, printable, say, say_json
+from qmpbackup.cli.printing import printable, say, say_json
 from qmpbackup.errors import UsageError
+from qmpbackup.plan.sizes import count_of
 
 if TYPE_CHECKING:
     from qmpbackup.fleet.config.loading import Loaded

@@ -70,11 +70,6 @@ def table(
         yield "  ".join(cells).rstrip()
 
 
-def count_of(number: int, what: str) -> str:
-    """As `1 disk`, `2 disks`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def printable(text: str) -> str:
     """Text from elsewhere without anything that a terminal would obey, on one line."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

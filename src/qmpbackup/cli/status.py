@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import add_config, add_target
-from qmpbackup.cli.printing import count_of, printable, say, say_json, table
+from qmpbackup.cli.printing import printable, say, say_json, table
 from qmpbackup.errors import NobodyThere, NoSuchTarget, UsageError
 from qmpbackup.plan.ages import age
+from qmpbackup.plan.sizes import count_of
 
 if TYPE_CHECKING:
     from qmpbackup.fleet.standing import Standing
@@ -230,7 +231,7 @@ def _checked(found: "Survey") -> str:
     numbers = " ".join(f"{state.value}={count}" for state, count in by_state(found).items())
     oldest = _oldest(found)
     numbers += f" oldest={oldest:.0f}s" if oldest is not None else ""
-    said = printable(", ".join(named) or f"{vms} VMs are well").replace("|", "/")
+    said = printable(", ".join(named) or f"{count_of(vms, 'VM')} well").replace("|", "/")
     return f"QMPBACKUP {found.severity} - {said} | {numbers}"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qmpbackup.cli.arguments import POINT_HELP, add_lock_wait, add_target, add_vm, share
-from qmpbackup.cli.printing import count_of, printable, say, say_json
-from qmpbackup.plan.sizes import human
+from qmpbackup.cli.printing import printable, say, say_json
+from qmpbackup.plan.sizes import count_of, human
 
 if TYPE_CHECKING:
     from qmpbackup.service.verify import Report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes as people write and read them. Units are powers of 1024, as in all of QEMU's tools."""
+"""Sizes and counts as people write and read them. Units are powers of 1024, as in all of QEMU's tools."""
 
 import re
 
@@ -32,3 +32,8 @@ def human(size: float) -> str:
     if round(size, 1) >= 1024 and power < len(_UNITS) - 1:
         size, power = size / 1024, power + 1
     return f"{size:.1f} {_UNITS[power]}iB"
+
+
+def count_of(number: int, what: str) -> str:
+    """As `1 disk`, `2 disks`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -92,7 +92,7 @@ def test_nobody_is_told_that_all_is_well(history: History, box: Mailbox) -> None
     tell([by_mail(box)], of(WELL), history, reveal)
     assert box.mails == []
     tell([replace(by_mail(box), on=frozenset({Event.ALWAYS}))], of(WELL), history, reveal)
-    assert "1 VMs: 1 ok" in box.mails[0].get_content()
+    assert "1 VM: 1 ok" in box.mails[0].get_content()
 
 
 def test_one_message_a_run_however_much_is_wrong(history: History, box: Mailbox) -> None:

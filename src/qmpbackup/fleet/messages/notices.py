@@ -10,6 +10,7 @@ from typing import Final
 from qmpbackup.fleet.settings import Event
 from qmpbackup.fleet.standing import Severity, Standing, State
 from qmpbackup.fleet.survey import Survey
+from qmpbackup.plan.sizes import count_of
 
 _EVENTS: Final = {
     State.DAMAGED: Event.DAMAGED,
@@ -120,8 +121,8 @@ def _of_targets(survey: Survey) -> Iterator[Notice]:
 def summary(survey: Survey) -> str:
     """All VMs in a few words: `42 VMs: 37 ok, 1 late`."""
     counted = Counter(each.state for each in survey.standings)
-    vms = len({each.vm for each in survey.standings})
-    return f"{vms} VMs: " + ", ".join(f"{count} {state}" for state, count in counted.most_common())
+    vms = count_of(len({each.vm for each in survey.standings}), "VM")
+    return f"{vms}: " + ", ".join(f"{count} {state}" for state, count in counted.most_common())
 
 
 def title(host: str, news: Sequence[Notice], recovered: Sequence[str]) -> str:

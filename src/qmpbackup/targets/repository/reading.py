@@ -16,11 +16,7 @@ from qmpbackup.targets.stored_image import OpenDisks
 def opened(target: VmPoints, point: Point, disks: Sequence[StoredDisk]) -> Iterator[OpenDisks]:
     """Open disks of a point for the block; see `Target.images`."""
     repository = target.repository
-
-    def load(chunk: bytes) -> bytes:
-        return repository.load_blob(BlobType.DATA, chunk)
-
-    with ChunkCache(load, folder=repository.folder) as cache:
+    with ChunkCache(lambda chunk: repository.load_blob(BlobType.DATA, chunk)) as cache:
         images = {}
         for disk in disks:
             with naming(disk.id):
