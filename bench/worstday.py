@@ -4,13 +4,15 @@
     PYTHONPATH=tests python -m bench.worstday [--megabytes 512] [--runs 3] [--disk DIR]
 
 The small guest of the tests, with a second disk full of this machine's own files, is backed up into a
-repository and a folder. Measured in turn, the fastest runs count:
+repository and a folder:
 
-    boot      from the command to a guest that answers; against QEMU on restored disks
-    server    all bytes by nbdcopy, after one time that does not count; against qemu-nbd on the chain
-    settle    of a VM that runs; against `restore`
-    drill     to its verdict
+    boot      from the command to a guest that answers; against QEMU on restored disks; the fastest run
+    server    all bytes by nbdcopy, the first time and then; against qemu-nbd on the chain; medians, in turn
+    settle    of a VM that runs; against `restore`; medians, in turn
+    drill     to its verdict; the fastest run
     files     the first list of file systems, 10,000 small files, and a large one: whole commands
+
+`--only` names those that are wanted.
 """
 
 import argparse
@@ -20,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 from bench.machine import PASSWORD, QMPBACKUP, call, make_repository, measure, real_files
 
@@ -43,6 +47,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512, help="real files on the disk")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side (default: 3)")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a folder on a disk")
+    parts = ["boot", "server", "settle", "drill", "files"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     print(f"{'what':<34} {'ours':>8} {'peer':>8} {'ratio':>6} {'bar':>5}  peer", flush=True)
     with tempfile.TemporaryDirectory(dir=options.disk) as scratch:
@@ -50,17 +56,21 @@ def main() -> None:
         os.environ.update(PASSWORD)
         bench = _Bench(Path(scratch), options.runs)
         bench.make(options.megabytes)
-        bench.boot()
-        bench.server()
-        bench.settle()
-        bench.drill()
-        bench.files()
+        for part in options.only:
+            {
+                "boot": bench.boot,
+                "server": bench.server,
+                "settle": bench.settle,
+                "drill": bench.drill,
+                "files": bench.files,
+            }[part]()
 
 
 class _Bench:
     def __init__(self, folder: Path, runs: int) -> None:
         self.folder = folder
         self.runs = runs
+        self.megabytes = 0
         self.targets = {
             "repository": f"restic:{folder / 'repository'}",
             "folder": f"{folder / 'chain'}",
@@ -68,6 +78,7 @@ class _Bench:
 
     def make(self, megabytes: int) -> None:
         """A guest on its disk, backed up into both kinds of target, and restored."""
+        self.megabytes = megabytes
         system, data = self.folder / "vda.qcow2", self.folder / "vdb.qcow2"
         create(system, 256 * MIB)
         real_files(data, megabytes)
@@ -121,30 +132,35 @@ class _Bench:
                 pid = listener(sockets / "settle")
                 if pid:
                     kill(pid)
-                call(["rm", "-r", str(folder), str(sockets)])
+                call(["rm", "-rf", str(folder), str(sockets)])
 
     def server(self) -> None:
-        """All bytes of the data disk."""
+        """All bytes of the data disk, cold and warm."""
         newest = next((self.folder / "chain" / "vdb").iterdir())
-        uri = f"nbd+unix:///?socket={self.folder / 'nbd'}"
-        native = [
-            "qemu-nbd",
-            "-r",
-            "-t",
-            "-k",
-            str(self.folder / "nbd"),
-            "-f",
-            "qcow2",
-            str(newest),
-        ]
-        with _serving(native, self.folder / "nbd"):
-            peer = self._fastest(lambda: measure(["nbdcopy", uri, "null:"]).time, warm=True)
-        for kind, target in self.targets.items():
-            ours = [*QMPBACKUP, "serve", "--target", target, "--disk", "vdb", "--allocation"]
-            with _serving([*ours, "--socket", str(self.folder / "nbd")], self.folder / "nbd"):
-                named = uri.replace("///", "///vdb")
-                taken = self._fastest(lambda: measure(["nbdcopy", named, "null:"]).time, warm=True)  # noqa: B023
-            _row(f"serve from a {kind}, warm", taken, peer, "1.25", "qemu-nbd")
+        native = ["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", str(newest), "-k"]
+        ours = [*QMPBACKUP, "serve", "--disk", "vdb", "--allocation", "--target"]
+        commands = {"qemu-nbd": native}
+        commands |= {kind: [*ours, each, "--socket"] for kind, each in self.targets.items()}
+        with ExitStack() as stack:
+            servers = {
+                name: stack.enter_context(_serving(command, self.folder / f"nbd-{name}"))
+                for name, command in commands.items()
+            }
+            copies = {
+                name: partial(self._read_whole, name, "" if name == "qemu-nbd" else "vdb")
+                for name in servers
+            }
+            cold = {name: copy() for name, copy in copies.items()}
+            warm = self._in_turn(copies)
+            for kind in self.targets:
+                _row(f"serve from a {kind}, first", cold[kind], cold["qemu-nbd"], "", "qemu-nbd")
+                _row(f"serve from a {kind}, warm", warm[kind], warm["qemu-nbd"], "1.25", "qemu-nbd")
+                most, size = _most_memory(servers[kind]), self.megabytes
+                print(f"  {size / cold[kind]:.0f} MiB/s at first; {most:.0f} MiB of memory at most")
+
+    def _read_whole(self, server: str, export: str) -> float:
+        socket = self.folder / f"nbd-{server}"
+        return measure(["nbdcopy", f"nbd+unix:///{export}?socket={socket}", "null:"]).time
 
     def settle(self) -> None:
         """Of a VM that runs."""
@@ -162,9 +178,8 @@ class _Bench:
                 call(["rm", "-r", str(output)])
                 return taken
 
-            _row(
-                f"settle from a {kind}", self._fastest(ours), self._fastest(peer), "1.30", "restore"
-            )
+            taken = self._in_turn({"settle": ours, "restore": peer})
+            _row(f"settle from a {kind}", taken["settle"], taken["restore"], "1.30", "restore")
 
     def drill(self) -> None:
         """To its verdict."""
@@ -209,24 +224,36 @@ class _Bench:
                 taken.append(measure(command).time)
         return min(taken)
 
-    def _fastest(self, run: Callable[[], float], *, warm: bool = False) -> float:
-        taken = [run() for _ in range(self.runs + warm)]
-        return min(taken[warm:])
+    def _fastest(self, run: Callable[[], float]) -> float:
+        return min(run() for _ in range(self.runs))
+
+    def _in_turn(self, sides: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+        """The median of each side, all run in turn."""
+        rounds = [{name: run() for name, run in sides.items()} for _ in range(self.runs)]
+        return {name: median(each[name] for each in rounds) for name in sides}
 
 
 @contextmanager
-def _serving(command: list[str], socket: Path) -> Iterator[None]:
+def _serving(command: list[str], socket: Path) -> Iterator[int]:
+    """Run a server that is told its socket at last; gives its process id."""
+    command = [*command, str(socket)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while listener(socket) is None:
             if process.poll() is not None:
                 sys.exit(f"{' '.join(command)} ended.")
             time.sleep(0.05)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait()
         socket.unlink(missing_ok=True)
+
+
+def _most_memory(pid: int) -> float:
+    """MiB that a process has had at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _row(what: str, ours: float, peer: float, bar: str, name: str) -> None:

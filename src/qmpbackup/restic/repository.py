@@ -25,12 +25,7 @@ from qmpbackup.restic.config import Config
 from qmpbackup.restic.crypto import Key, seal, unseal
 from qmpbackup.restic.index.cache import cache_folder
 from qmpbackup.restic.index.lookup import BlobIndex
-from qmpbackup.restic.pack import (
-    BlobType,
-    PackedBlob,
-    open_blob,
-    open_large_blob,
-)
+from qmpbackup.restic.pack import BlobType, PackedBlob, open_blob, open_large_blob
 from qmpbackup.restic.reader import load_part
 from qmpbackup.restic.snapshot import Snapshot
 from qmpbackup.restic.snapshots import read_all
@@ -41,6 +36,7 @@ from qmpbackup.restic.storage.interface import (
     Missing,
     Storage,
 )
+from qmpbackup.restic.threads import PROCESSORS
 from qmpbackup.restic.tree import Node
 from qmpbackup.restic.unlocking import enter, make
 from qmpbackup.restic.unpacked import bounded, called, compressed, decompressed, listed
@@ -72,6 +68,7 @@ class Repository:
         self._cache = Cache(cache / config.id / "files" if cache else None, key)
         self._index: BlobIndex | None = None
         self._opening = threading.Lock()
+        self._turn = threading.BoundedSemaphore(PROCESSORS + 1)  # see `Pace`
         self._one_large = threading.Lock()
         self._held: lock.Held | None = None
 
@@ -294,7 +291,8 @@ class Repository:
         for place in self.index.find_all(kind, id_):
             try:
                 sealed = load_part(self.storage, place.pack, place.offset, place.length)
-                return open_(sealed, place.packed(kind, id_))
+                with self._turn:
+                    return open_(sealed, place.packed(kind, id_))
             except DamagedError as found:
                 error = found
         raise error

@@ -24,7 +24,7 @@ MEMORY: Final = 64 << 20
 _POLL_SECONDS: Final = 0.2
 _GUESS_SECONDS: Final = 0.01
 """What work is thought to take before any was done."""
-_PROCESSORS: Final = min(8, len(os.sched_getaffinity(0)))
+PROCESSORS: Final = min(8, len(os.sched_getaffinity(0)))
 _SHARE: Final = 0.25
 """How much the newest measurement counts."""
 
@@ -41,7 +41,7 @@ class Pace:
         """`most` jobs at a time."""
         self._most = most
         # One more than there are processors, as each has to wait for Python's lock at times.
-        self._workers = min(most, _PROCESSORS + 1)
+        self._workers = min(most, PROCESSORS + 1)
         self._turn = threading.BoundedSemaphore(self._workers)
         self._waited = 0.0
         self._worked = 0.0

@@ -12,9 +12,11 @@ inconsistent (qcow2 says so), and the next backup is a full.
 
 import json
 import logging
+import os
 from pathlib import Path
 
 from qmpbackup.errors import QmpBackupError, StorageError
+from qmpbackup.images import layers
 from qmpbackup.process import run
 from qmpbackup.service.boot_folder import Boot, BootedDisk, BootFolder
 
@@ -46,19 +48,22 @@ def _start(base: Path, disk: BootedDisk) -> None:
 
 def _add_end_mark(base: Path, disk: BootedDisk) -> None:
     """A disabled bitmap in which the end of the disk is marked: QEMU marks it in an image that is as long,
-    and copies the mark."""
-    ledger = base.with_name(f"{base.name}.ledger")
+    and copies the mark. That image lies in memory, where nobody waits for it to be durable."""
+    ledger = os.memfd_create("qmpbackup-ledger", os.MFD_CLOEXEC)
     try:
-        _tool("qemu-img", "create", "-q", "-f", "qcow2", str(ledger), str(disk.size))
-        _tool("qemu-img", "bitmap", "--add", "-f", "qcow2", str(ledger), _LEDGER)
+        path = layers.path(ledger)
+        _tool("qemu-img", "create", "-q", "-f", "qcow2", path, str(disk.size), given=ledger)
+        _tool("qemu-img", "bitmap", "--add", "-f", "qcow2", path, _LEDGER, given=ledger)
         at = (disk.size - 1) // _SECTOR * _SECTOR
-        _tool("qemu-io", "-f", "qcow2", "-c", f"write -q -z {at} {_SECTOR}", str(ledger))
+        write = f"write -q -z {at} {_SECTOR}"
+        _tool("qemu-io", "-f", "qcow2", "-c", write, path, given=ledger)
         _tool(
             *("qemu-img", "bitmap", "--add", "--disable", "--merge", _LEDGER, "-f", "qcow2"),
-            *("-b", str(ledger), "-F", "qcow2", str(base), disk.end_mark),
+            *("-b", path, "-F", "qcow2", str(base), disk.end_mark),
+            given=ledger,
         )
     finally:
-        ledger.unlink(missing_ok=True)
+        os.close(ledger)
 
 
 def _bitmaps(image: Path) -> set[str]:
@@ -70,8 +75,9 @@ def _bitmaps(image: Path) -> set[str]:
         raise StorageError(f"What qemu-img says of {image} is not understood: {error}.") from error
 
 
-def _tool(*command: str) -> bytes:
-    done = run(command)
+def _tool(*command: str, given: int | None = None) -> bytes:
+    """Run a program, with an open file that its command names."""
+    done = run(command, pass_fds=() if given is None else (given,))
     if done.code:
         raise StorageError(f"{command[0]} failed: {done.reason}.")
     return done.output
