@@ -105,6 +105,12 @@ def test_files_of_others_alone_are_no_damage(stored: Stored) -> None:
     assert verify(Request(stored.path)).whole
 
 
+def test_of_one_point_just_the_files_of_its_chain_are_read(stored: Stored) -> None:
+    stored.file(stored.points[2], "hd0").unlink()
+    assert verify(Request(stored.path, stored.points[1].id)).files == 4
+    assert not verify(Request(stored.path, "latest")).whole
+
+
 def refit(stored: Stored, disk_id: str, snapshot: str = "") -> None:
     """Make the manifest of the last point say what its file of a disk is now."""
     point = stored.points[2]
