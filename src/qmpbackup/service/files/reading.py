@@ -123,7 +123,10 @@ class Reading:
             NoSuchTarget: it is on none of them.
             UsageError: it is on several, or names none that is there.
         """
-        system, path = guest_files.split(address, self.systems)
+        try:
+            system, path = guest_files.split(address, self.systems)
+        except UsageError as error:
+            raise self._cause_of(error) from error
         if system is not None:
             _require_readable(system)
             return Place(system, path)
