@@ -263,3 +263,64 @@ def test_whoever_is_to_know_is_told_once_and_once_when_it_is_well(host: Host) ->
         assert b"well again" in web.asked[1].body
         host.run("--all").check()
         assert len(web.asked) == 2
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_vms_failure(host: Host) -> None:
+    """Here it is too long; a folder that we may not enter is another such."""
+    with sinks.web_server() as web:
+        host.tables |= {
+            "vm.odd": f'socket = "/{"x" * 300}/odd.qmp"',
+            "notify.ops": f'type = "webhook"\nurl = "{web.url}"',
+            "defaults": f"{CALM}\nretry = {{ times = 0 }}",
+        }
+        found = ended(host.run("--json").check(SOME_FAILED))
+        assert found["db1", "main", "backup"] == found["web1", "main", "backup"] == 0
+        assert found["odd", "main", "backup"] != 0
+        assert [b"odd" in each.body for each in web.asked] == [True]
+
+
+def test_a_run_that_is_ended_tells_so_once(host: Host) -> None:
+    """By itself, so that the unit that systemd starts then has nothing to tell; and once when it is well."""
+    with sinks.web_server() as web:
+        host.tables["notify.ops"] = f'type = "webhook"\nurl = "{web.url}"'
+        host.tables["notify.hc"] = f'type = "healthchecks"\nurl = "{web.url}/ping"'
+        host.tables["defaults"] = "limits = { speed = 1 }"  # it would take for ever
+        for vm in host.vms.values():
+            vm.write("vda", 0, 4 * MIB, 0x22)
+        with cli.start(*host.arguments(), env=host.environment) as running:
+            wait_until(running.unless_over(lambda: backup_of(running.pid) is not None))
+            running.signal(signal.SIGTERM)
+            running.wait().check(143)
+        messages = [each for each in web.asked if "ping" not in each.path]
+        assert [b"broke off" in each.body for each in messages] == [True]
+        assert "/ping/143" in web.paths
+        host.tables["defaults"] = CALM
+        host.run("--all").check()
+        messages = [each for each in web.asked if "ping" not in each.path]
+        assert [b"well again" in each.body for each in messages] == [False, True]
+
+
+def test_a_configuration_that_is_spoilt_during_a_run_spoils_the_next_one_only(host: Host) -> None:
+    with cli.start(*host.arguments(), env=host.environment) as running:
+        wait_until(running.unless_over(lambda: backup_of(running.pid) is not None))
+        (host.folder / "config.toml").write_text("[run\n\0garbage")
+        running.wait().check()
+    host_of_garbage = cli.run("run", "--config", host.folder / "config.toml", env=host.environment)
+    assert host_of_garbage.code == 2
+    assert host.points("db1") == host.points("web1") == ["full"]
+    assert "Nothing is due" in host.run().check().out
+
+
+def test_a_vm_that_hangs_is_its_own_failure_and_named(host: Host) -> None:
+    pid = host.vms["db1"].pid
+    host.tables["defaults"] += "\nretry = { times = 0 }"
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        result = host.run("--json").check(SOME_FAILED)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    found = ended(result)
+    assert found["db1", "main", "backup"] == 6
+    assert found["web1", "main", "backup"] == 0
+    (said,) = [each["reason"] for each in result.objects if each["vm"] == "db1"]
+    assert str(pid) in said, said

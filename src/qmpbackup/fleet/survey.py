@@ -103,8 +103,10 @@ def is_off(vm: VmSettings, last: Attempt | None, now: datetime) -> bool:
         return was_off
     try:
         made = Path(vm.socket).stat().st_mtime
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
+    except (OSError, ValueError):  # where nobody may look, its backup says what is wrong
+        return False
     return was_off and last is not None and made < last.started.timestamp()
 
 

@@ -33,7 +33,7 @@ from qmpbackup.errors import (
 from qmpbackup.machine.inbox import Client
 from qmpbackup.machine.patience import Patience
 from qmpbackup.machine.reply import Reply, one_line
-from qmpbackup.machine.sockets import open_socket, peer_pid
+from qmpbackup.machine.sockets import open_socket, peer_pid, require_running
 from qmpbackup.plan.commands import Command
 
 T = TypeVar("T")
@@ -226,6 +226,7 @@ class Monitor:
                 asyncio.wait_for(self._client.connect(self._socket), timeout)
             )
         except TimeoutError:
+            require_running(self.address)
             raise MonitorBusy(
                 f"The monitor at {self.address} accepted the connection but did not greet us.",
                 _way_out(self.address),

@@ -6,6 +6,7 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def open_socket(address: str, timeout: float) -> socket.socket:
             f"Nobody listens at {address}.", "Check that the VM is running."
         ) from None
     except BlockingIOError:
+        require_running(address)
         raise MonitorBusy(
             f"{address} takes no further connection: others wait there already.",
             "Wait for their end, or give QEMU another -qmp socket for backups.",
@@ -104,13 +106,40 @@ def _connect(connection: socket.socket, path: str) -> None:
 def is_held(address: str) -> bool:
     """Whether a process of this network namespace listens at a unix socket, even if its file is gone or is
     another's by now (proc_net_unix(5): flags, and the path it was bound to)."""
-    path = address.removeprefix("unix:")
+    return bool(_listening(address))
+
+
+def require_running(address: str) -> None:
+    """Say so where the process that listens at a unix socket is stopped, and so answers nobody.
+
+    Raises:
+        MonitorBusy: it is.
+    """
+    wanted = {f"socket:[{each}]" for each in _listening(address)}
+    for process in Path("/proc").glob("[0-9]*") if wanted else ():
+        with suppress(OSError):
+            state = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            if state in {"T", "t"} and _has_open(process, wanted):
+                raise MonitorBusy(
+                    f"Process {process.name}, which listens at {address}, is stopped (SIGSTOP, or a "
+                    "debugger): it answers nobody.",
+                    f"Let it go on: kill -CONT {process.name}.",
+                )
+
+
+def _has_open(process: Path, wanted: Collection[str]) -> bool:
+    return any(str(each.readlink()) in wanted for each in (process / "fd").iterdir())
+
+
+def _listening(address: str) -> list[str]:
+    """The inodes of sockets that take connections at an address."""
+    path, found = address.removeprefix("unix:"), []
     with suppress(OSError):
         for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines():
             words = line.split(None, 7)
             if len(words) == 8 and words[7] == path and words[3] == _LISTENS:
-                return True
-    return False
+                found.append(words[6])
+    return found
 
 
 def _require_socket(address: str) -> None:
