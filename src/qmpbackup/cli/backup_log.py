@@ -21,9 +21,12 @@ class BackupLog:
     """One backup; use as a context manager around it."""
 
     def __init__(self, target: "Address") -> None:
+        from qmpbackup.machine.command_line import masked
         from qmpbackup.targets import opening
 
-        self._target, _ = opening.entrance(target).handed_on()  # without a password
+        (self._target,) = masked(
+            [opening.entrance(target).spelled]
+        )  # a location may hold a password
         self._vm = ""
 
     def __enter__(self) -> Self:
