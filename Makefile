@@ -107,6 +107,7 @@ bench: setup guest
 	@$(BIN)/python -m bench.repository
 	@$(BIN)/python -m bench.restore
 	@PYTHONPATH=tests $(BIN)/python -m bench.worstday
+	@PYTHONPATH=tests $(BIN)/python -m bench.fleet
 
 format: setup
 	@$(BIN)/ruff check --fix

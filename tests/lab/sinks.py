@@ -5,59 +5,106 @@ Each serves in threads of its own and is over with its block.
 """
 
 import socketserver
+import ssl
+from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from lab.serving import serving
 
 
 @dataclass
 class Mailbox:
-    """A mail server at `address`; `greeting` is what it says first."""
+    """A mail server at `address`; `greeting` is what it says first. `logins` are the names and passwords
+    that it was told."""
 
     address: str = ""
     greeting: str = "220 sink"
     mails: list[EmailMessage] = field(default_factory=list)
     recipients: list[str] = field(default_factory=list)
+    logins: list[tuple[str, str]] = field(default_factory=list)
 
 
 @contextmanager
-def mail_server(greeting: str = "220 sink") -> Iterator[Mailbox]:
-    """A mail server that takes all."""
-    box = Mailbox(greeting=greeting)
+def mail_server(greeting: str = "220 sink", certificate: Path | None = None) -> Iterator[Mailbox]:
+    """A mail server that takes all; with a `certificate` (a PEM file that holds its key, too) it speaks TLS
+    when it is asked to, and takes nothing before."""
 
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            self._say(box.greeting)
-            while line := self.rfile.readline():
-                verb = line.split(b":")[0].split()[0].upper() if line.strip() else b""
-                if verb == b"RCPT":
-                    box.recipients.append(line.decode().split(":", 1)[1].strip(" <>\r\n"))
-                if verb == b"DATA":
+    class Handler(_MailHandler):
+        """One connection."""
+
+    Handler.box, Handler.certificate = Mailbox(greeting=greeting), certificate
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
+        Handler.box.address = f"127.0.0.1:{port}"
+        yield Handler.box
+
+
+class _MailHandler(socketserver.StreamRequestHandler):
+    box: Mailbox
+    certificate: Path | None = None
+
+    def handle(self) -> None:
+        self._say(self.box.greeting)
+        if self.certificate is None:
+            self._serve("250 sink")
+        elif self._wants_tls():
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            with (
+                suppress(OSError),  # a client that does not trust us
+                context.wrap_socket(self.connection, server_side=True) as secured,
+                secured.makefile("rb") as self.rfile,
+                secured.makefile("wb") as self.wfile,
+            ):
+                self._serve("250-sink\r\n250 AUTH PLAIN")
+
+    def _wants_tls(self) -> bool:
+        while line := self.rfile.readline():
+            if line.strip().upper() == b"STARTTLS":
+                self._say("220 go on")
+                return True
+            is_hello = line.upper().startswith(b"EHLO")
+            self._say("250-sink\r\n250 STARTTLS" if is_hello else "530 STARTTLS first")
+        return False
+
+    def _serve(self, hello: str) -> None:
+        while line := self.rfile.readline():
+            verb = line.split(b":")[0].split()[0].upper() if line.strip() else b""
+            match verb:
+                case b"EHLO":
+                    self._say(hello)
+                    continue
+                case b"AUTH":
+                    _, user, password = b64decode(line.split()[-1]).decode().split("\0")
+                    self.box.logins.append((user, password))
+                    self._say("235 ok")
+                    continue
+                case b"RCPT":
+                    self.box.recipients.append(line.decode().split(":", 1)[1].strip(" <>\r\n"))
+                case b"DATA":
                     self._say("354 go on")
                     self._take()
-                self._say("221 bye" if verb == b"QUIT" else "250 ok")
-                if verb == b"QUIT":
+                case b"QUIT":
+                    self._say("221 bye")
                     return
+            self._say("250 ok")
 
-        def _say(self, text: str) -> None:
-            self.wfile.write(text.encode() + b"\r\n")
+    def _say(self, text: str) -> None:
+        self.wfile.write(text.encode() + b"\r\n")
+        self.wfile.flush()
 
-        def _take(self) -> None:
-            lines = []
-            while (line := self.rfile.readline()) != b".\r\n":
-                lines.append(line.removeprefix(b".") if line.startswith(b"..") else line)
-            mail = message_from_bytes(b"".join(lines), policy=policy.default)
-            assert isinstance(mail, EmailMessage)
-            box.mails.append(mail)
-
-    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
-        box.address = f"127.0.0.1:{port}"
-        yield box
+    def _take(self) -> None:
+        lines = []
+        while (line := self.rfile.readline()) != b".\r\n":
+            lines.append(line.removeprefix(b".") if line.startswith(b"..") else line)
+        mail = message_from_bytes(b"".join(lines), policy=policy.default)
+        assert isinstance(mail, EmailMessage)
+        self.box.mails.append(mail)
 
 
 @dataclass(frozen=True)

@@ -222,9 +222,9 @@ class History:
 
     # What targets held
 
-    def note(self, holding: Holding) -> None:
-        """Keep what was seen of a VM in a target, in the place of what was seen before."""
-        self._file.do(_REPLACE_HOLDING, _values(holding))
+    def note(self, *holdings: Holding) -> None:
+        """Keep what was seen of VMs in targets, in the place of what was seen before."""
+        self._file.do_all(_REPLACE_HOLDING, [_values(each) for each in holdings])
 
     def holdings(self) -> list[Holding]:
         """What was seen last, of all VMs and targets."""
@@ -235,12 +235,11 @@ class History:
     def know(self, group: str, vms: Iterable[str], when: datetime) -> None:
         """Remember VMs that were found for a group (empty: that have a table alone), so that they are
         known while they are off, and since when."""
-        for vm in vms:
-            self._file.do(
-                "INSERT INTO known_vm VALUES (:group, :vm, :seen, :seen) "
-                "ON CONFLICT DO UPDATE SET seen = :seen, first_seen = min(first_seen, :seen)",
-                {"group": _stored(group), "vm": _stored(vm), "seen": _stored(when)},
-            )
+        self._file.do_all(
+            "INSERT INTO known_vm VALUES (:group, :vm, :seen, :seen) "
+            "ON CONFLICT DO UPDATE SET seen = :seen, first_seen = min(first_seen, :seen)",
+            [{"group": _stored(group), "vm": _stored(vm), "seen": _stored(when)} for vm in vms],
+        )
 
     def known_vms(self) -> dict[str, tuple[str, ...]]:
         """Names of VMs that were found before, for each group."""

@@ -11,7 +11,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -89,15 +89,26 @@ class HistoryFile:
     def read(self, statement: str, values: Mapping[str, Value], of: Callable[[Row], T]) -> list[T]:
         """The same, with each row as what it means. `of` may fail with `Unreadable`: then the file is as
         broken as if SQLite had said so."""
+        return self._whatever_becomes(
+            lambda: list(map(of, self._connection.execute(statement, values).fetchall()))
+        )
+
+    def do_all(self, statement: str, values: Sequence[Mapping[str, Value]]) -> None:
+        """Carry out one statement with many values, which come onto the disk at once: it is that which takes
+        time."""
+        self._whatever_becomes(lambda: _at_once(self._connection, statement, values))
+
+    def _whatever_becomes(self, do: Callable[[], T]) -> T:
+        """Do something with the database, and again with another where it fails."""
         with self._lock:
             for rescue in (self._rescue, self._lose):
                 try:
-                    return list(map(of, self._connection.execute(statement, values).fetchall()))
+                    return do()
                 except sqlite3.ProgrammingError:
                     raise  # a fault of ours, which no other file mends
                 except _FAILED as error:
                     rescue(error)
-            return list(map(of, self._connection.execute(statement, values).fetchall()))
+            return do()
 
     def _opened(self) -> sqlite3.Connection:
         why = ""
@@ -220,6 +231,19 @@ def _is_complete(connection: sqlite3.Connection) -> bool:
     """Whether it has what earlier versions did not make."""
     columns = connection.execute("SELECT name FROM pragma_table_info('holding')")
     return "place" in {name for (name,) in columns}
+
+
+def _at_once(
+    connection: sqlite3.Connection, statement: str, values: Sequence[Mapping[str, Value]]
+) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.executemany(statement, values)
+        connection.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
 
 
 class _Foreign(sqlite3.DatabaseError):

@@ -84,8 +84,8 @@ def look(
         found = seen[target.place(vm, host)]
         holding = _holding(vm, target, found, Clues(host, known, last), now)
         holdings.append(in_order(holding, history, last))
-        if not history.read_only:
-            history.note(holdings[-1])
+    if not history.read_only:
+        history.note(*holdings)
     return Sightings(tuple(holdings), tuple(_sights(configuration.targets, places, seen)))
 
 

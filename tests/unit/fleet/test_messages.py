@@ -4,13 +4,17 @@
 import json
 import logging
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from lab.servers import certificate
 from lab.sinks import Mailbox, Web, mail_server, web_server
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.messages import telling
@@ -241,6 +245,62 @@ def test_a_password_goes_over_no_wire_in_clear(history: History, box: Mailbox) -
     way = replace(by_mail(box), user="ops", password=Secret("mail"))
     assert tell([way], of(LATE), history, reveal) == ("ops",)
     assert box.mails == []
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    return certificate(tmp_path / "mail.pem")
+
+
+def test_a_server_with_encryption_gets_the_mail_and_the_password_over_it(
+    history: History, pem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    with mail_server(certificate=pem) as box:
+        assert tell([by_mail(box)], of(LATE), history, reveal) == ()
+        way = replace(by_mail(box), name="more", user="ops", password=Secret("mail"))
+        assert tell([way], of(LATE), history, reveal) == ()
+    assert [each["Subject"] for each in box.mails] == ["qmpbackup on kvm3: 1 late"] * 2
+    assert box.logins == [("ops", f"{MARKER}-mail")]
+
+
+def test_a_server_whose_certificate_nobody_trusts_gets_neither_mail_nor_password(
+    history: History, pem: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mail_server(certificate=pem) as box, caplog.at_level(logging.WARNING):
+        way = replace(by_mail(box), user="ops", password=Secret("mail"))
+        assert tell([way], of(LATE), history, reveal) == ("ops",)
+    assert (box.mails, box.logins) == ([], [])
+    assert "certificate" in caplog.text.lower()
+    assert MARKER not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # Apprise's own
+def test_apprise_is_given_all_addresses_where_it_is_installed(
+    history: History, web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    way = NotifySettings("chat", NotifyType.APPRISE, url=Secret("url"))
+    address = f"{web.url.replace('http://', 'json://')}/{MARKER}"
+    failed = tell([way], of(LATE), history, always(address))
+    if find_spec("apprise") is None:
+        assert failed == ("chat",)
+        assert "pip install 'qmpbackup[apprise]'" in caplog.text
+    else:
+        assert failed == ()
+        (asked,) = web.asked
+        assert json.loads(asked.body)["title"] == "qmpbackup on kvm3: 1 late"
+        unknown = tell([replace(way, name="x")], of(LATE), history, always(f"x{MARKER}"))
+        assert unknown == ("x",)
+    assert MARKER not in caplog.text
+
+
+def test_nothing_of_a_way_is_loaded_until_it_sends() -> None:
+    """Neither what sends mail, nor what Apprise brings."""
+    code = (
+        "import sys, qmpbackup.fleet.messages.telling, qmpbackup.fleet.run.once\n"
+        "assert not {'apprise', 'smtplib', 'requests'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_thing_alone_makes_nothing_else_well(history: History, box: Mailbox) -> None:

@@ -6,6 +6,7 @@ messages say, nor whether they are news.
 """
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -236,6 +237,10 @@ def _run(
         raise QmpBackupError(f"{done.program} ended with code {done.code}.")
 
 
+_TALKATIVE: Final = ("apprise", "urllib3.connectionpool", "requests")
+"""Loggers of what Apprise brings, which name addresses, in which its passwords and tokens are."""
+
+
 def _apprise(way: NotifySettings, message: Message, reveal: Reveal) -> None:
     from importlib import import_module
 
@@ -245,6 +250,8 @@ def _apprise(way: NotifySettings, message: Message, reveal: Reveal) -> None:
         raise UsageError(
             "Apprise is not installed.", "Install the extra: pip install 'qmpbackup[apprise]'."
         ) from None
+    for name in _TALKATIVE:
+        logging.getLogger(name).disabled = True
     url = reveal(way.url) if isinstance(way.url, Secret) else way.url
     for each in filter(None, (url, *way.to)):
         if not sender.add(each):
