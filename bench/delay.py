@@ -7,7 +7,13 @@ It delays and does not narrow: what is sent in a row arrives in a row.
 """
 
 import asyncio
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _PIECE = 1 << 18
 _WAITING = 256
@@ -54,6 +60,43 @@ async def serve(port: int, server: int, milliseconds: float) -> None:
 
     async with await asyncio.start_server(connected, "127.0.0.1", port, limit=_PIECE) as proxy:
         await proxy.serve_forever()
+
+
+@contextmanager
+def far(folder: Path, milliseconds: int) -> Iterator[str]:
+    """A REST server of all repositories in a folder, as from far away; gives its address."""
+    near, away = _free_port(), _free_port()
+    commands = [
+        ["rclone", "serve", "restic", "--addr", f"127.0.0.1:{near}", str(folder)],
+        [sys.executable, "-m", "bench.delay", str(away), str(near), str(milliseconds)],
+    ]
+    running = [
+        subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for each in commands
+    ]
+    try:
+        _wait_for(near)
+        _wait_for(away)
+        yield f"http://127.0.0.1:{away}"
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise SystemExit("A server did not start.")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.delay import far
 from bench.machine import PASSWORD, QMPBACKUP, call, make_repository, measure, real_files, vm, write
 
 MILLISECONDS = 50
@@ -165,48 +163,11 @@ def _local(made: _Made, folder: Path, what: str, runs: int) -> None:
 
 def _over_rest(made: _Made, scratch: Path, runs: int) -> None:
     """Both repositories from one server, far away."""
-    with _far(made.ours.parent) as address:
+    with far(made.ours.parent, MILLISECONDS) as address:
         ours = _ours(f"restic:rest:{address}/ours/", "raw")
         peers = [Peer("restic restore", 0.7, _restic(f"rest:{address}/restic/"))]
         what = f"repository, {OVER_REST} MiB, REST {MILLISECONDS} ms"
         _report(scratch / "from", what, ours, peers, runs)
-
-
-@contextmanager
-def _far(folder: Path) -> Iterator[str]:
-    """A server of all repositories in a folder; gives its address."""
-    near, far = _free_port(), _free_port()
-    commands = [
-        ["rclone", "serve", "restic", "--addr", f"127.0.0.1:{near}", str(folder)],
-        [sys.executable, "-m", "bench.delay", str(far), str(near), str(MILLISECONDS)],
-    ]
-    running = [
-        subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for each in commands
-    ]
-    try:
-        _wait_for(near)
-        _wait_for(far)
-        yield f"http://127.0.0.1:{far}"
-    finally:
-        for process in running:
-            process.terminate()
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise SystemExit("A server did not start.")
 
 
 def _report(

@@ -6,7 +6,8 @@
 The small guest of the tests, with a second disk full of this machine's own files, is backed up into a
 repository and a folder:
 
-    boot      from the command to a guest that answers; against QEMU on restored disks; the fastest run
+    boot      from the command to a guest that answers; against QEMU on restored disks; the fastest run; also from a
+              repository 50 ms away, and of a guest with an empty disk of 1 TiB besides, against one without
     server    all bytes by nbdcopy, the first time and then; against qemu-nbd on the chain; medians, in turn
     settle    of a VM that runs; against `restore`; medians, in turn
     drill     to its verdict; the fastest run
@@ -28,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from bench.delay import far
 from bench.machine import PASSWORD, QMPBACKUP, call, make_repository, measure, real_files
 
 from lab.booted import kill, listener
@@ -39,6 +41,8 @@ from stock import guest_disks
 SMALL_FILES = 10_000
 LARGE_MIB = 512
 FIRST_LIST = 5.0
+
+MILLISECONDS = 50
 
 
 def main() -> None:
@@ -75,6 +79,10 @@ class _Bench:
             "repository": f"restic:{folder / 'repository'}",
             "folder": f"{folder / 'chain'}",
         }
+        self.large = {
+            "repository": f"restic:{folder / 'large-repository'}",
+            "folder": f"{folder / 'large-chain'}",
+        }
 
     def make(self, megabytes: int) -> None:
         """A guest on its disk, backed up into both kinds of target, and restored."""
@@ -89,6 +97,12 @@ class _Bench:
         with Guest(disks, boot="disk") as guest:
             for target in self.targets.values():
                 call([*QMPBACKUP, "--socket", str(guest.socket), "backup", "--target", target])
+        large = Disk("vdc", create(self.folder / "vdc.qcow2", 1024 * 1024 * MIB))
+        make_repository(self.folder / "large-repository")
+        with Guest([*disks, large], boot="disk") as guest:
+            for target in self.large.values():
+                call([*QMPBACKUP, "--socket", str(guest.socket), "backup", "--target", target])
+        large.image.unlink()
         system.unlink()
         data.unlink()
         local = str(self.folder / "local")
@@ -97,13 +111,21 @@ class _Bench:
     def boot(self) -> None:
         """To a guest that answers."""
         peer = self._fastest(self._from_local_disk)
+        taken: dict[str, float] = {}
         for kind, target in self.targets.items():
+            taken[kind] = self._fastest(partial(self._until_it_answers, target))
+            _row(f"boot from a {kind}", taken[kind], peer, "+3 s", "restored disk")
+        with far(self.folder, MILLISECONDS) as address:
+            target = f"restic:rest:{address}/repository/"
+            from_far = self._fastest(partial(self._until_it_answers, target))
+        _row(f"boot from a repository, {MILLISECONDS} ms", from_far, peer, "2.00", "restored disk")
+        for kind, target in self.large.items():
+            large = self._fastest(partial(self._until_it_answers, target))
+            _row(f"boot from a {kind}, 1 TiB", large, taken[kind], "+1 s", "without that disk")
 
-            def ours(target: str = target) -> float:
-                with self._booted(target) as (_, seconds):
-                    return seconds
-
-            _row(f"boot from a {kind}", self._fastest(ours), peer, "local + 3 s", "restored disk")
+    def _until_it_answers(self, target: str) -> float:
+        with self._booted(target) as (_, seconds):
+            return seconds
 
     def _from_local_disk(self) -> float:
         disks = [Disk(each, self.folder / "local" / f"{each}.qcow2") for each in ("vda", "vdb")]

@@ -90,3 +90,14 @@ def test_what_a_server_says_of_its_target(tmp_path: Path) -> None:
         log.write_text(f"error: {said}\nerror: something else\n")
         with pytest.raises(DamagedError, match="1 is not"):
             server.require_whole()
+
+
+def test_what_a_killed_removal_has_left_is_removed() -> None:
+    with throwaway_folder("drill") as folder:
+        left = folder.path.with_name(f"{folder.path.name}-left")
+        left.mkdir()
+        (left / "boot.json").touch()
+        (left / "link").symlink_to("/")
+        with throwaway_folder("drill"):
+            assert folder.path.exists()
+            assert not left.exists()

@@ -21,6 +21,10 @@ LONG = 100.0
         (Observation(console="\nvm login: ", has_agent=True, still=LONG), BootVerdict.PASS),
         (Observation(console="\nvm login: root\nPassword: ", still=LONG), None),
         (Observation(console="[1] Kernel panic - not syncing: VFS\n"), BootVerdict.FAIL),
+        (
+            Observation(console="Kernel panic - not syncing: IO-APIC + timer doesn't work!\n"),
+            BootVerdict.UNKNOWN,
+        ),
         (Observation(ended="signal 6"), BootVerdict.FAIL),
         (Observation(console="x\n\x1b[0mgrub rescue> ", still=LONG), BootVerdict.FAIL),
         (Observation(console="\n(initramfs) ", still=LONG), BootVerdict.FAIL),

@@ -5,6 +5,7 @@ which files are read."""
 import os
 import pwd
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -48,12 +49,14 @@ def _prefix(kind: str) -> str:
 
 
 def _remove_old(kind: str) -> None:
-    """Remove folders of ours that no run has any more."""
+    """Remove folders of ours that no run has any more; also what is left of one whose removal was killed,
+    which has no lock, as others are made and claimed only while nobody is here."""
     users = {os.geteuid()}
     if os.geteuid() == 0:
         users.add(pwd.getpwnam("nobody").pw_uid)
     for path in _PLACE.glob(f"{_prefix(kind)}*"):
         with suppress(OSError):
-            lock = path / f"{kind}.lock"
-            if lock.lstat().st_uid in users and not BootFolder(path).is_claimed(kind):
+            state = path.lstat()
+            is_ours = stat.S_ISDIR(state.st_mode) and state.st_uid in users
+            if is_ours and not BootFolder(path).is_claimed(kind):
                 shutil.rmtree(path, ignore_errors=True)
