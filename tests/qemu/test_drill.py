@@ -10,10 +10,12 @@ import pytest
 
 from lab import cli
 from lab.backups import back_up
+from lab.booted import kill, listener
 from lab.disks import MIB, Disk, create, pattern
 from lab.http_proxy import Fate, HttpProxy, Request
 from lab.patience import wait_until
 from lab.qemu import HALT, Firmware, Qemu
+from lab.qmp import Monitor as QmpMonitor
 from lab.repositories import Repository, Target, environment_of
 from lab.rest_server import RestServer
 from qmpbackup.machine.knocking import Knocking
@@ -121,6 +123,22 @@ def test_a_vm_that_shows_nothing_is_unknown_and_nothing_is_left(target: Path) ->
     (noted,) = drill(target, "--history").check().objects
     assert noted == found
     assert folder_of(target) is None
+
+
+def test_a_machine_that_somebody_kills_is_unknown(target: Path) -> None:
+    env = {"XDG_STATE_HOME": str(target.parent / "state")}
+    with cli.start("drill", "--target", target, "--json", env=env) as running:
+        wait_until(running.unless_over(lambda: folder_of(target)), "its folder")
+        folder = folder_of(target)
+        assert folder
+        wait_until(running.unless_over(lambda: listener(folder / "settle")), "its monitors")
+        with QmpMonitor(folder / "settle") as monitor:
+            monitor.poll(lambda: monitor("query-status")["running"])  # so it has been looked at
+        machine = listener(folder / "settle")
+        assert machine
+        kill(machine)
+        found = running.wait().check(3).objects[0]
+    assert "killed QEMU" in found["reason"]
 
 
 def test_a_drill_that_is_killed_leaves_no_machine_and_is_cleared_up(target: Path) -> None:

@@ -26,6 +26,7 @@ LONG = 100.0
             BootVerdict.UNKNOWN,
         ),
         (Observation(ended="signal 6"), BootVerdict.FAIL),
+        (Observation(ended="signal 9", killed=True), BootVerdict.UNKNOWN),
         (Observation(console="x\n\x1b[0mgrub rescue> ", still=LONG), BootVerdict.FAIL),
         (Observation(console="\n(initramfs) ", still=LONG), BootVerdict.FAIL),
         (Observation(screen="Debian 12 vm tty1\n\nvm login:"), BootVerdict.PASS),

@@ -66,7 +66,7 @@ class Observation:
     `screen_still` the same of the text on its screen, and `picture_still` of a picture full of colours there;
     `agent` is whether its guest agent answers and
     `has_agent` whether it has a port for one; `resets` is how often it has reset itself, `ended` how QEMU
-    ended."""
+    ended, and `killed` that it was killed from outside."""
 
     console: str = ""
     still: float = 0.0
@@ -77,6 +77,7 @@ class Observation:
     agent: bool = False
     has_agent: bool = False
     ended: str = ""
+    killed: bool = False
 
 
 Judgement = tuple[BootVerdict, str]
@@ -108,6 +109,8 @@ def _broken_down(seen: Observation, shown: _Shown) -> Judgement | None:
             return BootVerdict.UNKNOWN, f"{panic.group()} (as on a host that is too busy)"
         if panic:
             return BootVerdict.FAIL, panic.group()
+    if seen.killed:
+        return BootVerdict.UNKNOWN, "somebody killed QEMU, or the host had no memory for it"
     if seen.ended:
         return BootVerdict.FAIL, f"the VM ended by itself: {seen.ended}"
     if seen.resets > MOST_RESETS:

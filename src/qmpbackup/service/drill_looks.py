@@ -4,6 +4,7 @@
 What a guest says is judged elsewhere (`plan.verdict`); it is read within bounds.
 """
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,7 +54,8 @@ class Looks:
         text = "".join(_tail(Path(each)) for each in self._launch.consoles)
         if text != self._console:
             self._console, self._since = text, time.monotonic()
-        ended = self._child.end(5.0).reason if self._child.ended else ""
+        end = self._child.end(5.0) if self._child.ended else None
+        ended = end.reason if end else ""
         if not ended:
             self._look_at_screen()
         if self._agent is None and self._launch.agent and not ended:
@@ -69,6 +71,7 @@ class Looks:
             agent=self._agent is not None,
             has_agent=bool(self._launch.agent),
             ended=ended,
+            killed=end is not None and end.code == -signal.SIGKILL,
         )
 
     def _look_at_screen(self) -> None:
