@@ -259,11 +259,12 @@ def large(
 class TestInterrupted:
     """A restore that is ended by a signal leaves nothing; one that is killed is in nobody's way."""
 
-    def caught(self, large: Place, out: Path) -> cli.Running:
+    def caught(self, large: Place, out: Path, format_: str) -> cli.Running:
         """A restore that stands still while it writes. One that was too fast for that is run again."""
-        partial = out / "hd0.raw.partial"
+        partial = out / f"hd0.{format_}.partial"
+        arguments = ("--target", spelled(large), "--output", out, "-f", format_)
         while True:
-            running = cli.start("restore", "--target", spelled(large), "--output", out, "-f", "raw")
+            running = cli.start("restore", *arguments)
             while running.process.poll() is None and not has_begun(partial):
                 time.sleep(0.001)
             running.signal(signal.SIGSTOP)
@@ -276,21 +277,21 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_ended(self, large: Place, out: Path, number: signal.Signals) -> None:
-        with self.caught(large, out) as running:
+        with self.caught(large, out, "raw") as running:
             running.signal(number)
             running.signal(signal.SIGCONT)
             running.wait().check(128 + number)
         assert not out.exists()
 
     def test_killed_and_run_again(self, large: Place, out: Path) -> None:
-        with self.caught(large, out) as running:
+        with self.caught(large, out, "qcow2") as running:
             running.signal(signal.SIGKILL)
             running.wait()
-        assert [path.name for path in out.iterdir()] == ["hd0.raw.partial"]
-        restore(Request(large.address, folder=out, format="raw", lock_wait=20))
-        assert [path.name for path in out.iterdir()] == ["hd0.raw"]
+        assert [path.name for path in out.iterdir()] == ["hd0.qcow2.partial"]
+        restore(Request(large.address, folder=out, lock_wait=20))
+        assert [path.name for path in out.iterdir()] == ["hd0.qcow2"]
         ((_, expected),) = large.expected.items()
-        assert not first_difference((out / "hd0.raw").read_bytes(), expected)
+        assert not first_difference(contents(out / "hd0.qcow2", "qcow2"), expected)
 
 
 def has_begun(partial: Path) -> bool:
