@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lab.sockets import bind
+from qmpbackup.errors import UsageError
+from qmpbackup.fleet import secrets
 from qmpbackup.fleet.config import files, load, table
 from qmpbackup.fleet.config.checking import warnings
 from qmpbackup.fleet.config.files import NAMED, SINGLE
@@ -45,16 +47,6 @@ sockets = "/run/qemu/*.qmp"
 location = "/backup/{vm}"
 keep = { daily = 7, weekly = 4, monthly = 12 }
 """
-
-
-def bind(folder: Path, *names: str) -> None:
-    """Sockets in a folder, however long its path is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    there = os.open(folder, os.O_RDONLY)
-    for name in names:
-        with socket.socket(socket.AF_UNIX) as each:
-            each.bind(f"/proc/self/fd/{there}/{name}")
-    os.close(there)
 
 
 class Host:
@@ -285,6 +277,7 @@ def test_what_counts_for_all_stops_all(host: Host, text: str, key: str, sentence
         ("[vm.db1]\nlimits = { speed = '5 apples' }", "vm.db1", "Not a size"),
         ("[vm.db1]\nquiesce = 'require'", "vm.db1", "no agent is named"),
         ("[vm.db1]\noff_age = '3 fortnights'", "vm.db1", "no length of time"),
+        ("[vm.db1]\noff_age = '999999999w'", "vm.db1", "a hundred years"),
         ("[vm]\nsocket = '/run/a'", "vm.socket", "with a name, such as [vm.NAME]"),
         ("[vm.'../x']\nsocket = '/run/a'", "vm.../x", "Nothing can be called so"),
         ("[group.x]\nsockets = '/run/*/*.qmp'", "group.x", "with one *"),
@@ -309,6 +302,17 @@ def test_what_counts_for_one_switches_off_that_one(
     if subject != "target.main":
         assert "web-1" in names(found)
         assert vm(found, "web-1").targets == ("main",)
+
+
+def test_nobody_waits_for_what_is_no_plain_file(host: Host, tmp_path: Path) -> None:
+    host.load(SHORTEST, "[run]\nparallel = 2")  # which makes the folder conf.d
+    os.mkfifo(host.file.parent / "conf.d" / "pipe.toml")
+    found = load_all(host.file)
+    assert ["it is no plain file" in each.sentence for each in found.configuration.faults] == [True]
+    secret = tmp_path / "secret"
+    os.mkfifo(secret)
+    with pytest.raises(UsageError, match="it is no plain file"):
+        secrets.reveal(Secret(file=str(secret)))
 
 
 def test_no_secret_stands_in_a_file_or_is_said(host: Host) -> None:

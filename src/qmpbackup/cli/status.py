@@ -231,7 +231,8 @@ def _checked(found: "Survey") -> str:
     numbers = " ".join(f"{state.value}={count}" for state, count in by_state(found).items())
     oldest = _oldest(found)
     numbers += f" oldest={oldest:.0f}s" if oldest is not None else ""
-    said = printable(", ".join(named) or f"{count_of(vms, 'VM')} well").replace("|", "/")
+    well = f"{count_of(vms, 'VM')} well" if vms else "no VM is known: `qmpbackup config check`"
+    said = printable(", ".join(named) or well).replace("|", "/")
     return f"QMPBACKUP {found.severity} - {said} | {numbers}"
 
 

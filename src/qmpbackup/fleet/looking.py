@@ -77,12 +77,14 @@ def look(
     places = {target.place(vm, host): target for vm, target in wanted}
     seen = _seen(places, now, variables, patience)
     before = {(each.vm, each.target): each for each in history.holdings()}
+    sockets = frozenset(each.socket for each in configuration.vms)
     holdings = []
     for vm, target in wanted:
         known = _known(before, vm, target, now)
         last = history.last(vm.name, target.name, Work.BACKUP, succeeded=True)
         found = seen[target.place(vm, host)]
-        holding = _holding(vm, target, found, Clues(host, known, last), now)
+        elsewhere = sockets - {vm.socket}
+        holding = _holding(vm, target, found, Clues(host, known, last, elsewhere), now)
         holdings.append(in_order(holding, history, last))
     if not history.read_only:
         history.note(*holdings)
@@ -102,11 +104,13 @@ def _known(
 
 @dataclass(frozen=True, slots=True)
 class Clues:
-    """By what a VM's points are known: its host, what was seen of it before, its last good backup."""
+    """By what a VM's points are known: its host, what was seen of it before, its last good backup, and the
+    sockets of other VMs."""
 
     host: str
     known: Holding
     last: Attempt | None
+    elsewhere: frozenset[str] = frozenset()
 
 
 def _holding(
@@ -155,26 +159,39 @@ def in_order(holding: Holding, history: History, last: Attempt | None) -> Holdin
 
 def whose(vm: VmSettings, vms: Sequence[HeldVm], clues: Clues) -> HeldVm | None:
     """What there is of a VM among several; where several could be it, the one with the newest point."""
-    for is_it in (_for_certain, _by_its_name):
+    for is_it in (_at_its_socket, _as_before, _by_its_name):
         found = [each for each in vms if is_it(vm, each, clues)]
         if found:
             return max(found, key=lambda each: each.newest.time.timestamp() if each.newest else 0)
     return None
 
 
-def _for_certain(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
-    """Whether they were made over its socket, or are those that were its before."""
-    identity, known, last = held.identity, clues.known, clues.last
+def _at_its_socket(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
+    """Whether the newest was made over its socket, or by its last backup."""
+    identity, last = held.identity, clues.last
     if identity.address == vm.socket and identity.host in {"", clues.host}:
         return True
-    if held.newest and last and last.point == held.newest.id:
-        return True
-    return bool(known.uuid) and known.uuid.lower() == identity.uuid.lower()
+    return bool(held.newest and last and last.point == held.newest.id)
+
+
+def _as_before(_vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
+    """Whether they were its own before: if it moved to another host, they still are."""
+    identity, known = held.identity, clues.known
+    is_same = bool(known.uuid) and known.uuid.lower() == identity.uuid.lower()
+    return is_same and not _is_another(held, clues)
 
 
 def _by_its_name(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
     identity = held.identity
-    return identity.name == vm.name and identity.host in {"", clues.host, clues.known.host}
+    is_here = identity.host in {"", clues.host, clues.known.host}
+    return identity.name == vm.name and is_here and not _is_another(held, clues)
+
+
+def _is_another(held: HeldVm, clues: Clues) -> bool:
+    """Whether the newest was made over the socket of another VM of this host: one that was renamed, say,
+    while a new one has its name."""
+    identity = held.identity
+    return identity.address in clues.elsewhere and identity.host in {"", clues.host}
 
 
 def _sights(

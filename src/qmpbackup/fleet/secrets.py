@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpbackup.errors import QmpBackupError, UsageError
+from qmpbackup.fleet.plain_files import read_plain
 from qmpbackup.fleet.settings import Secret, TargetSettings
 
 FOLDER: Final = Path("/etc/qmpbackup/secrets")
@@ -73,8 +74,7 @@ def environment(target: TargetSettings, folder: Path = FOLDER) -> dict[str, str]
 
 def _read(secret: Secret, path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(_LARGEST + 1)
+        return read_plain(path, _LARGEST + 1)
     except OSError as error:
         hint = "Check that this user may read it."
         if secret.credential:

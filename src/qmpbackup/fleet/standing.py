@@ -145,10 +145,11 @@ def _deadline(facts: Facts, schedule: tuple[str, ...], now: datetime) -> datetim
         return _off_deadline(facts, counted)
     if not schedule:
         return None
-    if counted is None:
-        return datetime(1970, 1, 1, tzinfo=UTC)
-    due = calendar.next_after(schedule, counted)
-    return None if due is None else _later(due, grace(facts.vm, schedule, due))
+    due = None if counted is None else calendar.next_after(schedule, counted)
+    if due is not None:
+        return _later(due, grace(facts.vm, schedule, due))
+    # Times that never come protect nobody; after the last of some that came, a point stays good.
+    return None if holding and holding.newest else datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _first_seen(facts: Facts, now: datetime) -> datetime | None:
@@ -212,13 +213,15 @@ def _late(facts: Facts, deadline: datetime | None, now: datetime) -> Finding:
     reason = _reason(facts)
     if holding is None or holding.newest is None:
         said = "There is no point." if holding and not holding.problem else "No point is known."
-        if facts.first_seen is None and facts.last is None:
+        if facts.vm.schedule and calendar.next_after(facts.vm.schedule, now) is None:
+            said += " None of the times of its `schedule` will ever come."
+        elif facts.first_seen is None and facts.last is None:
             said += " No run has seen this VM yet: is the timer enabled?"
     elif facts.is_off and facts.vm.when_off is not WhenOff.FAIL:
         said = f"It is off, and its newest point is {age(now - holding.newest)} old."
     else:
         said = f"Its newest point is {age(now - holding.newest)} old."
-    return State.LATE, " ".join(filter(None, (reason or said,))), deadline
+    return State.LATE, reason or said, deadline
 
 
 def _reason(facts: Facts) -> str:

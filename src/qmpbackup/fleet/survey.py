@@ -35,7 +35,7 @@ class Survey:
     @property
     def severity(self) -> Severity:
         """The worst of all."""
-        found = {each.severity for each in self.standings}
+        found = {each.severity for each in self.standings} or {Severity.UNKNOWN}
         found |= {Severity.CRITICAL for each in self.sights if each.damaged}
         found |= {Severity.WARNING} if self.trouble or self.wrong else set()
         return worst(frozenset(found))

@@ -16,6 +16,7 @@ from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Clues, look, whose
 from qmpbackup.fleet.records import Attempt, Holding, Work, mark_of
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
+from qmpbackup.fleet.survey import is_off
 from qmpbackup.model import Consistency, Level, Point, VmConfig, VmIdentity
 from qmpbackup.targets.overview import HeldVm
 
@@ -68,6 +69,34 @@ def test_points_are_known_by_what_they_were_made_of(
     vms: tuple[HeldVm, ...], clues: Clues, expected: int | None
 ) -> None:
     assert whose(VM, vms, clues) is (None if expected is None else vms[expected])
+
+
+RENAMED = held("db1", uuid="U-1", address="/run/qemu/old-db1.qmp")
+
+
+@pytest.mark.parametrize("known", [KNOWN, replace(KNOWN, uuid="u-1")])
+def test_points_of_one_that_was_renamed_are_not_those_of_a_new_one_at_its_socket(
+    known: Holding,
+) -> None:
+    elsewhere = frozenset({RENAMED.identity.address})
+    assert whose(VM, (RENAMED,), Clues(HOST, known, None, elsewhere)) is None
+    assert whose(VM, (RENAMED,), Clues(HOST, known, None)) is RENAMED
+
+
+def test_points_that_were_made_here_come_before_newer_ones_of_one_that_has_moved() -> None:
+    moved = held("db1", "kvm9", "U-1", hours=0)
+    here = held("db1", uuid="U-2", address=VM.socket, hours=30)
+    found = whose(VM, (moved, here), Clues(HOST, replace(KNOWN, uuid="u-1"), None))
+    assert found is here
+
+
+def test_a_vm_whose_socket_cannot_be_looked_at_is_not_off(tmp_path: Path) -> None:
+    """As where whoever asks may not enter the folder: it would be well for as long as one may be off."""
+    there = tmp_path / "db1.qmp"
+    vm = replace(VM, socket=str(there))
+    assert is_off(vm, None, NOW)
+    there.symlink_to(there)  # not even root can look through that
+    assert not is_off(vm, None, NOW)
 
 
 def nothing(_target: TargetSettings) -> Mapping[str, str]:

@@ -53,6 +53,8 @@ def lying(newest: datetime | None) -> Facts:
         (with_newest(None, first_seen=NOW), State.DUE, "no point yet"),
         (with_newest(None, first_seen=BEFORE - timedelta(days=2)), State.LATE, "no point"),
         (with_newest(None, first_seen=None, last=None), State.LATE, "is the timer enabled"),
+        (with_newest(None, vm=replace(VM, schedule=("2020-01-01",))), State.LATE, "will ever come"),
+        (with_newest(BEFORE, vm=replace(VM, schedule=("2020-01-01",))), State.OK, ""),
         (replace(WELL, last=failed(7), failures=1), State.FAILED, "503"),
         (replace(WELL, last=failed(7, ""), failures=1), State.FAILED, "Exit code 7"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpbackup.fleet.config.sockets import is_name
+from qmpbackup.fleet.plain_files import read_plain
 from qmpbackup.fleet.settings import Fault
 from qmpbackup.plan.guessing import close_to, or_did_you_mean
 
@@ -76,8 +77,7 @@ def _files(path: Path, faults: list[Fault]) -> Iterator[Path]:
 
 def _parsed(path: Path, faults: list[Fault]) -> Mapping[str, object]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
+        data = read_plain(path, _LARGEST + 1)
         if len(data) > _LARGEST:
             sentence = "This is no configuration: it is larger than 4 MiB."
         else:

@@ -29,6 +29,7 @@ from qmpbackup.plan.sizes import parse_size
 
 _SPAN: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,3})?\s*(?:ms|s|m|h|d|w)\s*)+", re.ASCII)
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)", re.ASCII)
+_LONGEST: Final = 36525 * 86400.0
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SHARE: Final = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%", re.ASCII)
 _LARGEST_SIZE: Final = 2**63 - 1
@@ -98,7 +99,12 @@ def parse_span(text: str) -> float:
         raise UsageError(
             f"{quoted(text)} is no length of time; write it with ms, s, m, h, d or w, as in 10m or 7d."
         )
-    return sum(float(count) * _UNITS[unit] for count, unit in _PART.findall(text))
+    seconds = sum(float(count) * _UNITS[unit] for count, unit in _PART.findall(text))
+    if seconds > _LONGEST:
+        raise UsageError(
+            f"{quoted(text)} is too long; the longest time is a hundred years, 36525d."
+        )
+    return seconds
 
 
 def span(empty: float | None = None) -> Plain:
