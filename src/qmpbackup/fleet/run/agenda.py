@@ -71,7 +71,10 @@ class Agenda:
         return Past(last, failures, took, holding, is_noted)
 
     def _proofs(self, now: datetime, cannot_tell: CannotTell) -> Iterator[Duty]:
-        """Sweeps, verifications and drills whose time has come."""
+        """Sweeps, verifications and drills whose time has come; none where nobody would know of them
+        afterwards, as each run would read all data again."""
+        if self.history.trouble:
+            return
         swept: set[str] = set()
         for vm in self.configuration.vms:
             for name in vm.targets if vm.enabled else ():
