@@ -575,3 +575,13 @@ def test_warnings_are_of_what_may_be_other_than_wanted(
     assert "not enabled" in found["vm.web-1"]
     assert "nobody is told" in found["notify"]
     assert "0666" in found[""]
+
+
+def test_what_removes_points_of_repositories_is_missed_before_it_is_needed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = '[target.x]\nlocation = "restic:/r"\nkeep = { last = 5 }\n'
+    host.load(SHORTEST, more)
+    monkeypatch.setenv("PATH", str(host.file.parent))
+    found = [each.key for each in warnings(load_all(host.file)) if "restic" in each.sentence]
+    assert found == ["target.x.keep"]

@@ -5,12 +5,14 @@ import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import which
 
 from qmpbackup.fleet import secrets
 from qmpbackup.fleet.config.loading import Loaded
 from qmpbackup.fleet.config.sockets import SocketPattern
 from qmpbackup.fleet.settings import Configuration, Fault, Secret
 from qmpbackup.plan.calendar import next_after
+from qmpbackup.targets import opening
 
 
 def warnings(loaded: Loaded) -> Iterator[Fault]:
@@ -57,10 +59,16 @@ def _about_targets(configuration: Configuration) -> Iterator[tuple[str, str]]:
         key = f"target.{target.name}"
         if not target.keep:
             yield key, "It has no `keep`: no point is ever removed."
+        elif which("restic") is None and _holds_several(target.location):
+            yield f"{key}.keep", "The program restic, which removes points, is not installed."
         if not target.verify.every:
             yield f"{key}.verify", "Its points are never verified."
         if configuration.vms and target.name not in used:
             yield key, "No VM uses it."
+
+
+def _holds_several(location: str) -> bool:
+    return opening.entrance(opening.place(location)).holds_several
 
 
 def _about_secrets(configuration: Configuration) -> Iterator[tuple[str, str]]:
