@@ -251,6 +251,18 @@ def test_a_second_try_waits_for_no_target_that_was_given_up(
     assert clocks.ticks < 300, "though it would be tried again after ten minutes"
 
 
+@pytest.mark.parametrize(("place", "begun"), [("{}/{{vm}}", 1), ("restic:{}/repository", 0)])
+def test_folders_that_two_vms_lack_are_no_fault_of_the_others(
+    clocks: Clocks, history: History, tmp_path: Path, place: str, begun: int
+) -> None:
+    """As where somebody has emptied them; a repository that is not there is not there for all."""
+    target = TargetSettings("main", place.format(tmp_path), min_free=0.0)
+    vms = tuple(map(vm, ("a", "b", "c")))
+    made = Made(clocks, history, vms, target, lambda name: (0 if name == "c" else 10, 0.0))
+    assert made.perform().exit_code == 14
+    assert made.begun("c") == begun
+
+
 def test_who_names_a_vm_does_not_wait_for_a_second_try(
     clocks: Clocks, history: History, target: TargetSettings
 ) -> None:

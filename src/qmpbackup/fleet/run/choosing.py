@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
+from qmpbackup.errors import NoSuchTarget
 from qmpbackup.fleet.records import Work
 from qmpbackup.fleet.run.due import TARGET_FAILED, Duty
 from qmpbackup.fleet.settings import RunSettings
@@ -92,11 +93,14 @@ class Reach:
     def note(self, duty: Duty, code: int, reason: str) -> None:
         """Note how something ended."""
         name = duty.target.name
+        place = duty.target.place(duty.vm, "")
         if code in _TARGET_WORKS:
             self._failures.pop(name, None)
+            self._failures.pop(place, None)
         if code not in TARGET_FAILED:
             return
-        vms = self._failures.setdefault(name, [])
+        is_of_place = code == NoSuchTarget.exit_code  # which says nothing of other VMs' folders
+        vms = self._failures.setdefault(place if is_of_place else name, [])
         if duty.vm_name not in vms:
             vms.append(duty.vm_name)
         if len(vms) >= GIVEN_UP_AFTER:
