@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = telling.tested(host_name(), now)
         if arguments.test:
             ways = tuple(map(telling.silenced, ways))
-        elif _ended_in_order() and telling.has_reported(history):
+        elif _ended_in_order() and telling.has_reported(history, _invocation()):
             say("The run has told that itself.")
             return 0
         else:
@@ -70,6 +70,11 @@ def _ended_in_order() -> bool:
     """Whether the unit ended by itself, so that its run came to tell what it had to. systemd says so to
     units of OnFailure= (systemd.exec(5), from version 251 on)."""
     return os.environ.get("MONITOR_SERVICE_RESULT", "exit-code") == "exit-code"
+
+
+def _invocation() -> str:
+    """Which start of the unit it is that failed."""
+    return os.environ.get("MONITOR_INVOCATION_ID", "")
 
 
 def _why() -> str:

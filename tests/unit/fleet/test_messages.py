@@ -355,3 +355,27 @@ def test_who_is_to_be_told_is_known_while_the_configuration_is_broken(
     assert telling.to_be_told(tmp_path, broken) == (way,)
     assert telling.to_be_told(tmp_path, Configuration()) == ()
     assert telling.to_be_told(tmp_path / "nowhere", broken) == ()
+
+
+def test_a_run_that_never_came_to_begin_is_not_taken_for_the_one_before(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVOCATION_ID", "first")
+    begun([], history, NOW, reveal)
+    tell([], of(WELL), history, reveal)
+    assert telling.has_reported(history, "first")
+    assert not telling.has_reported(history, "second")
+    monkeypatch.setenv("INVOCATION_ID", "second")
+    tell([], of(WELL), history, reveal, scope=Scope.BROKEN_OFF)
+    assert telling.has_reported(history, "second")
+    assert not telling.has_reported(history, "first")
+
+
+def test_whatever_a_way_is_called_it_is_told_what_is_well_again_and_what_comes_back(
+    history: History, box: Mailbox
+) -> None:
+    ways = [replace(by_mail(box), name="a|b")]
+    for minutes, standing in enumerate((LATE, replace(LATE, state=State.OK), LATE)):
+        tell(ways, of(standing, now=NOW + timedelta(minutes=minutes)), history, reveal)
+    said = [each["Subject"].partition(": ")[2] for each in box.mails]
+    assert said == ["1 late", "1 well again", "1 late"]

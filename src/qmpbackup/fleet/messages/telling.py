@@ -5,6 +5,7 @@ What was told is kept in the history. Where that cannot be, people are told agai
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _UNHEARD: Final = "unheard|"
 _STARTED: Final = "run started"
 _REPORTED: Final = "run reported"
+_REPORTED_BY: Final = "run reported by "
 _KEPT: Final = "notify.json"
 
 
@@ -81,12 +83,25 @@ def tell(
             history.tell(_UNHEARD + each.name, None)
             _note(each, message, report, history, scope)
     if scope in {Scope.ALL, Scope.CONFIG, Scope.BROKEN_OFF}:
-        history.tell(_REPORTED, report.now)
+        _note_reported(history, report.now)
     return tuple(failed)
 
 
-def has_reported(history: History) -> bool:
-    """Whether the last run that was begun has told all that it had to say."""
+def _note_reported(history: History, now: datetime) -> None:
+    for key in history.all_told():
+        if key.startswith(_REPORTED_BY):
+            history.tell(key, None)
+    history.tell(_REPORTED, now)
+    if invocation := os.environ.get("INVOCATION_ID", ""):
+        history.tell(_REPORTED_BY + invocation, now)
+
+
+def has_reported(history: History, invocation: str = "") -> bool:
+    """Whether the last run that was begun has told all that it had to say; with an `invocation` (what
+    systemd calls one start of a unit): whether that was the last to tell. One that never came to begin
+    is not to be taken for the one before."""
+    if invocation:
+        return history.told(_REPORTED_BY + invocation) is not None
     started, reported = history.told(_STARTED), history.told(_REPORTED)
     return started is not None and reported is not None and reported >= started
 
@@ -148,9 +163,8 @@ def _gone(
     """Keys that were told this way and are wrong no more, with their subjects."""
     wrong = {_key(way, each.key) for each in notices}
     for key in told:
-        name, _, rest = key.partition("|")
-        event, _, subject = rest.partition("|")
-        is_ours = name == way.name and event in set(Event)
+        event, _, subject = key.removeprefix(_key(way, "")).partition("|")
+        is_ours = key.startswith(_key(way, "")) and event in set(Event)
         if is_ours and key not in wrong and subject not in report.open:
             yield key, subject
 
