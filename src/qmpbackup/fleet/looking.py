@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 PATIENCE: Final = 90.0
 """Seconds after which a place is given up that neither answers nor fails."""
 _AT_ONCE: Final = 8
+"""Places of one target."""
 
 Variables = Callable[[TargetSettings], Mapping[str, str]]
 """Gives what a target needs in its environment to open; may fail with a `QmpBackupError`."""
@@ -230,20 +231,23 @@ def _space(overviews: Iterable[Overview]) -> Space | None:
 def _seen(
     places: Mapping[str, TargetSettings], now: datetime, variables: Variables, patience: float
 ) -> dict[str, Seen]:
-    """What is at each place, or why nobody knows."""
-    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+    """What is at each place, or why nobody knows. Each target has threads of its own: as many of its
+    places as may hang, they keep nobody from looking into another."""
     done: queue.SimpleQueue[tuple[str, Seen]] = queue.SimpleQueue()
-    for place in places:
-        todo.put(place)
 
-    def work() -> None:
+    def work(todo: queue.SimpleQueue[str]) -> None:
         with suppress(queue.Empty):
             while True:
                 place = todo.get_nowait()
                 done.put((place, _look_at(place, places[place], now, variables)))
 
-    for _ in range(min(_AT_ONCE, len(places))):
-        threading.Thread(target=work, name="looking", daemon=True).start()
+    for name in {each.name for each in places.values()}:
+        todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+        its = [place for place, target in places.items() if target.name == name]
+        for place in its:
+            todo.put(place)
+        for _ in range(min(_AT_ONCE, len(its))):
+            threading.Thread(target=work, args=(todo,), name="looking", daemon=True).start()
     seen: dict[str, Seen] = {}
     with suppress(queue.Empty):
         while len(seen) < len(places):

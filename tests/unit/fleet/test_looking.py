@@ -163,6 +163,25 @@ def test_storage_that_hangs_holds_up_nobody(history: History) -> None:
     assert looking.PATIENCE > 45  # a storage's own patience with one that is not there
 
 
+def test_a_target_all_of_whose_places_hang_blinds_nobody_for_another(history: History) -> None:
+    ends = threading.Event()
+
+    def hangs(target: TargetSettings) -> Mapping[str, str]:
+        if target.name == "main":
+            ends.wait()
+        return {}
+
+    hung = tuple(VmSettings(f"a{n}", f"/x/{n}", targets=("main",)) for n in range(20))
+    web = VmSettings("web", "/x/web", targets=("other",))
+    other = TargetSettings("other", "/nowhere/{vm}")
+    configuration = Configuration(vms=(*hung, web), targets=(TARGET, other))
+    try:
+        found = look(configuration, history, NOW, hangs, patience=5.0)
+    finally:
+        ends.set()
+    assert {each.problem for each in found.holdings if each.vm == "web"} == {""}
+
+
 def test_the_host_has_the_name_that_runs_call_it_by(
     history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
