@@ -39,6 +39,8 @@ T = TypeVar("T")
 _RUNS: Final = "runs"
 _ALIVE: Final = " alive"
 """The name under which it is kept when a run was alive; no message has such a one."""
+_RAN: Final = " ran "
+"""The same, of when a VM was started."""
 _REST: Final = timedelta(days=1)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -198,11 +200,14 @@ class History:
         return found[0] if found else None
 
     def as_it_lies(self, vm: str, target: str) -> Attempt | None:
-        """The backup of the images of a VM that is off, if it was off ever since, as far as attempts tell."""
+        """The backup of the images of a VM that is off, if it was off ever since, as far as attempts and
+        starts tell: it may run by day, and be off whenever it is to be backed up."""
         for each in self.attempts(vm=vm, target=target, work=Work.BACKUP, limit=1000):
             if each.exit_code != WAS_OFF:
                 is_it = each.consistency == OFFLINE and each.exit_code in SUCCEEDED
-                return each if is_it else None
+                started = self.told(_RAN + vm)
+                has_run = started is not None and started > each.started
+                return each if is_it and not has_run else None
         return None
 
     def failing(self, vm: str, target: str) -> tuple[int, datetime | None]:
@@ -219,6 +224,10 @@ class History:
     def failures_in_a_row(self, vm: str, target: str) -> int:
         """The count alone."""
         return self.failing(vm, target)[0]
+
+    def ran(self, vm: str, started: datetime) -> None:
+        """Note when a VM that was there had been started."""
+        self.tell(_RAN + vm, started)
 
     # What targets held
 
@@ -274,8 +283,8 @@ class History:
         """All that people were told of, and when."""
         return dict(
             self._file.read(
-                "SELECT key, at FROM told WHERE key <> :alive",
-                {"alive": _ALIVE},
+                "SELECT key, at FROM told WHERE key NOT LIKE ' %'",
+                {},
                 lambda row: (str(row[0]), _time(row[1])),
             )
         )

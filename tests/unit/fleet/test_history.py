@@ -137,6 +137,19 @@ def test_images_of_a_vm_that_is_off_are_backed_up_until_it_has_run_again(
     assert (history.as_it_lies("db1", "main") is not None) is is_known
 
 
+def test_images_of_a_vm_that_ran_in_between_are_backed_up_again(history: History) -> None:
+    """Though no backup met it: it runs by day, and is off by night."""
+    history.begin(replace(DONE, consistency="offline"))
+    history.begin(replace(DONE, exit_code=13))
+    history.ran("db1", DONE.started - timedelta(hours=9))
+    assert history.as_it_lies("db1", "main") is not None
+    history.ran("db1", DONE.started + timedelta(hours=9))
+    assert history.as_it_lies("db1", "main") is None
+    history.begin(replace(DONE, consistency="offline", started=DONE.started + timedelta(hours=20)))
+    assert history.as_it_lies("db1", "main") is not None
+    assert history.all_told() == {}
+
+
 def test_an_attempt_whose_run_is_no_more_was_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys; from datetime import datetime, UTC; from pathlib import Path\n"

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets as randomness
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -250,6 +250,11 @@ def _remember(configuration: Configuration, history: History, now: datetime) -> 
             if each.group == group and _may_be_there(each.socket)
         ]
         history.know(group, there, now)
+    for each in configuration.vms:
+        if not each.socket.startswith("tcp:"):
+            with suppress(OSError, ValueError):  # it has none now
+                made = Path(each.socket).stat().st_mtime
+                history.ran(each.name, datetime.fromtimestamp(made, UTC))
 
 
 def _may_be_there(socket: str) -> bool:
