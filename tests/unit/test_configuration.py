@@ -267,6 +267,7 @@ def test_what_counts_for_all_stops_all(host: Host, text: str, key: str, sentence
         ("[target.x]\nlocation = '/b/{name}'", "target.x", "{name} stands for nothing"),
         ("[target.x]\nlocation = '/b'", "target.x", "write {vm} into it"),
         ("[target.x]\nlocation = '/backup/{vm}'", "target.x", "is that of target.main, too"),
+        ("[target.x]\nlocation = '/backup/./{vm}/'", "target.x", "is that of target.main, too"),
         ("[target.x]\nkeep = {}", "target.x", "This is missing"),
         ("[target.x]\nlocation = 'restic:/r'\nkeep = { daily = -2 }", "target.x", "unlimited"),
         ("[target.x]\nlocation = 'restic:/r'\nmin_free = 5", "target.x", "no share"),

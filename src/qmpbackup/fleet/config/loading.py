@@ -193,7 +193,8 @@ class _Loading:
                 if target.name in vm.targets and not problem:
                     place = target.place(vm, host)
                     is_folder = not place.startswith("restic:")
-                    other = taken.setdefault(place, (target.name, vm.name))
+                    spelt = os.path.normpath(place)  # not resolved, as storage may hang
+                    other = taken.setdefault(spelt, (target.name, vm.name))
                     if other[0] != target.name:
                         problem = f"{place} is that of target.{other[0]}, too."
                     elif other[1] != vm.name and is_folder:
