@@ -182,7 +182,7 @@ def test_a_target_that_two_vms_in_a_row_cannot_use_is_given_up() -> None:
     reach.note(duty("a"), 7, "It is gone.")
     assert not reach.given_up, "one VM's own fault, maybe"
     reach.note(duty("b"), 0, "")
-    reach.note(duty("c"), 10, "It is gone.")
+    reach.note(duty("c"), 7, "It is gone.")
     assert not reach.given_up
     reach.note(duty("d"), 12, "It is gone.")
     assert reach.given_up == {"main": "It is gone."}

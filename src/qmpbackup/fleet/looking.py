@@ -128,7 +128,13 @@ def _holding(
     if held is None:
         known = clues.known
         return Holding(
-            vm.name, target.name, now, host=known.host, uuid=known.uuid, place=known.place
+            vm.name,
+            target.name,
+            now,
+            host=known.host,
+            uuid=known.uuid,
+            place=known.place,
+            problem=_taken(found.vms, clues),
         )
     identity, newest = held.identity, held.newest
     return Holding(
@@ -177,15 +183,29 @@ def _at_its_socket(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
 
 def _as_before(_vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
     """Whether they were its own before: if it moved to another host, they still are."""
-    identity, known = held.identity, clues.known
-    is_same = bool(known.uuid) and known.uuid.lower() == identity.uuid.lower()
-    return is_same and not _is_another(held, clues)
+    return _has_its_uuid(held, clues) and not _is_another(held, clues)
 
 
 def _by_its_name(vm: VmSettings, held: HeldVm, clues: Clues) -> bool:
     identity = held.identity
     is_here = identity.host in {"", clues.host, clues.known.host}
     return identity.name == vm.name and is_here and not _is_another(held, clues)
+
+
+def _taken(vms: Iterable[HeldVm], clues: Clues) -> str:
+    """That its points are another VM's now, as a sentence; empty where that is not so."""
+    for each in vms:
+        if _has_its_uuid(each, clues) and _is_another(each, clues):
+            return (
+                f"Its points were last added to by the VM at {each.identity.address}: either that is this one, "
+                "renamed, or both have the same UUID, and a repository takes them for one; give one another."
+            )
+    return ""
+
+
+def _has_its_uuid(held: HeldVm, clues: Clues) -> bool:
+    known = clues.known.uuid
+    return bool(known) and known.lower() == held.identity.uuid.lower()
 
 
 def _is_another(held: HeldVm, clues: Clues) -> bool:

@@ -18,7 +18,7 @@ from qmpbackup.fleet.records import Attempt, Holding, Work, mark_of
 from qmpbackup.fleet.settings import Configuration, TargetSettings, VmSettings, WhenGone
 from qmpbackup.fleet.survey import is_off
 from qmpbackup.model import Consistency, Level, Point, VmConfig, VmIdentity
-from qmpbackup.targets.overview import HeldVm
+from qmpbackup.targets.overview import HeldVm, Overview
 
 NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 VM = VmSettings("db1", "/run/qemu/db1.qmp", targets=("main",))
@@ -81,6 +81,23 @@ def test_points_of_one_that_was_renamed_are_not_those_of_a_new_one_at_its_socket
     elsewhere = frozenset({RENAMED.identity.address})
     assert whose(VM, (RENAMED,), Clues(HOST, known, None, elsewhere)) is None
     assert whose(VM, (RENAMED,), Clues(HOST, known, None)) is RENAMED
+
+
+def test_two_vms_with_one_uuid_are_told_so(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clones of one: a repository takes their points for those of one VM, and neither may be well by
+    the other's."""
+    of_both = Overview((held("db2", uuid="U-1", address="/run/qemu/db2.qmp"),))
+    monkeypatch.setattr(looking, "_look_at", lambda *_: of_both)
+    place = "restic:/repository"
+    other = replace(VM, name="db2", socket="/run/qemu/db2.qmp")
+    target = replace(TARGET, location=place)
+    history.note(Holding("db1", "main", NOW, NOW, "p", points=1, uuid="u-1", place=mark_of(place)))
+    configuration = Configuration(vms=(VM, other), targets=(target,))
+    first, second = look(configuration, history, NOW, nothing).holdings
+    assert "same UUID" in first.problem
+    assert (second.problem, second.points) == ("", 1)
 
 
 def test_points_that_were_made_here_come_before_newer_ones_of_one_that_has_moved() -> None:

@@ -93,14 +93,12 @@ class Reach:
     def note(self, duty: Duty, code: int, reason: str) -> None:
         """Note how something ended."""
         name = duty.target.name
-        place = duty.target.place(duty.vm, "")
         if code in _TARGET_WORKS:
             self._failures.pop(name, None)
-            self._failures.pop(place, None)
-        if code not in TARGET_FAILED:
+        is_its_own = code == NoSuchTarget.exit_code and "{vm}" in duty.target.location
+        if code not in TARGET_FAILED or is_its_own:  # others have folders of their own
             return
-        is_of_place = code == NoSuchTarget.exit_code  # which says nothing of other VMs' folders
-        vms = self._failures.setdefault(place if is_of_place else name, [])
+        vms = self._failures.setdefault(name, [])
         if duty.vm_name not in vms:
             vms.append(duty.vm_name)
         if len(vms) >= GIVEN_UP_AFTER:
