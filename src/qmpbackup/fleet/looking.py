@@ -10,12 +10,14 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
+from qmpbackup import interrupt
 from qmpbackup.errors import Exhausted, NoSuchTarget, QmpBackupError
 from qmpbackup.fleet.config import host_name
 from qmpbackup.fleet.history import History
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 90.0
 """Seconds after which a place is given up that neither answers nor fails."""
+_POLL_SECONDS: Final = 0.2
 _AT_ONCE: Final = 8
 """Places of one target."""
 
@@ -268,15 +271,30 @@ def _seen(
             todo.put(place)
         for _ in range(min(_AT_ONCE, len(its))):
             threading.Thread(target=work, args=(todo,), name="looking", daemon=True).start()
-    seen: dict[str, Seen] = {}
-    with suppress(queue.Empty):
-        while len(seen) < len(places):
-            place, found = done.get(timeout=patience)
-            seen[place] = found
+    seen = _answers(done, len(places), patience)
     late = QmpBackupError(
         f"It has not answered within {patience:.0f} s.", "See that it can be reached."
     )
     return {place: seen.get(place, late) for place in places}
+
+
+def _answers(
+    done: queue.SimpleQueue[tuple[str, Seen]], wanted: int, patience: float
+) -> dict[str, Seen]:
+    """What comes in, until so many have, or nothing has for a while.
+
+    Raises:
+        Interrupted: a signal is waiting.
+    """
+    seen: dict[str, Seen] = {}
+    deadline = time.monotonic() + patience
+    while len(seen) < wanted and time.monotonic() < deadline:
+        interrupt.check()
+        with suppress(queue.Empty):
+            place, found = done.get(timeout=_POLL_SECONDS)
+            seen[place] = found
+            deadline = time.monotonic() + patience
+    return seen
 
 
 def _look_at(place: str, target: TargetSettings, now: datetime, variables: Variables) -> Seen:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What targets hold is looked at in them: whose points are whose, and what becomes of those that hang."""
 
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpbackup.errors import StorageError, UsageError
+from lab.patience import PATIENCE
+from qmpbackup import interrupt
+from qmpbackup.errors import Interrupted, StorageError, UsageError
 from qmpbackup.fleet import looking
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Clues, look, whose
@@ -197,6 +201,22 @@ def test_a_target_all_of_whose_places_hang_blinds_nobody_for_another(history: Hi
     finally:
         ends.set()
     assert {each.problem for each in found.holdings if each.vm == "web"} == {""}
+
+
+def test_who_is_told_to_stop_does_not_wait_for_storage_that_hangs(history: History) -> None:
+    ends = threading.Event()
+
+    def hangs(_target: TargetSettings) -> Mapping[str, str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ends.wait()
+        raise StorageError("It is broken.")
+
+    configuration = Configuration(vms=(VM,), targets=(TARGET,))
+    try:
+        with interrupt.held(), pytest.raises(Interrupted):
+            look(configuration, history, NOW, hangs, patience=PATIENCE)
+    finally:
+        ends.set()
 
 
 def test_the_host_has_the_name_that_runs_call_it_by(
