@@ -79,3 +79,17 @@ def test_a_secret_that_cannot_be_had_is_told_in_a_sentence(
     with pytest.raises(UsageError, match=sentence) as told:
         environment(TargetSettings("x", "restic:/r", secret), folder)
     assert MARK not in str(told.value)
+
+
+def test_a_command_is_not_asked_for_each_vm(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    for code in (0, 1):
+        asked.write_text("")
+        secret = Secret(command=("/bin/sh", "-c", f"echo x >>{asked}; echo word; exit {code}"))
+        for _ in range(3):
+            if code:
+                with pytest.raises(UsageError, match="failed"):
+                    reveal(secret)
+            else:
+                assert reveal(secret) == "word"
+        assert asked.read_text() == "x\n"

@@ -6,6 +6,8 @@ can see: never in arguments, logs, or what `config show` prints.
 """
 
 import os
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,8 @@ _PASSWORDS: Final = ("RESTIC_PASSWORD", "RESTIC_PASSWORD_FILE", "RESTIC_PASSWORD
 _LARGEST: Final = 64 * 1024
 _SECONDS: Final = 60.0
 """How long a command may take to print a secret."""
+_SECRET_COUNTS: Final = 3600.0
+_FAILURE_COUNTS: Final = 300.0
 
 
 def file_of(secret: Secret, folder: Path = FOLDER) -> Path | None:
@@ -85,19 +89,41 @@ def _read(secret: Secret, path: Path) -> bytes:
 
 
 def _printed(command: tuple[str, ...]) -> bytes:
+    """What a command prints. It is kept for a while, as is that it failed: a run asks again for each VM,
+    and a program that is slow, or hangs, would hold up all others each time."""
+    answer = _ANSWERS.get(command)
+    if answer is None or time.monotonic() >= answer.until:
+        answer = _ANSWERS[command] = _ask(command)
+    if answer.failure:
+        raise UsageError(*answer.failure)
+    return answer.output
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a command has printed, or why it has failed and what to do; and until when that counts."""
+
+    until: float
+    output: bytes = field(default=b"", repr=False)
+    failure: tuple[str, str] | None = None
+
+
+_ANSWERS: Final[dict[tuple[str, ...], _Answer]] = {}
+
+
+def _ask(command: tuple[str, ...]) -> _Answer:
     from qmpbackup import process
 
+    failure = f"The command {command[0]} for a secret failed"
     try:
         done = process.run(command, timeout=_SECONDS)
     except QmpBackupError as error:
-        raise UsageError(
-            f"The command {command[0]} for a secret failed: {error.message}", error.hint
-        ) from None
+        said = f"{failure}: {error.message}", error.hint
+        return _Answer(time.monotonic() + _FAILURE_COUNTS, failure=said)
     if done.code:
-        raise UsageError(
-            f"The command {command[0]} for a secret failed.", "Run it by hand to see why."
-        )
-    return done.output
+        said = f"{failure}.", "Run it by hand to see why."
+        return _Answer(time.monotonic() + _FAILURE_COUNTS, failure=said)
+    return _Answer(time.monotonic() + _SECRET_COUNTS, done.output)
 
 
 def _named(secret: Secret) -> str:

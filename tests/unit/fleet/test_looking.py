@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What targets hold is looked at in them: whose points are whose, and what becomes of those that hang."""
 
-import os
 import signal
 import socket
 import threading
@@ -204,10 +203,10 @@ def test_a_target_all_of_whose_places_hang_blinds_nobody_for_another(history: Hi
 
 
 def test_who_is_told_to_stop_does_not_wait_for_storage_that_hangs(history: History) -> None:
-    ends = threading.Event()
+    ends, main = threading.Event(), threading.get_ident()
 
     def hangs(_target: TargetSettings) -> Mapping[str, str]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(main, signal.SIGTERM)
         ends.wait()
         raise StorageError("It is broken.")
 
