@@ -8,7 +8,7 @@ A run holds a lock for as long as it lives (`running`). An attempt that has no e
 none, was killed: it has an exit code, and still no end.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -41,6 +41,8 @@ _ALIVE: Final = " alive"
 """The name under which it is kept when a run was alive; no message has such a one."""
 _RAN: Final = " ran "
 """The same, of when a VM was started."""
+_IMAGE: Final = " image "
+"""The same, of when an image of a VM was written to last."""
 _REST: Final = timedelta(days=1)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -229,6 +231,23 @@ class History:
         """Note when a VM that was there had been started."""
         self.tell(_RAN + vm, started)
 
+    def images(self, vm: str) -> dict[str, datetime]:
+        """Images of a VM, and when each had been written to as it was backed up while that was off."""
+        prefix = f"{_IMAGE}{vm}\n"
+        found = self._file.read(
+            "SELECT key, at FROM told WHERE substr(key, 1, length(:prefix)) = :prefix",
+            {"prefix": _stored(prefix)},
+            lambda row: (str(row[0]), _time(row[1])),
+        )
+        return {key.partition("\n")[2]: at for key, at in found}
+
+    def note_images(self, vm: str, written: Mapping[str, datetime]) -> None:
+        """Keep that, in the place of what was kept before."""
+        for path in self.images(vm).keys() - written.keys():
+            self.tell(f"{_IMAGE}{vm}\n{path}", None)
+        for path, when in written.items():
+            self.tell(f"{_IMAGE}{vm}\n{path}", when)
+
     # What targets held
 
     def note(self, *holdings: Holding) -> None:
@@ -307,7 +326,7 @@ class History:
         for statement in (
             "DELETE FROM holding WHERE looked < :when",
             "DELETE FROM known_vm WHERE seen < :when",
-            "DELETE FROM told WHERE at < :when",
+            "DELETE FROM told WHERE at < :when AND key NOT LIKE ' %'",
         ):
             self._file.do(statement, {"when": _stored(when)})
         living.bury(self._runs, self._mine)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from qmpbackup.fleet import at_rest
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.looking import Sight, Sightings, Variables, look
 from qmpbackup.fleet.records import WAS_OFF, Attempt, Holding, Work
@@ -91,7 +92,7 @@ def _facts(
                 history.last(vm.name, target, Work.DRILL),
                 first_seen,
                 is_off=is_off(vm, last, now),
-                as_it_lies=history.as_it_lies(vm.name, target),
+                as_it_lies=at_rest.point(history, vm.name, target),
             )
 
 

@@ -2,6 +2,7 @@
 """From what is due to what was done, with commands that end as a test says, and clocks that it moves."""
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qmpbackup.errors import Interrupted
+from qmpbackup.fleet import at_rest
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.records import Holding, Work, mark_of
 from qmpbackup.fleet.run import presence
@@ -26,6 +28,7 @@ from qmpbackup.fleet.settings import (
     TargetSettings,
     VmSettings,
     WhenGone,
+    WhenOff,
 )
 from qmpbackup.plan.progress import Progress
 from qmpbackup.process import Result
@@ -474,3 +477,80 @@ def test_what_is_kept_is_told_by_each_new_point(
     made.perform()
     assert made.workers.begun == [("a", Work.BACKUP), ("a", Work.FORGET)]
     assert isinstance(made.told[-1], Done)
+
+
+class TestImagesAtRest:
+    """Of a VM that is off at each time of its schedule, and that no run sees run."""
+
+    @pytest.fixture
+    def image(self, tmp_path: Path) -> Path:
+        made = tmp_path / "a.qcow2"
+        made.write_bytes(b"image")
+        os.utime(made, (1000, 1000))
+        return made
+
+    @staticmethod
+    def night(
+        clocks: Clocks,
+        history: History,
+        target: TargetSettings,
+        image: Path,
+        *,
+        touched: bool = False,
+    ) -> list[str]:
+        """Kinds of the backups of one night. The command that backs it up writes to the image, as well."""
+        holding = Holding("a", "main", clocks.now, points=3, place="moved since")
+        of = vm(when_off=WhenOff.OFFLINE)
+        made = Made(clocks, history, (of,), target, holdings={("a", "main"): holding}, all_vms=True)
+        ended, kinds = made.workers.ended, []
+
+        def off(seconds: float) -> tuple[Begun, Result] | None:
+            found = ended(seconds)
+            if found is None:
+                return None
+            kinds.append(found[0].attempt.consistency)
+            if not kinds[-1]:
+                return found[0], replace(found[1], code=13)
+            if touched:
+                os.utime(image, (clocks.now.timestamp(), clocks.now.timestamp()))
+            point = {"level": "inc", "disks": [{"source_file": str(image)}]}
+            return found[0], replace(found[1], output=json.dumps({"point": point}).encode())
+
+        made.workers.ended = off  # type: ignore[method-assign]
+        made.perform()
+        clocks.pass_by(86400)
+        return kinds
+
+    @pytest.mark.parametrize("touched", [False, True])
+    def test_they_are_backed_up_once_and_again_when_somebody_wrote_to_them(
+        self, clocks: Clocks, history: History, target: TargetSettings, image: Path, touched: bool
+    ) -> None:
+        def night() -> list[str]:
+            return self.night(clocks, history, target, image, touched=touched)
+
+        assert night() == ["", "offline"]
+        history.forget_before(clocks.now - timedelta(days=400))
+        assert night() == night() == [""]
+        os.utime(image, (2000, 2000))
+        assert at_rest.point(history, "a", "main") is None, "status is not well for ever"
+        assert night() == ["", "offline"]
+        assert night() == [""]
+        assert at_rest.point(history, "a", "main") is not None
+
+    def test_where_nobody_can_tell_they_are_not_what_they_were(
+        self, clocks: Clocks, history: History, target: TargetSettings, image: Path
+    ) -> None:
+        self.night(clocks, history, target, image)
+        image.unlink()
+        assert at_rest.point(history, "a", "main") is None
+        assert self.night(clocks, history, target, image) == ["", "offline"]
+
+    def test_a_backup_into_another_target_hides_no_change(
+        self, clocks: Clocks, history: History, target: TargetSettings, image: Path
+    ) -> None:
+        self.night(clocks, history, target, image)
+        os.utime(image, (2000, 2000))
+        at_rest.look(history, "a", clocks.now)
+        at_rest.backed_up(history, "a", (str(image),))
+        assert self.night(clocks, history, target, image) == ["", "offline"]
+        assert self.night(clocks, history, target, image) == [""]

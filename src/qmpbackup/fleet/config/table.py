@@ -103,7 +103,8 @@ VM: Final = (
         "when_off",
         choice(WhenOff, WhenOff),
         "skip",
-        "What is done while it is off. `offline`: its images are backed up once. `fail`: that is an alarm.",
+        "What is done while it is off. `offline`: its images are backed up once, and again when it ran since or "
+        "somebody wrote to them. `fail`: that is an alarm.",
     ),
     Row(
         "off_age",

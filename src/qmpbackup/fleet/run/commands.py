@@ -124,6 +124,15 @@ def identity(output: bytes) -> tuple[str, str, str]:
     return "", "", ""
 
 
+def images(output: bytes) -> tuple[str, ...]:
+    """Files of the host that the point was made from which a backup has made."""
+    points = (each.get("point") for each in _objects(output))
+    disks = (each.get("disks") for each in points if isinstance(each, dict) and "disks" in each)
+    found = (disk for each in disks if isinstance(each, list) for disk in each)
+    files = (each.get("source_file") for each in found if isinstance(each, dict))
+    return tuple(each for each in files if isinstance(each, str) and each)
+
+
 def whose(uuid: str, host: str, name: str) -> str:
     """How `--vm` is told whose points are meant, in a repository."""
     return uuid or (f"{host}/{name}" if host and name else name)

@@ -19,6 +19,7 @@ from typing import Final
 
 from qmpbackup import interrupt
 from qmpbackup.errors import Interrupted
+from qmpbackup.fleet import at_rest
 from qmpbackup.fleet.history import History
 from qmpbackup.fleet.records import (
     DEGRADED,
@@ -297,6 +298,8 @@ class Round:
         duty = begun.duty
         attempt = self._note(begun, result)
         code = attempt.exit_code or 0
+        if begun.attempt.consistency == OFFLINE:
+            at_rest.backed_up(self.history, duty.vm_name, commands.images(result.output))
         if code == WAS_OFF and self._goes_offline(begun):
             self._begin(replace(duty, not_before=None), is_offline=True)
             return
@@ -369,6 +372,7 @@ class Round:
         last = self.history.last(duty.vm_name, duty.target.name, Work.BACKUP, succeeded=True)
         holding = self.holdings.get((duty.vm_name, duty.target.name))
         has_points = last is not None or (holding is not None and holding.points > 0)
+        at_rest.look(self.history, duty.vm_name, self.now())
         return has_points and self.history.as_it_lies(duty.vm_name, duty.target.name) is None
 
     def _follow(self, begun: Begun, result: Result) -> None:
