@@ -4,7 +4,8 @@
     deadline = the first time of the schedule after that point, and the grace
 
 Attempts never make a VM well: what failed may be said beside, and what succeeded says nothing, unless
-its point is there. A VM whose backup goes on is not late for a while; one that is off, not for long.
+its point is there. A VM whose backup goes on is not late for a while, unless the one before failed; one
+that is off, not for long.
 """
 
 from dataclasses import dataclass
@@ -185,9 +186,11 @@ def _state(
     facts: Facts, schedule: tuple[str, ...], deadline: datetime | None, now: datetime
 ) -> Finding:
     is_late = deadline is not None and now > deadline
+    # Else a VM whose backups all hang until they are ended would be excused for ever.
+    is_excused = _is_running(facts, now) and not facts.failures
     return (
         _damaged(facts)
-        or (_late(facts, deadline, now) if is_late and not _is_running(facts, now) else None)
+        or (_late(facts, deadline, now) if is_late and not is_excused else None)
         or _running(facts, now)
         or _unknown(facts)
         or _off(facts)

@@ -80,6 +80,15 @@ def lying(newest: datetime | None) -> Facts:
             State.LATE,
             "old",
         ),
+        (
+            with_newest(
+                BEFORE - timedelta(days=4),
+                last=replace(DONE, ended=None, exit_code=None, started=NOW - timedelta(hours=1)),
+                failures=1,
+            ),
+            State.LATE,
+            "old",
+        ),
         (replace(WELL, holding=None), State.UNKNOWN, "looked"),
         (
             replace(WELL, holding=replace(HOLDING, problem="No route to host.")),
