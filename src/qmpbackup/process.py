@@ -312,16 +312,22 @@ def _c_library() -> "ctypes.CDLL":
     return ctypes.CDLL(None)
 
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_CHUNK = 256 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_OF_ITS_OWN = 4 << 20
+_UNUSED = 64 << 20
 
 
-def give_memory_back() -> None:
-    """Have every large piece of memory go back to the system when nobody needs it any more.
+def use_memory_again() -> None:
+    """Have pieces of a megabyte that nobody needs any more be used for the next ones, in whatever thread;
+    to be called before there are threads.
 
-    glibc keeps such pieces after a while for the next, and a cache of a megabyte a piece then takes
-    twice what it holds (mallopt(3), M_MMAP_THRESHOLD). Other C libraries do so by themselves.
+    glibc has a heap for each of some threads, each of which keeps such pieces for itself, so that a cache of
+    a megabyte a piece takes twice what it holds. To give each piece back at once costs more than to decompress
+    what goes into it: the kernel makes zeros of every page (mallopt(3)). So there is one heap, which keeps
+    what was used once. Other C libraries do as they like.
     """
     library = _c_library()
     if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, _CHUNK)
+        library.mallopt(_M_ARENA_MAX, 1)
+        library.mallopt(_M_MMAP_THRESHOLD, _OF_ITS_OWN)
+        library.mallopt(_M_TRIM_THRESHOLD, _UNUSED)

@@ -64,7 +64,7 @@ class Repository:
         self._ahead = ahead or Ahead(storage)
         self.key = key
         self.config = config
-        self._folder = cache
+        self.folder = cache
         self._cache = Cache(cache / config.id / "files" if cache else None, key)
         self._index: BlobIndex | None = None
         self._opening = threading.Lock()
@@ -263,7 +263,7 @@ class Repository:
         """Which blobs there are; empty until `load_index`."""
         with self._opening:
             if self._index is None:
-                self._index = BlobIndex.open(self._folder, self.config.id)
+                self._index = BlobIndex.open(self.folder, self.config.id)
             return self._index
 
     def load_index(self) -> None:

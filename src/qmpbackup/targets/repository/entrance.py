@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
+from qmpbackup import process
 from qmpbackup.errors import NoSuchTarget, QmpBackupError
 from qmpbackup.model import Location, Point, VmIdentity
 from qmpbackup.plan.finding import Finding, Health
@@ -158,6 +159,8 @@ class RepositoryEntrance:
     @contextmanager
     def _repository(self, *, to_read: bool = False) -> Iterator[tuple[Repository, Access]]:
         variables = self._variables
+        if to_read:
+            process.use_memory_again()
         with connect(self.location.text, variables) as storage:
             # Once: what was typed is not in the environment that restic inherits.
             access = Access(self.location, self._password)

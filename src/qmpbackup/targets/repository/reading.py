@@ -16,7 +16,11 @@ from qmpbackup.targets.stored_image import OpenDisks
 def opened(target: VmPoints, point: Point, disks: Sequence[StoredDisk]) -> Iterator[OpenDisks]:
     """Open disks of a point for the block; see `Target.images`."""
     repository = target.repository
-    with ChunkCache(lambda chunk: repository.load_blob(BlobType.DATA, chunk)) as cache:
+
+    def load(chunk: bytes) -> bytes:
+        return repository.load_blob(BlobType.DATA, chunk)
+
+    with ChunkCache(load, folder=repository.folder) as cache:
         images = {}
         for disk in disks:
             with naming(disk.id):
