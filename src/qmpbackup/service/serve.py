@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 2.0
 """How often is looked whether somebody writes to files that are served."""
+_AGAIN_SECONDS = 60.0
+"""After which files that could not be read are read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ class _Proof(threading.Thread):
         self._server = server
         self._ended = threading.Event()
         self._proved: dict[str, tuple[Stamp, ...]] = {}
+        self._failed: dict[str, QmpBackupError] = {}
+        self._again = 0.0
 
     def run(self) -> None:
         """Prove one disk after the other, until the end."""
@@ -124,23 +129,25 @@ class _Proof(threading.Thread):
             while left:
                 left = [disk_id for disk_id in left if self._is_served(disk_id)]
                 if self._ended.wait(_LOOK_SECONDS):
-                    self._look_back()
-                    return
+                    break
+            self._look_back()
         except Interrupted as signal:
             self._server.interrupted(signal)
         except _EndedError:
-            return
+            self._look_back()
+        except Exception as error:  # whatever it is, nothing is served on that nobody proves
+            log.debug("The proof failed:", exc_info=error)
+            said = f"Nothing is served any more, as its proof failed: {error}."
+            self.damage = self.damage or QmpBackupError(said)
+            for disk_id in left:
+                self._server.withdraw(disk_id)
 
     def _is_served(self, disk_id: str) -> bool:
-        """Whether a disk is to be served on, as its files are proved or cannot be."""
+        """Whether a disk is to be served on, as its files are proved, or cannot be read just now."""
+        if disk_id in self._failed and time.monotonic() < self._again:
+            return True
         try:
-            stamps = self._stored.unproved[
-                disk_id
-            ].stamps()  # what is written from here on makes others
-            if self._proved.get(disk_id) != stamps:
-                self._stored.unproved[disk_id].prove(self._go_on)
-                self._proved[disk_id] = stamps
-                log.info("Disk %s is proved: its files are what the manifests say.", disk_id)
+            self._prove(disk_id)
         except DamagedError as error:
             log.error("Disk %s is served no more: %s", disk_id, error.message)  # noqa: TRY400
             self.damage = error
@@ -149,11 +156,27 @@ class _Proof(threading.Thread):
             return False
         except QmpBackupError as error:
             log.warning("Disk %s could not be proved: %s", disk_id, error.message)
-            return self._proved.pop(disk_id, None) is not None
+            self._proved.pop(disk_id, None)
+            self._failed[disk_id] = error
+            self._again = time.monotonic() + _AGAIN_SECONDS
         return True
 
+    def _prove(self, disk_id: str) -> None:
+        unproved = self._stored.unproved[disk_id]
+        stamps = unproved.stamps()  # what is written from here on makes others
+        if self._proved.get(disk_id) == stamps:
+            return
+        unproved.prove(self._go_on)
+        self._proved[disk_id] = stamps
+        self._failed.pop(disk_id, None)
+        log.info("Disk %s is proved: its files are what the manifests say.", disk_id)
+
     def _look_back(self) -> None:
-        """See whether what was proved has been written to since."""
+        """See whether what was proved has been written to since, and whether all could be."""
+        for disk_id, failure in self._failed.items():
+            self.damage = self.damage or StorageError(
+                f"Disk {disk_id} was served unproved: {failure.message}", failure.hint
+            )
         try:
             changed = [
                 each
