@@ -4,8 +4,10 @@
 import json
 import os
 import random
+import resource
 import select
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +106,26 @@ def test_any_range_is_right(point: Point) -> None:
             found = bytes(client.pread(length, start))
             assert found == point.contents[start : start + length], (start, length)
         client.shutdown()
+
+
+def test_who_comes_when_descriptors_have_run_out_waits(point: Point) -> None:
+    import nbd
+
+    with point.served() as (running, uri):
+        first = nbd.NBD()
+        first.connect_uri(uri)
+        first.pread(512, 0)
+        limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        with socket.socket(socket.AF_UNIX) as second:
+            second.connect(str(point.folder / "nbd"))
+            assert running.process.stderr is not None
+            while "has to wait" not in running.process.stderr.readline():
+                assert running.process.poll() is None
+            assert bytes(first.pread(512, MIB)) == point.contents[MIB : MIB + 512]
+            resource.prlimit(running.pid, resource.RLIMIT_NOFILE, limits)
+            assert second.recv(8) == b"NBDMAGIC"
+        first.shutdown()
 
 
 def test_zeros_are_told_only_to_those_who_may_know(point: Point) -> None:

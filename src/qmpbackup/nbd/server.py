@@ -20,11 +20,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Final
 
 from qmpbackup import interrupt
-from qmpbackup.errors import Interrupted
+from qmpbackup.errors import Interrupted, lack_of
 from qmpbackup.nbd.session import Conversation, Export
 
 log = logging.getLogger(__name__)
@@ -108,16 +107,25 @@ class Server:
             return seconds is not None and time.monotonic() - self._last_seen > seconds
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionError):
+        try:
             connection, _ = self._listener.accept()
-            with self._lock:
-                if len(self._clients) >= _CLIENTS:
-                    log.warning("There are %d clients already; one more was sent away.", _CLIENTS)
-                    connection.close()
-                    return
-                client = Conversation(self, connection)
-                self._clients.add(client)
-            client.start()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            lacking = lack_of(error)
+            if lacking is None:
+                raise
+            log.warning("One more client has to wait: %s", lacking.message)
+            time.sleep(_POLL_SECONDS)  # those who are there are served on
+            return
+        with self._lock:
+            if len(self._clients) >= _CLIENTS:
+                log.warning("There are %d clients already; one more was sent away.", _CLIENTS)
+                connection.close()
+                return
+            client = Conversation(self, connection)
+            self._clients.add(client)
+        client.start()
 
     def _end(self) -> None:
         with self._lock:
