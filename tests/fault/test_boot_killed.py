@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 from lab import cli
-from lab.backups import back_up
-from lab.booted import Booted
-from lab.disks import MIB, Disk, create, pattern
+from lab.booted import Booted, point_that_halts
 from lab.file_steps import signalled
 from lab.patience import wait_until
-from lab.qemu import HALT, Qemu
 
 DONE, LOCKED, UNKNOWN = 0, 11, 3
 SPREAD = 7
@@ -24,11 +21,7 @@ SPREAD = 7
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A point of a VM that is no more."""
-    (tmp_path / "rom").write_bytes(HALT)
-    disk = Disk("vda", create(tmp_path / "vda", 4 * MIB, contents=pattern(4 * MIB, 1)))
-    with Qemu([disk], args=("-bios", str(tmp_path / "rom")), firmware=None) as vm:
-        back_up(vm, tmp_path / "target")
-    return tmp_path / "target"
+    return point_that_halts(tmp_path)
 
 
 def drills(target: Path) -> list[Path]:

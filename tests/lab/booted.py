@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lab import cli
-from lab.disks import Disk
+from lab.backups import back_up
+from lab.disks import MIB, Disk, create, pattern
 from lab.machine import LINE_BUFFERED, Machine
 from lab.patience import PATIENCE
+from lab.qemu import HALT, Qemu
 from lab.qmp import Monitor
 
 
@@ -159,3 +161,12 @@ def booted(*arguments: cli.Argument, env: Mapping[str, str]) -> Iterator[Booted]
             if pid:
                 kill(pid)
         shutil.rmtree(vm.sockets, ignore_errors=True)
+
+
+def point_that_halts(folder: Path) -> Path:
+    """A target with a point of a VM that is no more, which shows nothing and stands still."""
+    (folder / "rom").write_bytes(HALT)
+    disk = Disk("vda", create(folder / "vda", 4 * MIB, contents=pattern(4 * MIB, 1)))
+    with Qemu([disk], args=("-bios", str(folder / "rom")), firmware=None) as vm:
+        back_up(vm, folder / "target")
+    return folder / "target"

@@ -10,7 +10,7 @@ import pytest
 
 from lab import cli
 from lab.backups import back_up
-from lab.booted import kill, listener
+from lab.booted import kill, listener, point_that_halts
 from lab.disks import MIB, Disk, create, pattern
 from lab.http_proxy import Fate, HttpProxy, Request
 from lab.patience import wait_until
@@ -34,11 +34,7 @@ FLOOD = HALT[:-16] + b"\xba\xf8\x03\xb0x\xee\xeb\xfd" + HALT[:8]
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A point of a VM that shows nothing, which still runs no more."""
-    (tmp_path / "rom").write_bytes(HALT)
-    disk = Disk("vda", create(tmp_path / "vda", 4 * MIB, contents=pattern(4 * MIB, 1)))
-    with Qemu([disk], args=("-bios", str(tmp_path / "rom")), firmware=None) as vm:
-        back_up(vm, tmp_path / "target")
-    return tmp_path / "target"
+    return point_that_halts(tmp_path)
 
 
 def drill(target: Target, *more: cli.Argument) -> cli.Result:

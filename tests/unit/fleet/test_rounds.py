@@ -126,6 +126,7 @@ class Made:
         **of: object,
     ) -> None:
         configuration = Configuration(run=run or RunSettings(), vms=vms, targets=(target,))
+        self.clocks = clocks
         self.workers = Scripted(clocks, ends)
         self.told: list[object] = []
         self.round = Round(
@@ -141,6 +142,17 @@ class Made:
 
     def perform(self) -> Outcome:
         return Outcome(tuple(self.round.perform()))
+
+    def set_back(self, time: timedelta, after: int) -> None:
+        """Have the clock set back once the workers were waited for so many times."""
+        ended = self.workers.ended
+
+        def setting(seconds: float) -> tuple[Begun, Result] | None:
+            if len(self.workers.waited) == after:
+                self.clocks.now -= time
+            return ended(seconds)
+
+        self.workers.ended = setting  # type: ignore[method-assign]
 
     def begun(self, name: str) -> int:
         return self.workers.begun.count((name, Work.BACKUP))
@@ -178,14 +190,7 @@ def test_a_clock_that_is_set_back_holds_up_no_second_try(
     clocks: Clocks, history: History, target: TargetSettings
 ) -> None:
     made = Made(clocks, history, (vm(),), target, lambda _: (6, 0.0))
-    ended = made.workers.ended
-
-    def set_back(seconds: float) -> tuple[Begun, Result] | None:
-        if len(made.workers.waited) == 3:
-            clocks.now -= timedelta(days=1)
-        return ended(seconds)
-
-    made.workers.ended = set_back  # type: ignore[method-assign]
+    made.set_back(timedelta(days=1), after=3)
     made.perform()
     assert made.begun("a") == 3
     assert clocks.ticks < 3600
@@ -209,14 +214,7 @@ def test_nothing_is_begun_twice_for_one_time_though_the_clock_is_set_back(
     vms = (vm("big"), vm("small"))
     ends = {"big": (0, 3600.0), "small": (0, 60.0)}
     made = Made(clocks, history, vms, target, ends.__getitem__, RunSettings(parallel=2))
-    ended = made.workers.ended
-
-    def set_back(seconds: float) -> tuple[Begun, Result] | None:
-        if len(made.workers.waited) == 20:
-            clocks.now -= timedelta(hours=2)
-        return ended(seconds)
-
-    made.workers.ended = set_back  # type: ignore[method-assign]
+    made.set_back(timedelta(hours=2), after=20)
     made.perform()
     assert made.begun("small") == made.begun("big") == 1
 
