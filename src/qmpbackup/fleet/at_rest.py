@@ -25,7 +25,7 @@ def backed_up(history: History, vm: str, files: tuple[str, ...]) -> None:
 def look(history: History, vm: str, now: datetime) -> None:
     """Note that a VM has run since, if its images say so, before a backup makes them look as new."""
     if _have_changed(history, vm):
-        history.ran(vm, now)
+        history.ran({vm: now})
 
 
 def point(history: History, vm: str, target: str) -> Attempt | None:

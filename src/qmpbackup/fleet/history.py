@@ -39,6 +39,7 @@ T = TypeVar("T")
 _RUNS: Final = "runs"
 _ALIVE: Final = " alive"
 """The name under which it is kept when a run was alive; no message has such a one."""
+_TELL: Final = "INSERT OR REPLACE INTO told VALUES (:key, :at)"
 _RAN: Final = " ran "
 """The same, of when a VM was started."""
 _IMAGE: Final = " image "
@@ -227,9 +228,10 @@ class History:
         """The count alone."""
         return self.failing(vm, target)[0]
 
-    def ran(self, vm: str, started: datetime) -> None:
-        """Note when a VM that was there had been started."""
-        self.tell(_RAN + vm, started)
+    def ran(self, started: Mapping[str, datetime]) -> None:
+        """Note when VMs that were there had been started."""
+        values = [{"key": _stored(_RAN + vm), "at": _stored(at)} for vm, at in started.items()]
+        self._file.do_all(_TELL, values)
 
     def images(self, vm: str) -> dict[str, datetime]:
         """Images of a VM, and when each had been written to as it was backed up while that was off."""
@@ -314,7 +316,7 @@ class History:
         if when is None:
             self._file.do("DELETE FROM told WHERE key = :key", {"key": values["key"]})
         else:
-            self._file.do("INSERT OR REPLACE INTO told VALUES (:key, :at)", values)
+            self._file.do(_TELL, values)
 
     def forget_before(self, when: datetime) -> None:
         """Drop what is older; of each VM and target the last success stays, whenever that was."""

@@ -9,7 +9,6 @@ sockets ─┘
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from qmpbackup.fleet import at_rest
 from qmpbackup.fleet.history import History
@@ -17,9 +16,8 @@ from qmpbackup.fleet.looking import Sight, Sightings, Variables, look
 from qmpbackup.fleet.records import WAS_OFF, Attempt, Holding, Work
 from qmpbackup.fleet.settings import Configuration, Fault, VmSettings
 from qmpbackup.fleet.standing import WORST_FIRST, Facts, Severity, Standing, State, judged, worst
+from qmpbackup.fleet.vm_sockets import is_remote, trace
 from qmpbackup.targets.overview import is_ahead
-
-_REMOTE = "tcp:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +98,12 @@ def is_off(vm: VmSettings, last: Attempt | None, now: datetime) -> bool:
     """Whether a VM is off: it has no socket, or still the one at which the last backup found nobody. What a
     clock that was wrong has dated into the future says nothing of now."""
     was_off = last is not None and last.exit_code == WAS_OFF and not is_ahead(last.started, now)
-    if vm.socket.startswith(_REMOTE):
+    if is_remote(vm.socket):
         return was_off
-    try:
-        made = Path(vm.socket).stat().st_mtime
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except (OSError, ValueError):  # where nobody may look, its backup says what is wrong
-        return False
-    return was_off and last is not None and made < last.started.timestamp()
+    found = trace(vm.socket)
+    if found.made is None:  # where nobody may look, its backup says what is wrong
+        return not found.may_run
+    return was_off and last is not None and found.made < last.started
 
 
 def _others(configuration: Configuration) -> Iterator[Standing]:

@@ -141,9 +141,9 @@ def test_images_of_a_vm_that_ran_in_between_are_backed_up_again(history: History
     """Though no backup met it: it runs by day, and is off by night."""
     history.begin(replace(DONE, consistency="offline"))
     history.begin(replace(DONE, exit_code=13))
-    history.ran("db1", DONE.started - timedelta(hours=9))
+    history.ran({"db1": DONE.started - timedelta(hours=9)})
     assert history.as_it_lies("db1", "main") is not None
-    history.ran("db1", DONE.started + timedelta(hours=9))
+    history.ran({"db1": DONE.started + timedelta(hours=9)})
     assert history.as_it_lies("db1", "main") is None
     history.begin(replace(DONE, consistency="offline", started=DONE.started + timedelta(hours=20)))
     assert history.as_it_lies("db1", "main") is not None

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets as randomness
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from qmpbackup.fleet.run.rounds import Done, Report, Round
 from qmpbackup.fleet.settings import Configuration, Event, Fault
 from qmpbackup.fleet.standing import Severity
 from qmpbackup.fleet.survey import Survey, judge
+from qmpbackup.fleet.vm_sockets import trace
 from qmpbackup.plan.guessing import or_did_you_mean
 from qmpbackup.state import state_folder
 
@@ -242,33 +243,12 @@ def _performed(night: _Night, report: Report) -> tuple[Outcome, News]:
 
 
 def _remember(configuration: Configuration, history: History, now: datetime) -> None:
-    """Keep the names of VMs that are there, for when they are off."""
+    """Keep the names of VMs that are there, for when they are off, and when they were started."""
+    traces = {each.name: trace(each.socket) for each in configuration.vms}
     for group in {each.group for each in configuration.vms}:
-        there = [
-            each.name
-            for each in configuration.vms
-            if each.group == group and _may_be_there(each.socket)
-        ]
-        history.know(group, there, now)
-    for each in configuration.vms:
-        if not each.socket.startswith("tcp:"):
-            with suppress(OSError, ValueError):  # it has none now
-                made = Path(each.socket).stat().st_mtime
-                history.ran(each.name, datetime.fromtimestamp(made, UTC))
-
-
-def _may_be_there(socket: str) -> bool:
-    """Whether a VM may run, as far as its socket tells: of one on another host nobody knows, nor of one
-    in a folder that we may not enter."""
-    if socket.startswith("tcp:"):
-        return True
-    try:
-        Path(socket).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError):
-        return True
-    return True
+        vms = [each.name for each in configuration.vms if each.group == group]
+        history.know(group, [each for each in vms if traces[each].may_run], now)
+    history.ran({name: each.made for name, each in traces.items() if each.made is not None})
 
 
 def _require_known(configuration: Configuration, names: Sequence[str]) -> None:
