@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from qmpbackup import interrupt
 from qmpbackup.errors import Exhausted, NoSuchTarget, QmpBackupError
@@ -35,6 +35,8 @@ PATIENCE: Final = 90.0
 _POLL_SECONDS: Final = 0.2
 _AT_ONCE: Final = 8
 """Places of one target."""
+
+T = TypeVar("T")
 
 Variables = Callable[[TargetSettings], Mapping[str, str]]
 """Gives what a target needs in its environment to open; may fail with a `QmpBackupError`."""
@@ -271,22 +273,20 @@ def _seen(
             todo.put(place)
         for _ in range(min(_AT_ONCE, len(its))):
             threading.Thread(target=work, args=(todo,), name="looking", daemon=True).start()
-    seen = _answers(done, len(places), patience)
+    seen = answers(done, len(places), patience)
     late = QmpBackupError(
         f"It has not answered within {patience:.0f} s.", "See that it can be reached."
     )
     return {place: seen.get(place, late) for place in places}
 
 
-def _answers(
-    done: queue.SimpleQueue[tuple[str, Seen]], wanted: int, patience: float
-) -> dict[str, Seen]:
-    """What comes in, until so many have, or nothing has for a while.
+def answers(done: queue.SimpleQueue[tuple[str, T]], wanted: int, patience: float) -> dict[str, T]:
+    """What threads that look have found at places, until so many have, or nothing has come for a while.
 
     Raises:
         Interrupted: a signal is waiting.
     """
-    seen: dict[str, Seen] = {}
+    seen: dict[str, T] = {}
     deadline = time.monotonic() + patience
     while len(seen) < wanted and time.monotonic() < deadline:
         interrupt.check()

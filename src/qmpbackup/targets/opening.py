@@ -34,6 +34,15 @@ def place(text: str) -> Location | Path:
     return Path(text)
 
 
+def holds_several(text: str) -> bool:
+    """Whether a target at a place, as users write it, is for several VMs.
+
+    Raises:
+        UsageError: it is no place.
+    """
+    return entrance(place(text)).holds_several
+
+
 def entrance(where: Address, variables: Mapping[str, str] | None = None) -> Entrance:
     """How the target at a place is opened: by what this process' environment says, or by `variables` in
     its place, where one process opens several."""

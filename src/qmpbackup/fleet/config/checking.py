@@ -59,16 +59,12 @@ def _about_targets(configuration: Configuration) -> Iterator[tuple[str, str]]:
         key = f"target.{target.name}"
         if not target.keep:
             yield key, "It has no `keep`: no point is ever removed."
-        elif which("restic") is None and _holds_several(target.location):
+        elif which("restic") is None and opening.holds_several(target.location):
             yield f"{key}.keep", "The program restic, which removes points, is not installed."
         if not target.verify.every:
             yield f"{key}.verify", "Its points are never verified."
         if configuration.vms and target.name not in used:
             yield key, "No VM uses it."
-
-
-def _holds_several(location: str) -> bool:
-    return opening.entrance(opening.place(location)).holds_several
 
 
 def _about_secrets(configuration: Configuration) -> Iterator[tuple[str, str]]:

@@ -85,7 +85,7 @@ class Agenda:
 
     def _sweeps(self, vm: VmSettings, name: str, now: datetime, swept: set[str]) -> Iterator[Duty]:
         target, place = self.configuration.target(name), self.place(vm, name)
-        if is_repository(place) and target.keep and place not in swept:
+        if opening.holds_several(place) and target.keep and place not in swept:
             swept.add(place)
             last = self.history.last("", name, Work.SWEEP)
             if due.is_time(target.sweep.every, last, now):
@@ -101,8 +101,3 @@ class Agenda:
     def place(self, vm: VmSettings, target: str) -> str:
         """Where the points of a VM are in a target."""
         return self.configuration.target(target).place(vm, host_name())
-
-
-def is_repository(place: str) -> bool:
-    """Whether a place may hold several VMs."""
-    return opening.entrance(opening.place(place)).holds_several

@@ -8,11 +8,12 @@ from typing import Final
 from qmpbackup.fleet import secrets
 from qmpbackup.fleet.records import Work, mark_of
 from qmpbackup.fleet.run import presence
-from qmpbackup.fleet.run.agenda import Agenda, is_repository
+from qmpbackup.fleet.run.agenda import Agenda
 from qmpbackup.fleet.run.choosing import Reach
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.fleet.run.presence import Hindrance
 from qmpbackup.fleet.settings import WhenGone
+from qmpbackup.targets import opening
 
 _ANSWERS_FOR: Final = 300.0
 """Seconds for which a server that has answered is not asked again."""
@@ -58,7 +59,7 @@ class Obstacles:
     def _is_to_be_asked(self, duty: Duty, place: str) -> bool:
         """Whether only a look tells what work itself would not, or not in time."""
         may_be_gone = duty.target.when_gone is WhenGone.SKIP
-        if not is_repository(place):
+        if not opening.holds_several(place):
             return may_be_gone or duty.work is Work.BACKUP
         asked = self._answered.get(place)
         return may_be_gone and (asked is None or self.clock() - asked >= _ANSWERS_FOR)

@@ -9,7 +9,7 @@ from typing import Final
 from qmpbackup.fleet import secrets
 from qmpbackup.fleet.records import OFFLINE, SUCCEEDED, Attempt, Work
 from qmpbackup.fleet.run import commands, due
-from qmpbackup.fleet.run.agenda import Agenda, is_repository
+from qmpbackup.fleet.run.agenda import Agenda
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.targets import opening
 
@@ -33,7 +33,7 @@ class Orders:
         place = self.agenda.place(duty.vm, duty.target.name)
         told, said = opening.entrance(opening.place(place)).handed_on()
         environment = {**secrets.environment(duty.target), **said}
-        return self._words(duty, attempt, told, chunked=is_repository(place)), environment
+        return self._words(duty, attempt, told, chunked=opening.holds_several(place)), environment
 
     def _words(self, duty: Duty, attempt: Attempt, place: str, *, chunked: bool) -> list[str]:
         vm = duty.vm

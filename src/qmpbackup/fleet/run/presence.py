@@ -10,7 +10,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from qmpbackup import interrupt
 from qmpbackup.errors import NoSuchTarget, StorageError, Unreachable
+from qmpbackup.fleet.looking import answers
 from qmpbackup.fleet.records import Work
 from qmpbackup.fleet.run.due import Duty
 from qmpbackup.fleet.settings import WhenGone
 from qmpbackup.plan.room import Space
+from qmpbackup.plan.sizes import count_of
 from qmpbackup.service import room
 from qmpbackup.targets import opening
 from qmpbackup.targets.interface import Entrance
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 PATIENCE: Final = 60.0
 """Seconds after which a target that says nothing is taken for one that is not there: more than a
 storage's own patience with a server, and than a disk takes to spin up."""
-_POLL_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +65,13 @@ def look(place: str, variables: Mapping[str, str], patience: float = PATIENCE) -
         UsageError: it is none.
     """
     entrance = opening.entrance(opening.place(place), {**os.environ, **variables})
-    found: queue.SimpleQueue[Presence] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, Presence]] = queue.SimpleQueue()
     folder = None if entrance.holds_several else Path(place)
     threading.Thread(
-        target=lambda: found.put(_look(entrance, folder)), name="looking", daemon=True
+        target=lambda: done.put((place, _look(entrance, folder))), name="looking", daemon=True
     ).start()
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        interrupt.check()
-        with suppress(queue.Empty):
-            return found.get(timeout=_POLL_SECONDS)
-    return Presence(f"It has not answered within {patience:.0f} s. See that it can be reached.")
+    late = Presence(f"It has not answered within {patience:.0f} s. See that it can be reached.")
+    return answers(done, 1, patience).get(place, late)
 
 
 def _look(entrance: Entrance, folder: Path | None) -> Presence:
@@ -113,7 +108,7 @@ def obstacle(duty: Duty, place: str, found: Presence, held: int) -> Hindrance | 
 
 def _lost(duty: Duty, place: str, held: int) -> str:
     return (
-        f"{place} held {held} point{'' if held == 1 else 's'} when it was looked at last, and there is no "
+        f"{place} held {count_of(held, 'point')} when it was looked at last, and there is no "
         "target now: perhaps it is not mounted. Nothing was written. Mount it, and run again; or, if it "
         f"was emptied on purpose, begin it anew: qmpbackup --socket {duty.vm.socket} backup --target {place}"
     )
